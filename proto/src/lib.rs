@@ -1,1 +1,46 @@
-//! proto
+//! The wire: generated messages and services, and the only conversions between wire and core.
+//!
+//! A conversion checks what the wire cannot say (ranks in order, known experts), so that code
+//! behind it never meets a view that cannot be.
+
+mod step;
+mod view;
+
+pub use step::{slice_from_wire, slice_to_wire};
+pub use view::{pools_from_wire, pools_to_wire, view_from_wire, view_to_wire};
+
+/// Messages, clients and servers of `herd/v1/herd.proto`.
+#[allow(clippy::all, unreachable_pub, reason = "generated code")]
+pub mod pb {
+    tonic::include_proto!("herd.v1");
+}
+
+/// Largest message a herd service accepts, in bytes. A step of 8192 prompt tokens with block tables
+/// is below 1 MiB; full logits never travel.
+pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
+
+/// A message that does not describe a possible state of the cluster.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    /// A required field is missing.
+    #[error("message lacks the field {field}")]
+    Missing { field: &'static str },
+    /// A number does not fit its type in the core.
+    #[error("field {field} is {value}, more than {max}")]
+    TooLarge { field: &'static str, value: u64, max: u64 },
+    /// Members must come in the order of their ranks, without a gap.
+    #[error("member {index} of the view carries rank {rank}")]
+    RankOrder { index: usize, rank: u32 },
+    /// The placement is impossible; the text says why.
+    #[error("placement in the view: {0}")]
+    Placement(String),
+}
+
+/// Narrows a wire number to a 16-bit id.
+fn narrow(field: &'static str, value: u32) -> Result<u16, WireError> {
+    u16::try_from(value).map_err(|_| WireError::TooLarge {
+        field,
+        value: u64::from(value),
+        max: u64::from(u16::MAX),
+    })
+}

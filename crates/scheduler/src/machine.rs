@@ -1,0 +1,213 @@
+//! The scheduler itself: admission, and one step at a time over all ranks.
+
+use crate::{
+    Config, ConfigError, NewSequence, Plan, Stats, SubmitError,
+    rank::{RankState, Room},
+    sequence::Sequence,
+};
+use ids::{SeqId, StepId};
+use std::{cmp::Reverse, collections::VecDeque};
+
+/// Decides what every rank computes next. See the crate's documentation.
+#[derive(Debug)]
+#[cfg_attr(test, derive(Clone, PartialEq, Eq))]
+pub struct Scheduler {
+    config: Config,
+    context_tokens: u32,
+    ranks: Vec<RankState>,
+    /// The front is next: preempted sequences, then the others in order of arrival.
+    queue: VecDeque<Sequence>,
+    in_flight: Option<StepId>,
+    arrivals: u64,
+    preemptions: u64,
+    // Buffers of `admit` and `commit`.
+    rooms: Vec<Room>,
+    sampled: Vec<(SeqId, u32)>,
+}
+
+impl Scheduler {
+    /// A scheduler with nothing to do.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`] if sequences could get stuck under this configuration.
+    pub fn new(config: Config) -> Result<Self, ConfigError> {
+        if config.step_tokens == 0 || config.sequences_max == 0 || config.queue_max == 0 {
+            return Err(ConfigError::ZeroLimit);
+        }
+        if config.step_tokens < config.sequences_max {
+            return Err(ConfigError::SmallStep {
+                step_tokens: config.step_tokens,
+                sequences_max: config.sequences_max,
+            });
+        }
+        let is_empty = |kv: &crate::KvPools| {
+            kv.block_tokens == 0 || kv.chunk_tokens == Some(0) || kv.capacity_tokens() == 0
+        };
+        if let Some(rank) = config.pools.iter().position(is_empty) {
+            return Err(ConfigError::EmptyPool { rank });
+        }
+        // The last token of a sequence is sampled but never computed: it needs no position.
+        let capacity = config.pools.iter().map(|kv| kv.capacity_tokens().saturating_add(1)).min();
+        let capacity = capacity.ok_or(ConfigError::NoRanks)?;
+        Ok(Self {
+            context_tokens: config.context_tokens.min(capacity),
+            ranks: config.pools.iter().map(|&kv| RankState::new(kv)).collect(),
+            queue: VecDeque::new(),
+            in_flight: None,
+            arrivals: 0,
+            preemptions: 0,
+            rooms: Vec::new(),
+            sampled: Vec::new(),
+            config,
+        })
+    }
+
+    /// The longest sequence, prompt and output: the model's context or what the smallest rank can
+    /// hold. Nothing is scheduled beyond it.
+    #[must_use]
+    pub fn context_tokens(&self) -> u32 {
+        self.context_tokens
+    }
+
+    /// Queues a sequence.
+    ///
+    /// # Errors
+    ///
+    /// [`SubmitError`]; the sequence is then unknown here.
+    ///
+    /// # Panics
+    ///
+    /// If a sequence with this id is here already.
+    pub fn submit(&mut self, new: NewSequence) -> Result<(), SubmitError> {
+        if new.prompt.is_empty() {
+            return Err(SubmitError::EmptyPrompt);
+        }
+        if new.tokens_max == 0 {
+            return Err(SubmitError::NoTokens);
+        }
+        if u64::from(self.context_tokens) < new.prompt.len() as u64 + 1 {
+            return Err(SubmitError::TooLong {
+                prompt_tokens: new.prompt.len() as u64,
+                context_tokens: self.context_tokens,
+            });
+        }
+        let queued = self.queued();
+        if self.config.queue_max <= queued {
+            return Err(SubmitError::QueueFull { queued, queue_max: self.config.queue_max });
+        }
+        assert!(!self.has(new.id), "{} is here already", new.id);
+        self.queue.push_back(Sequence::new(new, self.arrivals, self.context_tokens));
+        self.arrivals += 1;
+        Ok(())
+    }
+
+    /// Ends a sequence and frees its blocks: at once, or when the step in flight ends. Unknown
+    /// sequences are ignored, so it may be called twice.
+    pub fn cancel(&mut self, id: SeqId) {
+        self.queue.retain(|sequence| sequence.id != id);
+        for rank in &mut self.ranks {
+            match self.in_flight {
+                Some(_) => rank.doom(id),
+                None => rank.remove(id),
+            }
+        }
+    }
+
+    /// Plans one step into `plan`, whose memory is reused. False: there is nothing to do, and no
+    /// step is in flight. Otherwise [`Self::commit`] or [`Self::abort`] must follow.
+    ///
+    /// # Panics
+    ///
+    /// If a step is in flight.
+    pub fn plan(&mut self, step: StepId, plan: &mut Plan) -> bool {
+        assert!(self.in_flight.is_none(), "{step} planned while a step is in flight");
+        self.admit();
+        plan.step = step;
+        plan.ranks.resize_with(self.ranks.len(), Vec::new);
+        let mut slices = 0;
+        for (rank, out) in self.ranks.iter_mut().zip(&mut plan.ranks) {
+            self.preemptions += rank.secure(&mut self.queue);
+            rank.share_budget(self.config.step_tokens);
+            rank.write_slices(out);
+            slices += out.len();
+        }
+        if slices == 0 {
+            return false;
+        }
+        self.in_flight = Some(step);
+        true
+    }
+
+    /// The step in flight succeeded on all ranks. `sampled` has one token for every slice that
+    /// samples, in any order; those of sequences that were cancelled meanwhile may be left out.
+    ///
+    /// # Panics
+    ///
+    /// If no step is in flight or a token is missing.
+    pub fn commit(&mut self, sampled: &[(SeqId, u32)]) {
+        assert!(self.in_flight.take().is_some(), "commit without a step in flight");
+        self.sampled.clear();
+        self.sampled.extend_from_slice(sampled);
+        self.sampled.sort_unstable_by_key(|&(id, _)| id);
+        for rank in &mut self.ranks {
+            rank.commit(&self.sampled);
+        }
+        self.sampled.clear();
+    }
+
+    /// The step in flight failed; nothing of it counts. Preemptions and admissions stand: the
+    /// failed step may have overwritten the blocks of a preempted sequence.
+    ///
+    /// # Panics
+    ///
+    /// If no step is in flight.
+    pub fn abort(&mut self) {
+        assert!(self.in_flight.take().is_some(), "abort without a step in flight");
+        for rank in &mut self.ranks {
+            rank.abort();
+        }
+    }
+
+    /// The load right now.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        let ranks: Vec<_> = self.ranks.iter().map(RankState::stats).collect();
+        Stats {
+            running: ranks.iter().map(|rank| rank.running).sum(),
+            queued: self.queued(),
+            preemptions: self.preemptions,
+            ranks,
+        }
+    }
+
+    /// Moves sequences from the queue to ranks with room. The front is never overtaken: a long
+    /// prompt that waits for memory would otherwise wait for ever.
+    fn admit(&mut self) {
+        if self.queue.is_empty() {
+            return;
+        }
+        self.rooms.clear();
+        self.rooms.extend(self.ranks.iter().map(|rank| rank.room(self.config.sequences_max)));
+        while let Some(front) = self.queue.front() {
+            let fitting = (0..self.ranks.len())
+                .map(|rank| (rank, front.needed_blocks(self.ranks[rank].kv())))
+                .filter(|&(rank, needed)| self.rooms[rank].fits(needed));
+            let Some((rank, needed)) = fitting.max_by_key(|&(r, _)| (self.rooms[r], Reverse(r)))
+            else {
+                break;
+            };
+            self.rooms[rank].take(needed);
+            self.ranks[rank].admit(self.queue.pop_front().expect("it has a front"));
+        }
+        self.rooms.clear();
+    }
+
+    fn queued(&self) -> u32 {
+        u32::try_from(self.queue.len()).expect("the queue is bounded")
+    }
+
+    fn has(&self, id: SeqId) -> bool {
+        self.queue.iter().any(|s| s.id == id) || self.ranks.iter().any(|rank| rank.has(id))
+    }
+}

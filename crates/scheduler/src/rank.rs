@@ -1,0 +1,267 @@
+//! One attention rank: its running sequences and its two pools.
+
+use crate::{
+    KvPools, RankStats, Slice,
+    pool::Pool,
+    sequence::{Fate, Sequence},
+    share::{self, Claim, UnitClaim},
+};
+use ids::SeqId;
+use std::collections::VecDeque;
+
+/// What a rank could still take in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Room {
+    pub(crate) full: u32,
+    pub(crate) sequences: u32,
+    pub(crate) chunked: u32,
+}
+
+impl Room {
+    pub(crate) fn fits(self, (full, chunked): (u32, u32)) -> bool {
+        1 <= self.sequences && full <= self.full && chunked <= self.chunked
+    }
+
+    /// What remains after one more sequence, which keeps a spare block like every other.
+    pub(crate) fn take(&mut self, (full, chunked): (u32, u32)) {
+        self.sequences -= 1;
+        self.full = self.full.saturating_sub(full + 1);
+        self.chunked = self.chunked.saturating_sub(chunked + 1);
+    }
+}
+
+/// A block taken for the step in flight, for `running[index]`.
+#[derive(Debug, Clone, Copy)]
+#[cfg_attr(test, derive(PartialEq, Eq))]
+enum Grant {
+    Full { index: usize },
+    Chunked { index: usize },
+}
+
+#[derive(Debug)]
+#[cfg_attr(test, derive(Clone, PartialEq, Eq))]
+pub(crate) struct RankState {
+    kv: KvPools,
+    /// Oldest first.
+    running: Vec<Sequence>,
+    full: Pool,
+    chunked: Pool,
+    /// In the order of taking, so that an abort can restore the pools exactly.
+    grants: Vec<Grant>,
+    // Buffers of `share_budget`.
+    claims: Vec<Claim>,
+    units: Vec<UnitClaim>,
+}
+
+impl RankState {
+    pub(crate) fn new(kv: KvPools) -> Self {
+        Self {
+            kv,
+            running: Vec::new(),
+            full: Pool::new(kv.full_blocks),
+            chunked: Pool::new(if kv.chunk_tokens.is_some() { kv.chunked_blocks } else { 0 }),
+            grants: Vec::new(),
+            claims: Vec::new(),
+            units: Vec::new(),
+        }
+    }
+
+    pub(crate) fn kv(&self) -> &KvPools {
+        &self.kv
+    }
+
+    pub(crate) fn stats(&self) -> RankStats {
+        RankStats {
+            running: self.running_count(),
+            full_free_blocks: self.full.free_blocks(),
+            chunked_free_blocks: self.chunked.free_blocks(),
+        }
+    }
+
+    /// Room for new sequences: free blocks, less those that running sequences need for the tokens
+    /// they have, less one spare per running sequence. Without the spare a sequence would be
+    /// admitted only to be preempted as soon as an older one grows.
+    pub(crate) fn room(&self, sequences_max: u32) -> Room {
+        let mut room = Room {
+            sequences: sequences_max - self.running_count(),
+            full: self.full.free_blocks(),
+            chunked: self.chunked.free_blocks(),
+        };
+        for sequence in &self.running {
+            let (full, chunked) = sequence.promised_blocks(&self.kv);
+            room.full = room.full.saturating_sub(full + 1);
+            room.chunked = room.chunked.saturating_sub(chunked + 1);
+        }
+        room
+    }
+
+    pub(crate) fn admit(&mut self, sequence: Sequence) {
+        let at = self.running.partition_point(|other| other.born < sequence.born);
+        self.running.insert(at, sequence);
+    }
+
+    /// Gives every running sequence the blocks of its next position, oldest first. What does not
+    /// fit preempts the youngest, which goes to the front of `queue`. Returns the preemptions.
+    pub(crate) fn secure(&mut self, queue: &mut VecDeque<Sequence>) -> u64 {
+        let mut preemptions = 0;
+        let mut index = 0;
+        while index < self.running.len() {
+            let end = self.running[index].computed_tokens() + 1;
+            if self.grow(index, end) {
+                index += 1;
+                continue;
+            }
+            // The youngest comes last, so it has no block of this step yet. It may be the
+            // sequence itself.
+            let mut youngest = self.running.pop().expect("index is in range");
+            assert!(!self.running.is_empty(), "{} alone exceeds the pools", youngest.id);
+            youngest.release(&mut self.full, &mut self.chunked);
+            queue.push_front(youngest);
+            preemptions += 1;
+        }
+        preemptions
+    }
+
+    /// Decides how many tokens every running sequence computes. Every one of them has the blocks
+    /// of its next position.
+    pub(crate) fn share_budget(&mut self, step_tokens: u32) {
+        let mut left = step_tokens;
+        self.claims.clear();
+        for (index, sequence) in self.running.iter_mut().enumerate() {
+            let pending = sequence.pending_tokens();
+            if pending == 1 {
+                sequence.set_planned(1);
+                left -= 1;
+            } else {
+                self.claims.push(Claim {
+                    owner: index,
+                    unit: sequence.unit(index),
+                    demand_tokens: pending,
+                    share_tokens: 0,
+                });
+            }
+        }
+        share::divide(left, &mut self.claims, &mut self.units);
+        for claim in 0..self.claims.len() {
+            let Claim { owner, share_tokens, .. } = self.claims[claim];
+            self.plan_prefill(owner, share_tokens);
+        }
+        self.claims.clear();
+    }
+
+    /// Plans up to `share_tokens` tokens of a prefill, fewer if there are not blocks for all.
+    fn plan_prefill(&mut self, index: usize, share_tokens: u32) {
+        let sequence = &self.running[index];
+        let reach = sequence.reach(self.full.free_blocks(), self.chunked.free_blocks(), &self.kv);
+        let start = sequence.computed_tokens();
+        let end = reach.min(start + share_tokens);
+        let grown = self.grow(index, end);
+        assert!(grown, "the reach was computed from the free blocks");
+        self.running[index].set_planned(end - start);
+    }
+
+    /// Takes the blocks for positions up to `end`: all of them, or none and returns false.
+    fn grow(&mut self, index: usize, end: u32) -> bool {
+        let (full, chunked) = self.running[index].missing_blocks(end, &self.kv);
+        if self.full.free_blocks() < full || self.chunked.free_blocks() < chunked {
+            return false;
+        }
+        for _ in 0..full {
+            let block = self.full.take().expect("counted above");
+            self.running[index].push_full(block);
+            self.grants.push(Grant::Full { index });
+        }
+        for _ in 0..chunked {
+            let block = self.chunked.take().expect("counted above");
+            self.running[index].push_chunked(block);
+            self.grants.push(Grant::Chunked { index });
+        }
+        true
+    }
+
+    /// Writes the planned slices over those in `slices`, whose memory is kept.
+    pub(crate) fn write_slices(&self, slices: &mut Vec<Slice>) {
+        let mut written = 0;
+        for sequence in self.running.iter().filter(|s| 0 < s.planned_tokens()) {
+            if slices.len() == written {
+                slices.push(Slice {
+                    sequence: sequence.id,
+                    start: 0,
+                    tokens: Vec::new(),
+                    full_blocks: Vec::new(),
+                    chunked_blocks: Vec::new(),
+                    chunked_first: 0,
+                    samples: false,
+                });
+            }
+            sequence.write_slice(&mut slices[written], &self.kv);
+            written += 1;
+        }
+        slices.truncate(written);
+    }
+
+    /// The step succeeded. `sampled` is ordered by sequence. Sequences that were cancelled
+    /// meanwhile or reached their limit leave.
+    pub(crate) fn commit(&mut self, sampled: &[(SeqId, u32)]) {
+        self.grants.clear();
+        for sequence in &mut self.running {
+            let token = (sequence.samples() && sequence.fate == Fate::Wanted).then(|| {
+                let found = sampled.binary_search_by_key(&sequence.id, |&(id, _)| id);
+                sampled[found.expect("the caller checks that every slice was sampled")].1
+            });
+            sequence.commit(token, &self.kv, &mut self.chunked);
+        }
+        self.drop_running(|sequence| sequence.fate == Fate::Cancelled || sequence.is_at_limit());
+    }
+
+    /// The step failed: the blocks taken for it go back, in reverse order.
+    pub(crate) fn abort(&mut self) {
+        while let Some(grant) = self.grants.pop() {
+            match grant {
+                Grant::Full { index } => {
+                    let block = self.running[index].pop_full();
+                    self.full.give(block.expect("granted for this step"));
+                }
+                Grant::Chunked { index } => {
+                    let block = self.running[index].pop_chunked();
+                    self.chunked.give(block.expect("granted for this step"));
+                }
+            }
+        }
+        for sequence in &mut self.running {
+            sequence.set_planned(0);
+        }
+        self.drop_running(|sequence| sequence.fate == Fate::Cancelled);
+    }
+
+    /// Ends a running sequence at once. Only while no step is in flight.
+    pub(crate) fn remove(&mut self, id: SeqId) {
+        self.drop_running(|sequence| sequence.id == id);
+    }
+
+    /// Marks a running sequence, which then ends with the step in flight.
+    pub(crate) fn doom(&mut self, id: SeqId) {
+        for sequence in self.running.iter_mut().filter(|sequence| sequence.id == id) {
+            sequence.fate = Fate::Cancelled;
+        }
+    }
+
+    pub(crate) fn has(&self, id: SeqId) -> bool {
+        self.running.iter().any(|sequence| sequence.id == id)
+    }
+
+    fn drop_running(&mut self, leaves: impl Fn(&Sequence) -> bool) {
+        let Self { running, full, chunked, .. } = self;
+        running.retain_mut(|sequence| {
+            let leaves = leaves(sequence);
+            if leaves {
+                sequence.release(full, chunked);
+            }
+            !leaves
+        });
+    }
+
+    fn running_count(&self) -> u32 {
+        u32::try_from(self.running.len()).expect("at most sequences_max")
+    }
+}

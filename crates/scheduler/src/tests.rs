@@ -1,0 +1,274 @@
+//! Golden traces of what is planned, and the rules at the edges.
+
+mod model;
+mod random;
+
+use super::*;
+
+/// Two sequences' worth of a small rank: blocks of 4, chunks of 8.
+fn pools(full_blocks: u32, chunked_blocks: u32) -> KvPools {
+    KvPools { block_tokens: 4, full_blocks, chunked_blocks, chunk_tokens: Some(8) }
+}
+
+fn config(pools: &[KvPools], step_tokens: u32) -> Config {
+    Config {
+        pools: pools.to_vec(),
+        step_tokens,
+        sequences_max: 4,
+        queue_max: 8,
+        context_tokens: 1000,
+    }
+}
+
+fn sequence(id: u64, prompt_tokens: u32, tokens_max: u32) -> NewSequence {
+    NewSequence { id: SeqId(id), prompt: (0..prompt_tokens).collect(), tokens_max, group: None }
+}
+
+/// `r0: q1 0..6 b0 b1 | 0: b0 b1 *`: q1 computes positions 0 to 5; its block table of the full
+/// pool; its table of the chunked pool from block number 0; it samples.
+fn text(plan: &Plan) -> String {
+    let ids =
+        |blocks: &[BlockId]| blocks.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+    let slice = |s: &Slice| {
+        let end = s.start as usize + s.tokens.len();
+        let (full, chunked) = (ids(&s.full_blocks), ids(&s.chunked_blocks));
+        let star = if s.samples { " *" } else { "" };
+        format!("{} {}..{end} {full} | {}: {chunked}{star}", s.sequence, s.start, s.chunked_first)
+    };
+    let rank = |(rank, slices): (usize, &Vec<Slice>)| {
+        format!("r{rank}: {}", slices.iter().map(slice).collect::<Vec<_>>().join(", "))
+    };
+    let ranks = plan.ranks.iter().enumerate().filter(|(_, slices)| !slices.is_empty()).map(rank);
+    ranks.collect::<Vec<_>>().join("; ")
+}
+
+enum Do {
+    Submit(NewSequence),
+    Cancel(u64),
+    /// Plans, compares, and commits with the token 7 for whoever samples.
+    Step(&'static str),
+    /// Plans, compares, and leaves the step in flight.
+    Plan(&'static str),
+    Commit,
+    Abort,
+    /// Compares `running queued | full free, chunked free; …`.
+    Load(&'static str),
+}
+
+#[track_caller]
+fn check(config: Config, script: Vec<Do>) {
+    let mut scheduler = Scheduler::new(config).unwrap();
+    let mut plan = Plan::new();
+    for (line, action) in script.into_iter().enumerate() {
+        match action {
+            Do::Submit(new) => scheduler.submit(new).unwrap(),
+            Do::Cancel(id) => scheduler.cancel(SeqId(id)),
+            Do::Step(want) => {
+                let some = scheduler.plan(StepId(line as u64), &mut plan);
+                assert_eq!((text(&plan).as_str(), some), (want, !want.is_empty()), "line {line}");
+                if some {
+                    commit(&mut scheduler, &plan);
+                }
+            }
+            Do::Plan(want) => {
+                assert!(scheduler.plan(StepId(line as u64), &mut plan));
+                assert_eq!(text(&plan), want, "line {line}");
+            }
+            Do::Commit => commit(&mut scheduler, &plan),
+            Do::Abort => scheduler.abort(),
+            Do::Load(want) => {
+                let stats = scheduler.stats();
+                let free =
+                    |r: &RankStats| format!("{} {}", r.full_free_blocks, r.chunked_free_blocks);
+                let free = stats.ranks.iter().map(free).collect::<Vec<_>>().join("; ");
+                let got = format!("{} {} | {free}", stats.running, stats.queued);
+                assert_eq!(got, want, "line {line}");
+            }
+        }
+    }
+}
+
+fn commit(scheduler: &mut Scheduler, plan: &Plan) {
+    let sampled: Vec<(SeqId, u32)> =
+        plan.ranks.iter().flatten().filter(|s| s.samples).map(|s| (s.sequence, 7)).collect();
+    scheduler.commit(&sampled);
+}
+
+use Do::{Abort, Cancel, Load, Step, Submit};
+
+#[test]
+fn sequence_runs_from_prompt_to_limit() {
+    check(
+        config(&[pools(9, 9)], 16),
+        vec![
+            Step(""),
+            Submit(sequence(1, 3, 3)),
+            Load("0 1 | 9 9"),
+            Step("r0: q1 0..3 b0 | 0: b0 *"),
+            Step("r0: q1 3..4 b0 | 0: b0 *"),
+            Step("r0: q1 4..5 b0 b1 | 0: b0 b1 *"),
+            Load("0 0 | 9 9"),
+            Step(""),
+        ],
+    );
+}
+
+#[test]
+fn blocks_of_past_chunks_are_freed() {
+    check(
+        config(&[pools(9, 9)], 6),
+        vec![
+            Submit(sequence(1, 17, 9)),
+            Step("r0: q1 0..6 b0 b1 | 0: b0 b1"),
+            Step("r0: q1 6..12 b0 b1 b2 | 0: b0 b1 b2"), // Crosses into the second chunk.
+            Load("1 0 | 6 8"),
+            Step("r0: q1 12..17 b0 b1 b2 b3 b4 | 2: b2 b1 b0 *"),
+            Load("1 0 | 4 8"),
+            Step("r0: q1 17..18 b0 b1 b2 b3 b4 | 4: b0 *"),
+        ],
+    );
+}
+
+#[test]
+fn long_prompt_does_not_starve_a_short_one() {
+    check(
+        config(&[pools(99, 99)], 8),
+        vec![
+            Submit(sequence(1, 100, 1)),
+            Submit(sequence(2, 3, 2)),
+            Step("r0: q1 0..5 b0 b2 | 0: b0 b2, q2 0..3 b1 | 0: b1 *"),
+            Step("r0: q1 5..12 b0 b2 b3 | 0: b0 b2 b3, q2 3..4 b1 | 0: b1 *"),
+        ],
+    );
+}
+
+#[test]
+fn sequences_go_to_the_rank_with_most_room() {
+    check(
+        config(&[pools(9, 9), pools(12, 9)], 8),
+        vec![
+            Submit(sequence(1, 8, 1)),
+            Submit(sequence(2, 2, 1)),
+            Submit(sequence(3, 2, 1)),
+            Step("r0: q2 0..2 b0 | 0: b0 *; r1: q1 0..6 b0 b2 | 0: b0 b2, q3 0..2 b1 | 0: b1 *"),
+        ],
+    );
+}
+
+#[test]
+fn youngest_is_preempted_and_resumes_with_its_tokens() {
+    check(
+        config(&[pools(4, 4)], 8),
+        vec![
+            Submit(sequence(1, 3, 9)),
+            Submit(sequence(2, 3, 9)),
+            Step("r0: q1 0..3 b0 | 0: b0 *, q2 0..3 b1 | 0: b1 *"),
+            Step("r0: q1 3..4 b0 | 0: b0 *, q2 3..4 b1 | 0: b1 *"),
+            Step("r0: q1 4..5 b0 b2 | 0: b0 b2 *, q2 4..5 b1 b3 | 0: b1 b3 *"),
+            Step("r0: q1 5..6 b0 b2 | 0: b0 b2 *, q2 5..6 b1 b3 | 0: b1 b3 *"),
+            Step("r0: q1 6..7 b0 b2 | 0: b0 b2 *, q2 6..7 b1 b3 | 0: b1 b3 *"),
+            Step("r0: q1 7..8 b0 b2 | 0: b0 b2 *, q2 7..8 b1 b3 | 0: b1 b3 *"),
+            Step("r0: q1 8..9 b0 b2 b1 | 2: b3 *"),
+            Load("1 1 | 1 3"),
+            Cancel(1),
+            Step("r0: q2 0..8 b0 b2 | 0: b3 b1"),
+            Step("r0: q2 8..9 b0 b2 b1 | 2: b3 *"),
+        ],
+    );
+}
+
+#[test]
+fn cancel_frees_at_once_or_with_the_step_in_flight() {
+    check(
+        config(&[pools(9, 9)], 8),
+        vec![
+            Submit(sequence(1, 3, 9)),
+            Submit(sequence(2, 3, 9)),
+            Cancel(2),
+            Step("r0: q1 0..3 b0 | 0: b0 *"),
+            Cancel(1),
+            Cancel(1),
+            Load("0 0 | 9 9"),
+            Submit(sequence(3, 3, 9)),
+            Do::Plan("r0: q3 0..3 b0 | 0: b0 *"),
+            Cancel(3),
+            Load("1 0 | 8 8"),
+            Do::Commit,
+            Load("0 0 | 9 9"),
+            Submit(sequence(4, 3, 9)),
+            Do::Plan("r0: q4 0..3 b0 | 0: b0 *"),
+            Cancel(4),
+            Abort,
+            Load("0 0 | 9 9"),
+        ],
+    );
+}
+
+#[test]
+fn aborted_step_is_planned_again_the_same() {
+    check(
+        config(&[pools(9, 9)], 6),
+        vec![
+            Submit(sequence(1, 10, 9)),
+            Submit(sequence(2, 5, 9)),
+            Do::Plan("r0: q1 0..3 b0 | 0: b0, q2 0..3 b1 | 0: b1"),
+            Abort,
+            Load("2 0 | 9 9"),
+            Step("r0: q1 0..3 b0 | 0: b0, q2 0..3 b1 | 0: b1"),
+            Do::Plan("r0: q1 3..7 b0 b2 | 0: b0 b2, q2 3..5 b1 b3 | 0: b1 b3 *"),
+            Abort,
+            Load("2 0 | 7 7"),
+            Step("r0: q1 3..7 b0 b2 | 0: b0 b2, q2 3..5 b1 b3 | 0: b1 b3 *"),
+        ],
+    );
+}
+
+#[test]
+fn models_without_chunks_leave_the_chunked_pool_alone() {
+    let kv = KvPools { block_tokens: 4, full_blocks: 9, chunked_blocks: 0, chunk_tokens: None };
+    check(
+        config(&[kv], 16),
+        vec![
+            Submit(sequence(1, 5, 2)),
+            Step("r0: q1 0..5 b0 b1 | 0:  *"),
+            Load("1 0 | 7 0"),
+            Step("r0: q1 5..6 b0 b1 | 0:  *"),
+        ],
+    );
+}
+
+#[test]
+fn what_cannot_run_is_refused() {
+    let mut scheduler = Scheduler::new(config(&[pools(9, 9), pools(3, 9)], 8)).unwrap();
+    assert_eq!(scheduler.context_tokens(), 13, "three blocks of four, and one token on top");
+    let too_long = SubmitError::TooLong { prompt_tokens: 13, context_tokens: 13 };
+    assert_eq!(scheduler.submit(sequence(1, 13, 1)), Err(too_long));
+    assert_eq!(scheduler.submit(sequence(1, 12, 0)), Err(SubmitError::NoTokens));
+    assert_eq!(scheduler.submit(sequence(1, 0, 1)), Err(SubmitError::EmptyPrompt));
+    for id in 0..8 {
+        scheduler.submit(sequence(id, 12, 1)).unwrap();
+    }
+    let full = SubmitError::QueueFull { queued: 8, queue_max: 8 };
+    assert_eq!(scheduler.submit(sequence(8, 12, 1)), Err(full));
+}
+
+#[test]
+fn configurations_that_get_stuck_are_refused() {
+    let error = |config| Scheduler::new(config).unwrap_err();
+    assert_eq!(error(config(&[], 8)), ConfigError::NoRanks);
+    assert_eq!(error(config(&[pools(9, 9), pools(9, 0)], 8)), ConfigError::EmptyPool { rank: 1 });
+    assert_eq!(
+        error(config(&[pools(9, 9)], 3)),
+        ConfigError::SmallStep { step_tokens: 3, sequences_max: 4 }
+    );
+    assert_eq!(error(config(&[pools(9, 9)], 0)), ConfigError::ZeroLimit);
+}
+
+#[test]
+#[should_panic(expected = "planned while a step is in flight")]
+fn second_step_in_flight_is_a_bug_of_the_caller() {
+    let mut scheduler = Scheduler::new(config(&[pools(9, 9)], 8)).unwrap();
+    scheduler.submit(sequence(1, 3, 1)).unwrap();
+    assert!(scheduler.plan(StepId(0), &mut Plan::new()));
+    scheduler.plan(StepId(1), &mut Plan::new());
+}

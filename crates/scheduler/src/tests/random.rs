@@ -1,0 +1,283 @@
+//! Random histories against the oracle: whatever happens, every sequence gets its own tokens.
+
+use super::model::{self, Worker};
+use crate::{Config, KvPools, NewSequence, Plan, RankStats, Scheduler, Slice};
+use ids::{BlockId, SeqId, StepId};
+use proptest::prelude::*;
+use std::collections::{BTreeMap, BTreeSet};
+
+#[derive(Debug, Clone)]
+enum Action {
+    Submit {
+        prompt_tokens: u32,
+        tokens_max: u32,
+        group: Option<u64>,
+    },
+    /// The n-th live sequence, counted round.
+    Cancel(usize),
+    Step,
+    FailedStep,
+    /// A step during which the n-th live sequence is cancelled.
+    CancelDuring(usize),
+}
+
+fn action() -> impl Strategy<Value = Action> {
+    let group = prop_oneof![Just(None), (0..2_u64).prop_map(Some)];
+    prop_oneof![
+        3 => (1..40_u32, 1..12_u32, group).prop_map(|(prompt_tokens, tokens_max, group)| {
+            Action::Submit { prompt_tokens, tokens_max, group }
+        }),
+        1 => any::<usize>().prop_map(Action::Cancel),
+        6 => Just(Action::Step),
+        1 => Just(Action::FailedStep),
+        1 => any::<usize>().prop_map(Action::CancelDuring),
+    ]
+}
+
+fn kv() -> impl Strategy<Value = KvPools> {
+    (1..5_u32, 4..24_u32, 4..16_u32, prop_oneof![Just(None), (2..11_u32).prop_map(Some)]).prop_map(
+        |(block_tokens, full_blocks, chunked_blocks, chunk_tokens)| KvPools {
+            block_tokens,
+            full_blocks,
+            chunked_blocks,
+            chunk_tokens,
+        },
+    )
+}
+
+fn config() -> impl Strategy<Value = Config> {
+    (prop::collection::vec(kv(), 1..4), 1..5_u32, 0..20_u32).prop_map(|(pools, sequences, more)| {
+        Config {
+            pools,
+            step_tokens: sequences + more,
+            sequences_max: sequences,
+            queue_max: 6,
+            context_tokens: 48,
+        }
+    })
+}
+
+/// A sequence as its owner sees it.
+struct Wanted {
+    prompt: Vec<u32>,
+    tokens: usize,
+}
+
+struct World {
+    config: Config,
+    scheduler: Scheduler,
+    workers: Vec<Worker>,
+    plan: Plan,
+    wanted: BTreeMap<SeqId, Wanted>,
+    histories: BTreeMap<SeqId, Vec<u32>>,
+    steps: u64,
+    submitted: u64,
+    finished: u64,
+}
+
+impl World {
+    fn new(config: Config) -> Self {
+        Self {
+            scheduler: Scheduler::new(config.clone()).unwrap(),
+            workers: config.pools.iter().map(|&kv| Worker::new(kv)).collect(),
+            config,
+            plan: Plan::new(),
+            wanted: BTreeMap::new(),
+            histories: BTreeMap::new(),
+            steps: 0,
+            submitted: 0,
+            finished: 0,
+        }
+    }
+
+    fn act(&mut self, action: &Action) {
+        match *action {
+            Action::Submit { prompt_tokens, tokens_max, group } => {
+                self.submit(prompt_tokens, tokens_max, group);
+            }
+            Action::Cancel(nth) => self.cancel(nth),
+            Action::Step => {
+                if self.plan() {
+                    self.commit();
+                }
+            }
+            Action::FailedStep => self.failed_step(),
+            Action::CancelDuring(nth) => {
+                if self.plan() {
+                    self.cancel(nth);
+                    self.commit();
+                }
+            }
+        }
+    }
+
+    fn submit(&mut self, prompt_tokens: u32, tokens_max: u32, group: Option<u64>) {
+        let id = SeqId(self.submitted);
+        let prompt: Vec<u32> =
+            (0..prompt_tokens).map(|i| i + 1000 * u32::try_from(id.0).unwrap()).collect();
+        let new = NewSequence { id, prompt: prompt.clone(), tokens_max, group };
+        if self.scheduler.submit(new).is_ok() {
+            let room = self.scheduler.context_tokens() - prompt_tokens;
+            self.histories.insert(id, prompt.clone());
+            self.wanted.insert(id, Wanted { prompt, tokens: tokens_max.min(room) as usize });
+            self.submitted += 1;
+        }
+    }
+
+    fn cancel(&mut self, nth: usize) {
+        if let Some(&id) = self.wanted.keys().nth(nth % self.wanted.len().max(1)) {
+            self.scheduler.cancel(id);
+            self.wanted.remove(&id);
+        }
+    }
+
+    fn plan(&mut self) -> bool {
+        self.steps += 1;
+        let some = self.scheduler.plan(StepId(self.steps), &mut self.plan);
+        for (slices, kv) in self.plan.ranks.iter().zip(&self.config.pools) {
+            let tokens: usize = slices.iter().map(|slice| slice.tokens.len()).sum();
+            assert!(tokens <= self.config.step_tokens as usize, "budget");
+            assert!(slices.len() <= self.config.sequences_max as usize, "sequences");
+            assert_disjoint(slices, |slice| &slice.full_blocks, kv.full_blocks);
+            assert_disjoint(slices, |slice| &slice.chunked_blocks, kv.chunked_blocks);
+        }
+        some
+    }
+
+    /// A step fails half way and is planned again: the same, if nothing else happened.
+    fn failed_step(&mut self) {
+        if self.plan() {
+            model::fail(&mut self.workers, &self.plan);
+            let first = self.plan.clone();
+            let preemptions = self.scheduler.stats().preemptions;
+            self.scheduler.abort();
+            let aborted = self.scheduler.clone();
+            assert!(self.plan());
+            if preemptions == aborted.stats().preemptions && aborted.stats().queued == 0 {
+                assert_eq!(self.plan.ranks, first.ranks);
+                self.scheduler.abort();
+                assert_eq!(self.scheduler, aborted, "as if never planned");
+                assert!(self.plan());
+            }
+            self.commit();
+        }
+    }
+
+    fn commit(&mut self) {
+        let sampled = model::run(&mut self.workers, &self.plan, &self.histories);
+        self.scheduler.commit(&sampled);
+        for (id, token) in sampled {
+            let Some(wanted) = self.wanted.get(&id) else { continue };
+            let history = self.histories.get_mut(&id).unwrap();
+            history.push(token);
+            if history.len() == wanted.prompt.len() + wanted.tokens {
+                assert_eq!(*history, model::generate(&wanted.prompt, wanted.tokens));
+                self.wanted.remove(&id);
+                self.finished += 1;
+            }
+        }
+        self.assert_chunks_bounded();
+    }
+
+    /// Between steps a sequence holds at most the blocks that one chunk touches.
+    fn assert_chunks_bounded(&self) {
+        let stats = self.scheduler.stats();
+        for (RankStats { running, chunked_free_blocks, .. }, kv) in
+            stats.ranks.iter().zip(&self.config.pools)
+        {
+            if kv.chunk_tokens.is_some() {
+                let held = kv.chunked_blocks - chunked_free_blocks;
+                assert!(held <= running * (kv.window_blocks() + 1), "{held} by {running}");
+            }
+        }
+    }
+
+    /// Nothing new arrives: everything must end, and every block come back.
+    fn drain(&mut self) {
+        // One sequence alone takes at most a step per token, and after a preemption again; the
+        // oldest is never preempted, so a generous bound is quadratic in the sequences.
+        let bound = self.steps + 64 * (1 + self.wanted.len() as u64) * 48;
+        while self.plan() {
+            self.commit();
+            assert!(self.steps < bound, "no progress: {:?}", self.scheduler.stats());
+        }
+        assert!(self.wanted.is_empty(), "{:?} never ended", self.wanted.keys());
+        let stats = self.scheduler.stats();
+        assert_eq!((stats.running, stats.queued), (0, 0));
+        for (rank, kv) in stats.ranks.iter().zip(&self.config.pools) {
+            assert_eq!(rank.full_free_blocks, kv.full_blocks);
+            let chunked = if kv.chunk_tokens.is_some() { kv.chunked_blocks } else { 0 };
+            assert_eq!(rank.chunked_free_blocks, chunked);
+        }
+    }
+}
+
+fn assert_disjoint(slices: &[Slice], table: impl Fn(&Slice) -> &Vec<BlockId>, blocks: u32) {
+    let mut seen = BTreeSet::new();
+    for slice in slices {
+        for &block in table(slice) {
+            assert!(block.0 < blocks, "{block} does not exist");
+            assert!(seen.insert(block), "{block} has two owners");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+
+    #[test]
+    fn every_sequence_gets_its_own_tokens(
+        config in config(),
+        actions in prop::collection::vec(action(), 1..80),
+    ) {
+        let mut world = World::new(config);
+        for action in &actions {
+            world.act(action);
+        }
+        world.drain();
+    }
+}
+
+/// The random test must not pass by never preempting, never crossing a chunk or never finishing.
+#[test]
+fn busy_small_rank_preempts_and_finishes() {
+    let kv = KvPools { block_tokens: 3, full_blocks: 14, chunked_blocks: 8, chunk_tokens: Some(7) };
+    let mut world = World::new(Config {
+        pools: vec![kv, kv],
+        step_tokens: 9,
+        sequences_max: 4,
+        queue_max: 6,
+        context_tokens: 40,
+    });
+    for round in 0..60 {
+        world.act(&Action::Submit {
+            prompt_tokens: 1 + round * 7 % 20,
+            tokens_max: 1 + round * 5 % 19,
+            group: Some(u64::from(round) / 3),
+        });
+        world.act(if round % 7 == 0 { &Action::FailedStep } else { &Action::Step });
+    }
+    world.drain();
+    let preemptions = world.scheduler.stats().preemptions;
+    assert!(4 < preemptions, "{preemptions}");
+    assert!(40 < world.finished, "{}", world.finished);
+}
+
+/// Long prompts keep arriving; a sequence that decodes gets a token in every step.
+#[test]
+fn decode_never_waits_for_prefills() {
+    let kv = KvPools { block_tokens: 4, full_blocks: 900, chunked_blocks: 900, chunk_tokens: None };
+    let mut world = World::new(Config {
+        pools: vec![kv],
+        step_tokens: 8,
+        sequences_max: 4,
+        queue_max: 6,
+        context_tokens: 400,
+    });
+    world.submit(1, 50, None);
+    for _ in 0..50 {
+        world.submit(300, 1, None);
+        world.act(&Action::Step);
+    }
+    assert_eq!(world.histories[&SeqId(0)].len(), 51);
+}

@@ -1,0 +1,8 @@
+//! Generates the gRPC code with protox, so that no protoc is needed on the machine.
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo::rerun-if-changed=herd/v1/herd.proto");
+    let descriptors = protox::compile(["herd/v1/herd.proto"], ["."])?;
+    tonic_prost_build::configure().compile_fds(descriptors)?;
+    Ok(())
+}
