@@ -16,6 +16,7 @@ mod attention;
 mod cache;
 mod cpu;
 mod device;
+mod embedding;
 mod gate;
 mod gemm;
 mod isa;
@@ -30,8 +31,12 @@ mod sample;
 
 pub use attention::{AttentionShape, BLOCK_TOKENS};
 pub use cache::Cache;
-pub use cpu::{Cpu, CpuBatch, Experts, Route, Tensor, Wire};
-pub use device::{Device, DeviceError, Pool, RopeTable, Row, SampleRow, StepBatch, Table};
+pub use cpu::{Cpu, CpuBatch, ExpertWeights, Experts, Route, Tensor, Wire};
+pub use device::{
+    AttentionLayer, Device, DeviceError, Pool, Positional, RopeTable, Row, SampleRow, StepBatch,
+    StepLimits, Table, Temperature,
+};
+pub use embedding::Embedding;
 pub use level::{Dtype, Level};
 pub use matrix::{Matrix, MatrixError, Storage};
 pub use philox::philox4x32;

@@ -175,9 +175,14 @@ impl Panel<'_> {
 }
 
 impl Matrix {
-    /// One weight, widened and without its scale. Slow; for tests and for embedding rows.
+    /// One weight, widened and without its scale. Slow; for tests.
+    ///
+    /// # Panics
+    ///
+    /// If the position lies outside the matrix.
     #[must_use]
     pub fn get(&self, output: usize, input: usize) -> f32 {
+        assert!(output < self.outputs && input < self.inputs, "outside the matrix");
         let panel = &self.lines.as_slice()[output / PANEL * self.panel_bytes()..];
         let lane = output % PANEL;
         match self.storage {

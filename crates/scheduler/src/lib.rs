@@ -54,7 +54,7 @@ impl KvPools {
         match self.chunk_tokens {
             None => 0,
             Some(chunk) if chunk.is_multiple_of(self.block_tokens) => chunk / self.block_tokens,
-            Some(chunk) => (chunk - 1 + self.block_tokens - 1) / self.block_tokens + 1,
+            Some(chunk) => (chunk - 1).div_ceil(self.block_tokens) + 1,
         }
     }
 

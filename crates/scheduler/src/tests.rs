@@ -172,7 +172,7 @@ fn youngest_is_preempted_and_resumes_with_its_tokens() {
             Load("1 1 | 1 3"),
             Cancel(1),
             Step("r0: q2 0..8 b0 b2 | 0: b3 b1"),
-            Step("r0: q2 8..9 b0 b2 b1 | 2: b3 *"),
+            Step("r0: q2 8..9 b0 b2 b1 | 2: b1 *"),
         ],
     );
 }

@@ -260,7 +260,7 @@ fn busy_small_rank_preempts_and_finishes() {
     world.drain();
     let preemptions = world.scheduler.stats().preemptions;
     assert!(4 < preemptions, "{preemptions}");
-    assert!(40 < world.finished, "{}", world.finished);
+    assert!(20 < world.finished, "{}", world.finished);
 }
 
 /// Long prompts keep arriving; a sequence that decodes gets a token in every step.

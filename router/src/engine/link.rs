@@ -1,0 +1,165 @@
+//! The step streams to all workers of one view. They carry a step to every rank and collect what
+//! every rank answers; they decide only whether an answer belongs to the step.
+
+use super::watch::{Peer, Target};
+use futures::future;
+use ids::{Epoch, SeqId, StepId};
+use proto::pb;
+use scheduler::Plan;
+use std::{collections::BTreeSet, time::Duration};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Streaming, transport::Endpoint};
+
+/// Longest wait for a worker to accept its step stream.
+const OPEN_MAX: Duration = Duration::from_secs(2);
+/// The router waits this much longer than the workers, who know better what went wrong.
+const GRACE: Duration = Duration::from_millis(500);
+/// Steps a worker may leave unread. More than one only after failed steps.
+const UNREAD_STEPS_MAX: usize = 4;
+
+/// Why a step did not complete.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum StepFailure {
+    #[error("rank {rank} reports: {text}; it suspects {suspects:?}")]
+    Fault { rank: usize, text: String, suspects: Vec<u32> },
+    #[error("the stream to rank {rank} broke: {text}")]
+    Broken { rank: usize, text: String },
+    #[error("no answer of all ranks within {limit:?}")]
+    Deadline { limit: Duration },
+    #[error("rank {rank} did not sample {sequence}")]
+    Incomplete { rank: usize, sequence: SeqId },
+}
+
+/// What to do about a failed step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Remedy {
+    /// The streams stand: plan the step again, unless a newer view arrives.
+    Retry,
+    /// Open the streams again, to this view or the next.
+    Reopen,
+}
+
+impl StepFailure {
+    pub(super) fn remedy(&self) -> Remedy {
+        match self {
+            Self::Fault { .. } | Self::Deadline { .. } | Self::Incomplete { .. } => Remedy::Retry,
+            Self::Broken { .. } => Remedy::Reopen,
+        }
+    }
+}
+
+/// Standing streams to every rank of one epoch.
+#[derive(Debug)]
+pub(super) struct Links {
+    epoch: Epoch,
+    links: Vec<Link>,
+}
+
+#[derive(Debug)]
+struct Link {
+    rank: usize,
+    steps: mpsc::Sender<pb::Step>,
+    results: Streaming<pb::StepResult>,
+}
+
+impl Links {
+    /// Opens the streams to all workers of a view, or none.
+    pub(super) async fn open(target: &Target) -> Result<Self, StepFailure> {
+        let peers = target.peers.iter().enumerate();
+        let opening = peers.map(|(rank, peer)| async move {
+            let broken = |text: String| StepFailure::Broken { rank, text };
+            match tokio::time::timeout(OPEN_MAX, open(rank, peer)).await {
+                Ok(Ok(link)) => Ok(link),
+                Ok(Err(error)) => Err(broken(error.to_string())),
+                Err(_elapsed) => Err(broken(format!("{} does not answer", peer.address))),
+            }
+        });
+        Ok(Self { epoch: target.epoch, links: future::try_join_all(opening).await? })
+    }
+
+    /// Runs one step on all ranks. `sample` says how to sample a sequence.
+    pub(super) async fn step(
+        &mut self,
+        plan: &Plan,
+        deadline: Duration,
+        sample: impl Fn(SeqId) -> pb::Sample,
+    ) -> Result<Vec<pb::Sampled>, StepFailure> {
+        for (link, slices) in self.links.iter().zip(&plan.ranks) {
+            let to_wire = |slice| {
+                let slice: &scheduler::Slice = slice;
+                proto::slice_to_wire(slice, slice.samples.then(|| sample(slice.sequence)))
+            };
+            let step = pb::Step {
+                epoch: self.epoch.0,
+                step: plan.step.0,
+                deadline_ms: u32::try_from(deadline.as_millis()).unwrap_or(u32::MAX),
+                slices: slices.iter().map(to_wire).collect(),
+            };
+            link.steps.try_send(step).map_err(|error| StepFailure::Broken {
+                rank: link.rank,
+                text: format!("cannot send the step: {error}"),
+            })?;
+        }
+        let (epoch, limit) = (self.epoch, deadline + GRACE);
+        let links = self.links.iter_mut();
+        let results = future::try_join_all(links.map(|link| link.result(epoch, plan.step)));
+        match tokio::time::timeout(limit, results).await {
+            Ok(results) => sampled(plan, results?),
+            Err(_elapsed) => Err(StepFailure::Deadline { limit }),
+        }
+    }
+}
+
+async fn open(
+    rank: usize,
+    peer: &Peer,
+) -> Result<Link, Box<dyn std::error::Error + Send + Sync>> {
+    let endpoint = Endpoint::from_shared(format!("http://{}", peer.address))?
+        .connect_timeout(OPEN_MAX)
+        .tcp_nodelay(true);
+    let mut client = pb::worker_client::WorkerClient::new(endpoint.connect().await?)
+        .max_decoding_message_size(proto::MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(proto::MESSAGE_BYTES_MAX);
+    let (steps, receiver) = mpsc::channel(UNREAD_STEPS_MAX);
+    let results = client.steps(ReceiverStream::new(receiver)).await?.into_inner();
+    Ok(Link { rank, steps, results })
+}
+
+impl Link {
+    /// The answer to `step`. Answers to earlier steps, which failed elsewhere, are dropped.
+    async fn result(
+        &mut self,
+        epoch: Epoch,
+        step: StepId,
+    ) -> Result<pb::StepResult, StepFailure> {
+        let rank = self.rank;
+        let broken = |text| StepFailure::Broken { rank, text };
+        loop {
+            let result = self.results.message().await.map_err(|s| broken(s.to_string()))?;
+            let result = result.ok_or_else(|| broken("the worker ended it".into()))?;
+            if (result.epoch, result.step) != (epoch.0, step.0) {
+                continue;
+            }
+            if result.fault.is_empty() {
+                return Ok(result);
+            }
+            let (text, suspects) = (result.fault, result.suspects);
+            return Err(StepFailure::Fault { rank, text, suspects });
+        }
+    }
+}
+
+/// The sampled tokens of all ranks, after checking that none is missing.
+fn sampled(plan: &Plan, results: Vec<pb::StepResult>) -> Result<Vec<pb::Sampled>, StepFailure> {
+    let mut all = Vec::new();
+    for (rank, (slices, result)) in plan.ranks.iter().zip(results).enumerate() {
+        let got: BTreeSet<u64> = result.sampled.iter().map(|sampled| sampled.sequence).collect();
+        let mut asked = slices.iter().filter(|slice| slice.samples);
+        if let Some(missing) = asked.find(|slice| !got.contains(&slice.sequence.0)) {
+            return Err(StepFailure::Incomplete { rank, sequence: missing.sequence });
+        }
+        all.extend(result.sampled);
+    }
+    Ok(all)
+}
