@@ -1,1 +1,3 @@
-//! router
+//! The router: front door, scheduler and journal of a herd cluster.
+
+pub mod engine;

@@ -38,7 +38,7 @@ pub use device::{
 };
 pub use embedding::Embedding;
 pub use level::{Dtype, Level};
-pub use matrix::{Matrix, MatrixError, Storage};
+pub use matrix::{Matrix, MatrixError, Panel, Storage};
 pub use philox::philox4x32;
 pub use rope::{Llama3Scaling, RopeSpec, inv_freq};
 pub use sample::{Sampled, Sampling, sample_row};

@@ -105,10 +105,9 @@ impl Checkpoint {
     pub fn open(dir: &Path, config: &Config) -> Result<Self, CheckpointError> {
         let files::Listing { shards, entries, mut problems, unreadable } =
             files::list(dir, config.packaging.prefix())?;
-        let experts: Vec<Option<ExpertFormat>> = (0..config.layers)
-            .map(|layer| config.moe[layer].then(|| expert_format(&entries, layer)))
-            .collect();
-        let format = |layer: usize| experts[layer].expect("only MoE layers have experts");
+        let format = |layer: usize| expert_format(&entries, layer);
+        let experts = (0..config.layers).map(|layer| config.moe[layer].then(|| format(layer)));
+        let experts = experts.collect();
         let mut tensors = BTreeMap::new();
         for required in names::required(config, format) {
             match entries.get(&required.name) {

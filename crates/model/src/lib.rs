@@ -6,3 +6,9 @@
 
 pub mod checkpoint;
 pub mod config;
+pub mod forward;
+pub mod generation;
+pub mod load;
+pub mod template;
+pub mod tokenizer;
+pub mod weights;

@@ -94,17 +94,21 @@ impl Engine {
             self.wait(None, None).await;
             return None;
         };
-        match Links::open(&target).await {
+        let opened = match Links::open(&target).await {
             Ok(links) => self.session(target, links),
-            Err(failure) => {
-                self.pause_after(&failure.to_string(), None).await;
+            Err(failure) => Err(failure.to_string()),
+        };
+        match opened {
+            Ok(session) => Some(session),
+            Err(text) => {
+                self.pause_after(&text, None).await;
                 None
             }
         }
     }
 
     /// A scheduler over the view's pools, with every live sequence of the journal.
-    fn session(&mut self, target: Target, links: Links) -> Option<Session> {
+    fn session(&mut self, target: Target, links: Links) -> Result<Session, String> {
         let config = Config {
             pools: target.peers.iter().map(|peer| peer.kv).collect(),
             step_tokens: self.config.step_tokens,
@@ -113,20 +117,15 @@ impl Engine {
             queue_max: u32::MAX,
             context_tokens: target.context_tokens,
         };
-        let scheduler = match Scheduler::new(config) {
-            Ok(scheduler) => scheduler,
-            Err(error) => {
-                tracing::error!(epoch = %target.epoch, %error, "cannot serve this view");
-                return None;
-            }
-        };
+        let scheduler = Scheduler::new(config)
+            .map_err(|error| format!("the view {} cannot be served: {error}", target.epoch))?;
         self.shared.context_tokens.store(scheduler.context_tokens(), Ordering::SeqCst);
         self.shared.epoch.store(target.epoch.0, Ordering::SeqCst);
         tracing::info!(epoch = %target.epoch, sequences = self.live.len(), "serving");
         let plan = Plan::new();
         let mut session = Session { target, links, scheduler, plan, preemptions: 0 };
         self.resubmit(&mut session.scheduler);
-        Some(session)
+        Ok(session)
     }
 
     fn resubmit(&mut self, scheduler: &mut Scheduler) {
@@ -309,6 +308,9 @@ impl Engine {
         let streams = u32::try_from(self.live.len()).expect("live sequences are bounded");
         self.shared.streams.store(streams, Ordering::SeqCst);
         gauge!("herd_streams").set(f64::from(streams));
+        if !self.shared.ready.load(Ordering::SeqCst) {
+            self.shared.queued.store(streams, Ordering::SeqCst);
+        }
         if streams == 0 {
             self.shared.stream_ended.notify_waiters();
         }
@@ -355,11 +357,11 @@ impl Engine {
         let until = until.unwrap_or_else(|| tokio::time::Instant::now() + forever);
         tokio::select! {
             biased; // A newer view comes first: the longest pause of a stream depends on it.
-            changed = self.views.changed() => match changed {
-                Ok(()) => Wake::View,
-                // The task that follows views ends only with this receiver, or by a panic.
-                Err(_) => { tokio::time::sleep_until(until).await; Wake::Pause }
-            },
+            changed = self.views.changed() => {
+                changed.expect("the task that follows views outlives its receiver");
+                self.retry_pause = RETRY_FIRST;
+                Wake::View
+            }
             submission = self.inbox.recv(), if !self.inbox_closed => {
                 match submission {
                     Some(submission) => self.answer(submission, session),

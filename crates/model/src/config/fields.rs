@@ -104,10 +104,11 @@ impl<'a> Fields<'a> {
 
     /// One id or a list of them; missing is an empty list.
     pub(super) fn tokens(&self, name: &str) -> Result<Vec<u32>, ConfigError> {
-        let tokens = self.typed(name, "an id or a list of ids", |value| match value {
-            Value::Array(ids) => ids.iter().map(as_token).collect(),
-            _ => as_token(value).map(|id| vec![id]),
-        })?;
+        let tokens =
+            self.typed(name, "an id or a list of ids", |value| match value.as_array() {
+                Some(ids) => ids.iter().map(as_token).collect(),
+                None => as_token(value).map(|id| vec![id]),
+            })?;
         Ok(tokens.unwrap_or_default())
     }
 

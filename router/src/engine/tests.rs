@@ -1,0 +1,216 @@
+//! The engine against a cluster of toy workers: whatever fails, every stream yields the tokens that
+//! its sequence alone would.
+
+mod fake;
+
+use super::*;
+use fake::{Cluster, next_token};
+use std::sync::atomic::Ordering;
+
+/// Nothing here should take a second; a hang must fail instead.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+fn config(cluster: &Cluster) -> EngineConfig {
+    EngineConfig {
+        coordinator: cluster.coordinator.clone(),
+        address: "127.0.0.1:1".into(),
+        step_tokens: 24,
+        sequences_max: 8,
+        queue_max: 64,
+        step_deadline: Duration::from_secs(5),
+    }
+}
+
+fn generate(n: u32) -> Generate {
+    Generate {
+        prompt: (0..1 + n * 7 % 40).map(|i| (i * i + n) % 50).collect(),
+        tokens_max: 5 + n * 3 % 30,
+        sampling: Sampling { seed: u64::from(n), ..Sampling::greedy() },
+        stop_tokens: vec![n % 50],
+        group: u64::from(n),
+    }
+}
+
+/// What the sequence yields on its own: its tokens and its end.
+fn alone(generate: &Generate) -> (Vec<u32>, Finish) {
+    let mut history = generate.prompt.clone();
+    let mut tokens = Vec::new();
+    loop {
+        let must_go_on = tokens.len() < generate.sampling.tokens_min as usize;
+        let banned = if must_go_on { &generate.stop_tokens[..] } else { &[] };
+        let token = next_token(&history, generate.sampling.seed, banned);
+        if generate.stop_tokens.contains(&token) {
+            return (tokens, Finish::Stop { token });
+        }
+        history.push(token);
+        tokens.push(token);
+        if tokens.len() == generate.tokens_max as usize {
+            return (tokens, Finish::Length);
+        }
+    }
+}
+
+async fn collect(mut stream: TokenStream) -> (Vec<u32>, Finish) {
+    let mut tokens = Vec::new();
+    loop {
+        let event = tokio::time::timeout(PATIENCE, stream.next()).await.expect("the stream hangs");
+        match event.expect("a stream ends with `End`") {
+            Event::Token(sampled) => tokens.push(sampled.token),
+            Event::End(finish) => {
+                assert_eq!(stream.next().await, None, "nothing follows the end");
+                return (tokens, finish);
+            }
+            Event::Failed(text) => panic!("the stream failed: {text}"),
+        }
+    }
+}
+
+/// Submits `count` sequences at once and compares each with what it yields alone.
+async fn check(engine: &EngineHandle, count: u32) {
+    let streams: Vec<_> = futures::future::join_all((0..count).map(|n| async move {
+        let generate = generate(n);
+        (alone(&generate), engine.submit(generate).await.unwrap())
+    }))
+    .await;
+    for (n, (want, stream)) in streams.into_iter().enumerate() {
+        assert_eq!(collect(stream).await, want, "stream {n}");
+    }
+}
+
+async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let wait = async {
+        while !is_so() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, wait).await.unwrap_or_else(|_| panic!("never: {what}"));
+}
+
+#[tokio::test]
+async fn concurrent_streams_yield_what_each_yields_alone() {
+    let cluster = Cluster::start(2).await;
+    cluster.publish(1, 2, 64);
+    let engine = start(config(&cluster));
+    check(&engine, 50).await;
+    until("idle", || engine.status_json()["streams"] == 0).await;
+}
+
+#[tokio::test]
+async fn scarce_memory_preempts_but_changes_no_token() {
+    let cluster = Cluster::start(1).await;
+    cluster.publish(1, 1, 20);
+    let engine = start(config(&cluster));
+    check(&engine, 30).await;
+}
+
+#[tokio::test]
+async fn faulty_steps_are_retried_and_change_no_token() {
+    let cluster = Cluster::start(2).await;
+    cluster.publish(1, 2, 64);
+    cluster.script.faults.lock().unwrap().extend([2, 5, 6]);
+    let engine = start(config(&cluster));
+    check(&engine, 20).await;
+    assert_eq!(cluster.script.failed.load(Ordering::SeqCst), 3);
+    assert_eq!(engine.status_json()["failed_steps"], 3);
+}
+
+#[tokio::test]
+async fn broken_stream_is_opened_again_and_changes_no_token() {
+    let cluster = Cluster::start(2).await;
+    cluster.publish(1, 2, 64);
+    cluster.script.break_at.store(4, Ordering::SeqCst);
+    let engine = start(config(&cluster));
+    check(&engine, 20).await;
+    assert_eq!(cluster.script.break_at.load(Ordering::SeqCst), 0, "it broke");
+}
+
+#[tokio::test]
+async fn view_changes_change_no_token() {
+    let cluster = Cluster::start(3).await;
+    cluster.publish(1, 2, 64);
+    let engine = start(config(&cluster));
+    let changes = async {
+        for (step, epoch, ranks) in [(4, 2, 3), (9, 3, 1), (15, 4, 2)] {
+            until("a step", || step <= cluster.script.last.load(Ordering::SeqCst)).await;
+            cluster.publish(epoch, ranks, 64);
+        }
+    };
+    tokio::join!(check(&engine, 40), changes);
+    until("the last view", || engine.status_json()["epoch"] == 4).await;
+}
+
+#[tokio::test]
+async fn requests_wait_for_the_first_view() {
+    let cluster = Cluster::start(1).await;
+    let engine = start(EngineConfig { queue_max: 2, ..config(&cluster) });
+    assert!(!engine.is_ready());
+    let first = engine.submit(generate(1)).await.unwrap();
+    let second = engine.submit(generate(2)).await.unwrap();
+    let third = engine.submit(generate(3)).await.unwrap_err();
+    assert!(matches!(third, SubmitError::NotReady(_)), "{third}");
+
+    cluster.publish(1, 1, 64);
+    assert_eq!(collect(first).await, alone(&generate(1)));
+    assert_eq!(collect(second).await, alone(&generate(2)));
+    assert!(engine.is_ready());
+    assert_eq!(engine.context_tokens(), 200);
+}
+
+#[tokio::test]
+async fn full_queue_refuses_and_dropped_streams_make_room() {
+    let cluster = Cluster::start(1).await;
+    let engine = start(EngineConfig { queue_max: 2, sequences_max: 1, ..config(&cluster) });
+    cluster.publish(1, 1, 64);
+    until("ready", || engine.is_ready()).await;
+    let endless = || Generate { tokens_max: 150, stop_tokens: vec![], ..generate(3) };
+    let mut held = Vec::new();
+    let refused = loop {
+        match engine.submit(endless()).await {
+            Ok(stream) => held.push(stream),
+            Err(error) => break error,
+        }
+        assert!(held.len() < 20, "the queue has no end");
+    };
+    assert_eq!(refused, SubmitError::QueueFull { retry_after_s: RETRY_AFTER_S });
+    drop(held);
+    until("room", || engine.status_json()["streams"] == 0).await;
+    assert_eq!(collect(engine.submit(generate(4)).await.unwrap()).await, alone(&generate(4)));
+}
+
+#[tokio::test]
+async fn stop_tokens_wait_for_tokens_min() {
+    let cluster = Cluster::start(1).await;
+    cluster.publish(1, 1, 64);
+    let engine = start(config(&cluster));
+    let mut generate = generate(5);
+    generate.stop_tokens = (0..45).collect();
+    generate.sampling.tokens_min = 12;
+    generate.tokens_max = 40;
+    let want = alone(&generate);
+    assert!(12 <= want.0.len() && want.0.len() < 40, "{want:?}");
+    until("ready", || engine.is_ready()).await;
+    assert_eq!(collect(engine.submit(generate).await.unwrap()).await, want);
+}
+
+#[tokio::test]
+async fn what_cannot_fit_is_refused() {
+    let cluster = Cluster::start(1).await;
+    cluster.publish(1, 1, 10);
+    let engine = start(config(&cluster));
+    until("ready", || engine.is_ready()).await;
+    let long = Generate { prompt: vec![1; 41], ..generate(1) };
+    let error = SubmitError::TooLong { prompt_tokens: 41, context_tokens: 41 };
+    assert_eq!(engine.submit(long).await.unwrap_err(), error);
+}
+
+#[tokio::test]
+async fn draining_ends_the_running_and_refuses_the_new() {
+    let cluster = Cluster::start(1).await;
+    cluster.publish(1, 1, 64);
+    let engine = start(config(&cluster));
+    until("ready", || engine.is_ready()).await;
+    let stream = engine.submit(generate(2)).await.unwrap();
+    tokio::time::timeout(PATIENCE, engine.drain()).await.expect("drained");
+    assert_eq!(engine.submit(generate(3)).await.unwrap_err(), SubmitError::Draining);
+    assert_eq!(collect(stream).await, alone(&generate(2)));
+}

@@ -1,0 +1,221 @@
+//! A cluster of toy workers and its coordinator, served over loopback.
+//!
+//! A worker's KV memory holds the tokens themselves; the next token is a hash of what the block
+//! table finds there. So a wrong table, a lost token or a skipped step shows in the output.
+
+use futures::{Stream, StreamExt};
+use proto::pb::{
+    self, coordinator_server as coordinator, coordinator_server::Coordinator,
+    worker_server as worker, worker_server::Worker,
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    pin::Pin,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+use tokio::{net::TcpListener, sync::watch};
+use tokio_stream::wrappers::{TcpListenerStream, WatchStream};
+use tonic::{Request, Response, Status, Streaming};
+
+pub(super) const BLOCK_TOKENS: u32 = 4;
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// The token after `history`. Banned tokens are stepped over.
+pub(super) fn next_token(history: &[u32], seed: u64, banned: &[u32]) -> u32 {
+    let mix = |hash: u64, value: u64| (hash ^ value).wrapping_mul(0x0000_0100_0000_01b3);
+    let hash = history.iter().fold(seed ^ 0xcbf2_9ce4, |hash, &t| mix(hash, u64::from(t)));
+    let mut token = u32::try_from((hash ^ (hash >> 29)) % 50).unwrap();
+    while banned.contains(&token) {
+        token = (token + 1) % 50;
+    }
+    token
+}
+
+/// Faults to inject and what was seen. Shared by the workers of a cluster.
+#[derive(Default)]
+pub(super) struct Script {
+    /// Steps that fail on rank 0, once each.
+    pub(super) faults: Mutex<BTreeSet<u64>>,
+    /// A step at which the stream of rank 0 breaks; 0: none.
+    pub(super) break_at: AtomicU64,
+    pub(super) failed: AtomicU64,
+    /// The last step of any rank.
+    pub(super) last: AtomicU64,
+}
+
+struct FakeWorker {
+    rank: u32,
+    script: Arc<Script>,
+}
+
+#[derive(Default)]
+struct Memory {
+    tokens: BTreeMap<(u32, u32), u32>,
+}
+
+impl Memory {
+    fn run(&mut self, slice: &pb::Slice) -> Option<pb::Sampled> {
+        let at = |p: u32| (slice.full_blocks[(p / BLOCK_TOKENS) as usize], p % BLOCK_TOKENS);
+        for (p, &token) in (slice.start..).zip(&slice.tokens) {
+            self.tokens.insert(at(p), token);
+        }
+        let sample = slice.sample.as_ref()?;
+        let end = slice.start + u32::try_from(slice.tokens.len()).unwrap();
+        let history: Vec<u32> = (0..end).map(|p| self.tokens[&at(p)]).collect();
+        let token = next_token(&history, sample.seed, &sample.banned);
+        let logprob = sample.logprobs.map(|_| -1.0);
+        Some(pb::Sampled { sequence: slice.sequence, token, logprob, top: Vec::new() })
+    }
+}
+
+#[tonic::async_trait]
+impl Worker for FakeWorker {
+    type StepsStream = Answers<pb::StepResult>;
+
+    async fn prepare(
+        &self,
+        _request: Request<pb::PrepareRequest>,
+    ) -> Result<Response<pb::PrepareResponse>, Status> {
+        Err(Status::unimplemented("the router never prepares"))
+    }
+
+    async fn steps(
+        &self,
+        request: Request<Streaming<pb::Step>>,
+    ) -> Result<Response<Self::StepsStream>, Status> {
+        let (rank, script) = (self.rank, self.script.clone());
+        let mut memory = Memory::default();
+        let answers = request.into_inner().map(move |step| {
+            let step = step?;
+            script.last.fetch_max(step.step, Ordering::SeqCst);
+            let breaks = script.break_at.load(Ordering::SeqCst);
+            if rank == 0 && breaks != 0 && breaks <= step.step {
+                script.break_at.store(0, Ordering::SeqCst);
+                return Err(Status::aborted("the stream breaks"));
+            }
+            let sampled = step.slices.iter().filter_map(|slice| memory.run(slice)).collect();
+            let mut result = pb::StepResult {
+                epoch: step.epoch,
+                step: step.step,
+                rank,
+                sampled,
+                ..Default::default()
+            };
+            if rank == 0 && script.faults.lock().unwrap().remove(&step.step) {
+                script.failed.fetch_add(1, Ordering::SeqCst);
+                result.fault = "planted".into();
+                result.sampled.clear();
+            }
+            Ok(result)
+        });
+        Ok(Response::new(Box::pin(answers)))
+    }
+}
+
+struct FakeCoordinator(watch::Receiver<Option<pb::View>>);
+
+#[tonic::async_trait]
+impl Coordinator for FakeCoordinator {
+    type RegisterStream = Answers<pb::RegisterEvent>;
+    type WatchViewStream = Answers<pb::View>;
+
+    async fn register(
+        &self,
+        _request: Request<pb::RegisterRequest>,
+    ) -> Result<Response<Self::RegisterStream>, Status> {
+        Err(Status::unimplemented("no worker registers here"))
+    }
+
+    async fn watch_view(
+        &self,
+        _request: Request<pb::WatchViewRequest>,
+    ) -> Result<Response<Self::WatchViewStream>, Status> {
+        let views = WatchStream::new(self.0.clone());
+        Ok(Response::new(Box::pin(views.filter_map(|view| async { view.map(Ok) }))))
+    }
+
+    async fn status(
+        &self,
+        _request: Request<pb::StatusRequest>,
+    ) -> Result<Response<pb::StatusResponse>, Status> {
+        Err(Status::unimplemented("nobody asks"))
+    }
+}
+
+/// Workers and a coordinator that has no view yet.
+pub(super) struct Cluster {
+    pub(super) coordinator: String,
+    pub(super) script: Arc<Script>,
+    workers: Vec<String>,
+    views: watch::Sender<Option<pb::View>>,
+}
+
+impl Cluster {
+    pub(super) async fn start(ranks: u32) -> Self {
+        let script = Arc::new(Script::default());
+        let mut workers = Vec::new();
+        for rank in 0..ranks {
+            let fake = FakeWorker { rank, script: script.clone() };
+            let server = tonic::transport::Server::builder();
+            workers.push(serve(server, worker::WorkerServer::new(fake)).await);
+        }
+        let (views, receiver) = watch::channel(None);
+        let server = tonic::transport::Server::builder();
+        let fake = coordinator::CoordinatorServer::new(FakeCoordinator(receiver));
+        let coordinator = format!("http://{}", serve(server, fake).await);
+        Self { coordinator, script, workers, views }
+    }
+
+    /// Publishes a view of the first `ranks` workers.
+    pub(super) fn publish(&self, epoch: u64, ranks: u32, full_blocks: u32) {
+        let member = |rank: u32| pb::Member {
+            worker: rank,
+            rank,
+            address: self.workers[rank as usize].clone(),
+            incarnation: "fake".into(),
+            pid: 1,
+            device: "fake".into(),
+            kv: Some(pb::KvPools {
+                block_tokens: BLOCK_TOKENS,
+                full_blocks,
+                chunked_blocks: 64,
+                chunk_tokens: 8,
+            }),
+            context_tokens: 200,
+        };
+        let replicas = pb::Replicas { ranks: vec![0] };
+        self.views.send_replace(Some(pb::View {
+            epoch,
+            members: (0..ranks).map(member).collect(),
+            placement: vec![pb::LayerPlacement { experts: vec![replicas] }],
+            profile: "fake".into(),
+            model: "fake".into(),
+        }));
+    }
+}
+
+async fn serve<S>(mut server: tonic::transport::Server, service: S) -> String
+where
+    S: tonic::codegen::Service<
+            tonic::codegen::http::Request<tonic::body::Body>,
+            Response = tonic::codegen::http::Response<tonic::body::Body>,
+            Error = std::convert::Infallible,
+        > + tonic::server::NamedService
+        + Clone
+        + Send
+        + Sync
+        + 'static,
+    S::Future: Send + 'static,
+{
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let server = server.add_service(service);
+    telemetry::spawn("fake", async move {
+        server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
+    });
+    address
+}
