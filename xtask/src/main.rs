@@ -1,1 +1,60 @@
-fn main() {}
+//! Automation of the repository: `cargo xtask verify` is what a reviewer would otherwise have to remember.
+//!
+//! It never changes a file of the tree: every command only looks and reports.
+
+mod tidy;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, bail};
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(about = "Automation of the herd repository")]
+struct Args {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Format, lints and tidy: everything a change must pass besides its tests.
+    Verify,
+    /// The rules that no compiler checks: dependency directions, files, code map.
+    Tidy,
+}
+
+fn main() -> anyhow::Result<()> {
+    match Args::parse().task {
+        Task::Verify => verify(),
+        Task::Tidy => tidy::run(&root()),
+    }
+}
+
+fn verify() -> anyhow::Result<()> {
+    cargo(&["fmt", "--all", "--check"])?;
+    cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
+    tidy::run(&root())
+}
+
+/// The workspace's root folder. The manifest's folder is known at compile time, and xtask is always run from its own tree.
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("xtask is a folder of the workspace")
+        .to_path_buf()
+}
+
+fn cargo(arguments: &[&str]) -> anyhow::Result<()> {
+    eprintln!("$ cargo {}", arguments.join(" "));
+    let status = Command::new("cargo")
+        .args(arguments)
+        .current_dir(root())
+        .status()
+        .context("cargo could not be started")?;
+    if !status.success() {
+        bail!("cargo {} failed: {status}", arguments.join(" "));
+    }
+    Ok(())
+}

@@ -1,1 +1,192 @@
-//! all2all
+//! The exchange of MoE rows: every row to the rank of its expert, every result back.
+//!
+//! One trait, [`AllToAll`], and one set of rules that every transport keeps; [`conformance`] tests
+//! them. A transport serves one view at a time. A step either completes on this rank or it failed:
+//! nothing of a failed step is ever used, and after a failure only [`AllToAll::reconfigure`] helps.
+//!
+//! Moving a row changes no bit of it, and a rank's own rows take the same form as those of others.
+
+pub mod conformance;
+mod error;
+pub mod local;
+mod routes;
+
+pub use error::{ExchangeError, Fault, FaultKind, Phase, Reason};
+pub use routes::{Routes, RoutesError, View};
+
+use ids::{Epoch, Rank, StepId};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// One MoE layer of one step.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct LayerKey {
+    pub step: StepId,
+    /// Index among the MoE layers.
+    pub layer: u16,
+}
+
+/// Rows were sent; the rows for this rank can be waited for.
+#[must_use = "the peers wait for the rest of the layer"]
+#[derive(Debug)]
+pub struct Sent(LayerKey);
+
+/// Rows for this rank's experts are here; results can be sent back.
+#[must_use = "the peers wait for the results"]
+#[derive(Debug)]
+pub struct Arrived(LayerKey);
+
+/// Results were sent; those of this rank's own rows can be waited for.
+#[must_use = "the results of this rank's rows are still to come"]
+#[derive(Debug)]
+pub struct Pending(LayerKey);
+
+/// How a step ended on this rank.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum StepOutcome {
+    /// Every row that this rank got back is of this epoch, step and layer.
+    Complete,
+    /// All results of the step are void.
+    Faulted(Fault),
+}
+
+/// Stops the current step of a rank from any thread: wait-free for the step's peers, idempotent.
+#[derive(Clone)]
+pub struct Aborter(Arc<dyn Fn(Epoch, Reason) + Send + Sync>);
+
+impl Aborter {
+    /// Wraps what a transport does to abort.
+    pub fn new(abort: impl Fn(Epoch, Reason) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(abort))
+    }
+
+    /// Ends the step of `epoch` with [`FaultKind::Aborted`]; an older epoch is a no-op.
+    pub fn abort(&self, epoch: Epoch, reason: Reason) {
+        (self.0)(epoch, reason);
+    }
+}
+
+/// Dispatch and combine of one rank.
+///
+/// A layer is four calls in the order that the tickets force: send the rows, wait for the rows of the
+/// local experts, send their results, wait for the own results. Between the first two the caller runs
+/// the shared expert.
+///
+/// On a GPU the calls only enqueue: rows, chosen experts and offsets are device buffers (hence the
+/// associated types), no call waits for the device, and a fault shows in [`AllToAll::end_step`]. On a
+/// CPU they run at once and may report the fault as soon as it is seen; `end_step` repeats it.
+///
+/// Rules (each has a test in [`conformance`]): epochs only rise; a step is all or nothing; a fault
+/// poisons until `reconfigure`; nothing outlasts the step's deadline; aborts may race with anything;
+/// exactly one result per row, in the order of the rows; rows are moved unchanged; no allocation once
+/// the buffers have seen the largest step; what a masked rank writes is never read.
+pub trait AllToAll: Send {
+    /// Rows in device memory.
+    type Rows<'a>;
+    /// Rows in device memory, to be overwritten.
+    type RowsMut<'a>;
+    /// The chosen expert of every row.
+    type Experts<'a>;
+    /// Where each local expert's rows start among the arrived ones, `[local experts + 1]`.
+    type Offsets: ?Sized;
+
+    /// The view this exchange serves.
+    fn view(&self) -> &View;
+
+    /// Opens a step; `deadline` bounds all of it.
+    ///
+    /// # Errors
+    ///
+    /// [`ExchangeError::StaleEpoch`], [`ExchangeError::NotReady`] or [`ExchangeError::Poisoned`].
+    fn begin_step(
+        &mut self,
+        epoch: Epoch,
+        step: StepId,
+        deadline: Instant,
+    ) -> Result<(), ExchangeError>;
+
+    /// Sends every row to the rank of its expert.
+    ///
+    /// # Errors
+    ///
+    /// [`ExchangeError::Faulted`] if the step has failed, here or on a peer.
+    fn dispatch_send(
+        &mut self,
+        key: LayerKey,
+        rows: Self::Rows<'_>,
+        experts: Self::Experts<'_>,
+    ) -> Result<Sent, ExchangeError>;
+
+    /// Waits for the rows of the local experts.
+    ///
+    /// # Errors
+    ///
+    /// As for `dispatch_send`.
+    fn dispatch_recv(&mut self, sent: Sent) -> Result<Arrived, ExchangeError>;
+
+    /// The rows that arrived, grouped by local expert; within an expert by source rank, then by row.
+    fn arrived(&self, arrived: &Arrived) -> (Self::Rows<'_>, &Self::Offsets);
+
+    /// Sends the results, in the order of the arrived rows, to where these came from.
+    ///
+    /// # Errors
+    ///
+    /// As for `dispatch_send`.
+    fn combine_send(
+        &mut self,
+        arrived: Arrived,
+        results: Self::Rows<'_>,
+    ) -> Result<Pending, ExchangeError>;
+
+    /// Waits for the results of the own rows, in their order.
+    ///
+    /// # Errors
+    ///
+    /// As for `dispatch_send`.
+    fn combine_recv(
+        &mut self,
+        pending: Pending,
+        out: Self::RowsMut<'_>,
+    ) -> Result<(), ExchangeError>;
+
+    /// Ends the step; the only place where its outcome stands. A step left in the middle of a layer has
+    /// failed.
+    fn end_step(&mut self) -> StepOutcome;
+
+    /// A handle that ends the current step from any thread.
+    fn aborter(&self) -> Aborter;
+
+    /// Moves to the next view, between steps. The members may be the same: a plain new start.
+    ///
+    /// # Errors
+    ///
+    /// [`ExchangeError::StaleEpoch`] unless the epoch rises; what the transport needs and lacks.
+    fn reconfigure(&mut self, next: View, budget: Duration) -> Result<(), ExchangeError>;
+}
+
+/// Rows in host memory.
+#[derive(Clone, Copy, Debug)]
+pub struct HostRows<'a> {
+    pub bytes: &'a [u8],
+    /// Bytes of one row.
+    pub row_bytes: usize,
+}
+
+impl HostRows<'_> {
+    /// Number of rows.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.bytes.len().checked_div(self.row_bytes).unwrap_or(0)
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Which ranks take part: all of a view but the masked ones.
+pub(crate) fn active_ranks(view: &View) -> impl Iterator<Item = Rank> + '_ {
+    (0..view.ranks).map(Rank).filter(|rank| view.active[rank.index()])
+}

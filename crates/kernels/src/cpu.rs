@@ -277,6 +277,7 @@ impl Device for Cpu {
     type Route = Route;
     type Wire = Wire;
     type Experts = Experts;
+    type Arrived = [u8];
     type Offsets = [u32];
 
     fn tensor(&self, rows: usize, columns: usize) -> Tensor {

@@ -134,6 +134,8 @@ pub trait Device {
     type Wire;
     /// The experts of one MoE layer that this rank holds.
     type Experts;
+    /// Rows that arrived from other ranks.
+    type Arrived: ?Sized;
     /// Row offsets per local expert, `[local experts + 1]`, as the exchange found them.
     type Offsets: ?Sized;
 
@@ -186,7 +188,7 @@ pub trait Device {
     /// Runs the local experts over the rows that arrived, grouped by expert.
     fn experts(
         &mut self,
-        arrived: &[u8],
+        arrived: &Self::Arrived,
         offsets: &Self::Offsets,
         experts: &Self::Experts,
         results: &mut Self::Wire,

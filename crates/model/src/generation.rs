@@ -31,7 +31,7 @@ pub enum GenerationError {
     #[error("{file} is not a JSON object: {source}; download the file again or remove it")]
     Json { file: String, source: serde_json::Error },
     #[error("{file}: `{field}` is {value}, which is not {expected}; correct or remove the field")]
-    Field { file: String, field: &'static str, value: Value, expected: &'static str },
+    Field { file: String, field: &'static str, value: String, expected: &'static str },
 }
 
 impl GenerationConfig {
@@ -89,7 +89,7 @@ impl Fields<'_> {
         };
         let file = || self.file.to_owned();
         let wrong =
-            || GenerationError::Field { file: file(), field, value: value.clone(), expected };
+            || GenerationError::Field { file: file(), field, value: value.to_string(), expected };
         read(value).map(Some).ok_or_else(wrong)
     }
 

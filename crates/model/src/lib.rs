@@ -9,6 +9,7 @@ pub mod config;
 pub mod forward;
 pub mod generation;
 pub mod load;
+pub mod synth;
 pub mod template;
 pub mod tokenizer;
 pub mod weights;

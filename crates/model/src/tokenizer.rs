@@ -184,13 +184,14 @@ impl Detokenizer {
         self.pending.extend_from_slice(tokenizer.visible_bytes(id, self.skip));
         let mut out = String::new();
         let mut begun = 0;
-        for chunk in self.pending.utf8_chunks() {
+        let mut chunks = self.pending.utf8_chunks().peekable();
+        while let Some(chunk) = chunks.next() {
             out.push_str(chunk.valid());
             let invalid = chunk.invalid();
             let unfinished = std::str::from_utf8(invalid).is_err_and(|e| e.error_len().is_none());
-            // Only the last chunk can be unfinished: the others are followed by a byte that
+            // Only the last chunk can be completed: the others are followed by a byte that
             // proves them wrong.
-            if unfinished && self.pending.ends_with(invalid) {
+            if unfinished && chunks.peek().is_none() {
                 begun = invalid.len();
             } else if !invalid.is_empty() {
                 out.push(char::REPLACEMENT_CHARACTER);

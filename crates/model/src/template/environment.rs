@@ -67,19 +67,13 @@ fn dump(value: &Value, formatter: impl Formatter) -> Result<String, serde_json::
 /// Python's default separators: `", "` and `": "`.
 struct Spaced;
 
-impl Spaced {
-    fn separate<W: ?Sized + io::Write>(writer: &mut W, first: bool) -> io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-}
-
 impl Formatter for Spaced {
     fn begin_array_value<W: ?Sized + io::Write>(
         &mut self,
         w: &mut W,
         first: bool,
     ) -> io::Result<()> {
-        Self::separate(w, first)
+        if first { Ok(()) } else { w.write_all(b", ") }
     }
 
     fn begin_object_key<W: ?Sized + io::Write>(
@@ -87,7 +81,7 @@ impl Formatter for Spaced {
         w: &mut W,
         first: bool,
     ) -> io::Result<()> {
-        Self::separate(w, first)
+        if first { Ok(()) } else { w.write_all(b", ") }
     }
 
     fn begin_object_value<W: ?Sized + io::Write>(&mut self, w: &mut W) -> io::Result<()> {
