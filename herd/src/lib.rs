@@ -1,1 +1,3 @@
-//! herd
+//! The tools of the `herd` binary.
+
+pub mod logits;

@@ -54,6 +54,9 @@ pub(super) fn write(
     }
     let Some(special) = special_tokens(config) else { return Ok(TokenizerOrigin::None) };
     let bytes = (0..=255_u8).map(|byte| (byte_character(byte).to_string(), json!(byte)));
+    // Also in the model's vocabulary: `tokenizers` numbers added tokens that are not there from
+    // the vocabulary's end, whatever their `id` says, and there is a gap behind the bytes.
+    let special_ids = special.iter().map(|(&id, text)| (text.clone(), json!(id)));
     let flags = |id: u32, content: &str| {
         json!({ "id": id, "content": content, "single_word": false, "lstrip": false,
             "rstrip": false, "normalized": false, "special": true })
@@ -67,7 +70,7 @@ pub(super) fn write(
         "decoder": byte_level,
         "model": { "type": "BPE", "dropout": null, "unk_token": null,
             "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": false,
-            "byte_fallback": false, "vocab": bytes.collect::<Map<String, Value>>(), "merges": [] },
+            "byte_fallback": false, "vocab": bytes.chain(special_ids).collect::<Map<String, Value>>(), "merges": [] },
     });
     let name = |id: Option<u32>| id.and_then(|id| special.get(&id));
     let names = json!({ "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": name(config.bos),
