@@ -14,6 +14,7 @@ import math
 import mmap
 import os
 import pathlib
+import sys
 import time
 
 # With active waiting two threads on a busy machine spend their time slices in spin barriers.
@@ -153,6 +154,8 @@ class Engine:
     """One llama.cpp context: rows of (token, position, sequence) in, logits out."""
 
     def __init__(self, path, threads, sequences, tokens_max):
+        # This file has the package's name, and its own folder comes first on the path.
+        sys.path[:] = [entry for entry in sys.path if pathlib.Path(entry).resolve() != pathlib.Path(__file__).resolve().parent]
         import llama_cpp
 
         self.api = api = llama_cpp

@@ -112,7 +112,8 @@ pub fn run(model: &Model, prompt: &[u32], options: Options) -> anyhow::Result<Ou
     let block = u32::try_from(BLOCK_TOKENS)?;
     let blocks = total.div_ceil(block) + 1;
     let chunk_tokens = config.chunk_tokens.filter(|_| config.chunked.contains(&true));
-    let pools = KvPools { block_tokens: block, full_blocks: blocks, chunked_blocks: blocks, chunk_tokens };
+    let pools =
+        KvPools { block_tokens: block, full_blocks: blocks, chunked_blocks: blocks, chunk_tokens };
     let mut scheduler = Scheduler::new(scheduler::Config {
         pools: vec![pools; usize::from(options.workers)],
         step_tokens: options.chunk,

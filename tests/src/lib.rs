@@ -1,1 +1,1 @@
-//! herd-tests
+//! Golden and invariance tests of the whole engine; the cases lie in `golden/`.

@@ -53,8 +53,7 @@ impl Hub {
     }
 
     fn group(&self, view: &View) -> Result<Arc<Group>, ExchangeError> {
-        let refuse =
-            |reason| ExchangeError::Join { rank: view.me, epoch: view.epoch, reason };
+        let refuse = |reason| ExchangeError::Join { rank: view.me, epoch: view.epoch, reason };
         let mut groups = lock(&self.groups);
         groups.retain(|_, group| 0 < group.strong_count());
         let group = match groups.get(&view.epoch).and_then(Weak::upgrade) {
@@ -153,7 +152,11 @@ pub struct Local {
 
 enum State {
     Idle,
-    Step { step: StepId, deadline: Instant, open: bool },
+    Step {
+        step: StepId,
+        deadline: Instant,
+        open: bool,
+    },
     /// A fault stays until the next view; the flag says whether its step was already ended.
     Faulted(Fault),
 }

@@ -161,7 +161,13 @@ impl Cpu {
     }
 
     /// Positions into one row of `[q | k | v]`.
-    fn position_row(&self, batch: &CpuBatch, layer: &AttentionLayer, index: usize, row: &mut [f32]) {
+    fn position_row(
+        &self,
+        batch: &CpuBatch,
+        layer: &AttentionLayer,
+        index: usize,
+        row: &mut [f32],
+    ) {
         let (level, round) = (self.exec.level, self.rounding());
         let (q, kv) = row.split_at_mut(layer.shape.q());
         let k = &mut kv[..layer.shape.kv()];
@@ -379,7 +385,11 @@ impl Device for Cpu {
     }
 
     fn experts(&mut self, arrived: &[u8], offsets: &[u32], experts: &Experts, results: &mut Wire) {
-        assert_eq!(offsets.len(), experts.slots.len() + 1, "one offset per local expert and the end");
+        assert_eq!(
+            offsets.len(),
+            experts.slots.len() + 1,
+            "one offset per local expert and the end"
+        );
         let Some(first) = experts.slots.first() else { return };
         let row_bytes = self.row_bytes(first.gate_up.inputs);
         let results = results.room(arrived.len());

@@ -62,9 +62,8 @@ pub(crate) fn linear(
     if rows == 0 {
         return;
     }
-    let bf16_pairs = exec.level == Level::Avx512Bf16
-        && exec.dtype == Dtype::Bf16
-        && w.storage == Storage::Bf16;
+    let bf16_pairs =
+        exec.level == Level::Avx512Bf16 && exec.dtype == Dtype::Bf16 && w.storage == Storage::Bf16;
     if bf16_pairs {
         scratch.pairs.clear();
         scratch.pairs.extend(x.chunks_exact(2).map(|pair| {
@@ -117,13 +116,7 @@ unsafe impl Send for OutPtr {}
 unsafe impl Sync for OutPtr {}
 
 /// Deals the panels to the threads in equal runs.
-fn split(
-    exec: Exec,
-    rows: usize,
-    w: &Matrix,
-    out: &mut [f32],
-    run: impl Fn(Task<'_>) + Sync,
-) {
+fn split(exec: Exec, rows: usize, w: &Matrix, out: &mut [f32], run: impl Fn(Task<'_>) + Sync) {
     let panels = w.panels();
     let task = Task { rows, w, panels: (0, panels), out: OutPtr(out.as_mut_ptr()) };
     let threads = exec.threads.min(panels);

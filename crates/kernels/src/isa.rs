@@ -26,8 +26,12 @@ pub(crate) unsafe trait Isa: Copy {
     unsafe fn fma_f32(acc: Self::Acc, line: *const u8, part: usize, x: *const f32) -> Self::Acc;
     /// The same for a line of bf16 pairs: first the even `k`, then the odd one (or the order of
     /// the hardware). `x` points to two elements.
-    unsafe fn fma_pair(acc: Self::Acc, line: *const u8, part: usize, x: *const Self::X)
-    -> Self::Acc;
+    unsafe fn fma_pair(
+        acc: Self::Acc,
+        line: *const u8,
+        part: usize,
+        x: *const Self::X,
+    ) -> Self::Acc;
     /// `X` elements per pair of `k`.
     const X_PER_PAIR: usize;
 }
@@ -70,8 +74,7 @@ unsafe impl Isa for Portable {
     #[inline(always)]
     unsafe fn fma_pair(acc: Self::Acc, line: *const u8, part: usize, x: *const f32) -> Self::Acc {
         // SAFETY: the line is 64 bytes and aligned to them, `x` has two elements.
-        let (w, even, odd) =
-            unsafe { (line.cast::<[u32; 8]>().add(part).read(), *x, *x.add(1)) };
+        let (w, even, odd) = unsafe { (line.cast::<[u32; 8]>().add(part).read(), *x, *x.add(1)) };
         std::array::from_fn(|i| {
             let acc = f32::from_bits(w[i] << 16).mul_add(even, acc[i]);
             f32::from_bits(w[i] & 0xffff_0000).mul_add(odd, acc)

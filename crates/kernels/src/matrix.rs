@@ -117,10 +117,11 @@ impl Matrix {
     pub fn panels_mut(&mut self) -> impl Iterator<Item = Panel<'_>> {
         let (storage, inputs) = (self.storage, self.inputs);
         let bytes = self.panel_bytes().max(1);
-        self.lines
-            .as_mut_slice()
-            .chunks_exact_mut(bytes)
-            .map(move |bytes| Panel { bytes, storage, inputs })
+        self.lines.as_mut_slice().chunks_exact_mut(bytes).map(move |bytes| Panel {
+            bytes,
+            storage,
+            inputs,
+        })
     }
 }
 

@@ -118,8 +118,7 @@ mod tests {
             high_freq_factor: 1.0,
             original_positions: 8192.0,
         };
-        let plain =
-            RopeSpec { head_dim: 128, theta: 5e5, scaling: None, chunk_tokens: Some(8192) };
+        let plain = RopeSpec { head_dim: 128, theta: 5e5, scaling: None, chunk_tokens: Some(8192) };
         let scout = RopeSpec { scaling: Some(scaling), ..plain };
         for (j, (a, b)) in inv_freq(&plain).iter().zip(inv_freq(&scout)).enumerate() {
             let want = if j <= 34 { *a } else { a / 16.0 };

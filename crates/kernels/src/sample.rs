@@ -141,9 +141,8 @@ fn argmax(values: impl Iterator<Item = f32>) -> usize {
 fn filtered(logits: &[f32], sampling: &Sampling) -> Vec<u32> {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     // Weight of a token relative to the likeliest one.
-    let weight = |token: u32| {
-        f64::from((logits[token as usize] - max) / sampling.temperature).exp()
-    };
+    let weight =
+        |token: u32| f64::from((logits[token as usize] - max) / sampling.temperature).exp();
     let mut kept: Vec<u32> = (0..logits.len())
         .map(id)
         .filter(|&t| logits[t as usize] > f32::NEG_INFINITY)

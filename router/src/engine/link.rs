@@ -111,10 +111,7 @@ impl Links {
     }
 }
 
-async fn open(
-    rank: usize,
-    peer: &Peer,
-) -> Result<Link, Box<dyn std::error::Error + Send + Sync>> {
+async fn open(rank: usize, peer: &Peer) -> Result<Link, Box<dyn std::error::Error + Send + Sync>> {
     let endpoint = Endpoint::from_shared(format!("http://{}", peer.address))?
         .connect_timeout(OPEN_MAX)
         .tcp_nodelay(true);
@@ -128,11 +125,7 @@ async fn open(
 
 impl Link {
     /// The answer to `step`. Answers to earlier steps, which failed elsewhere, are dropped.
-    async fn result(
-        &mut self,
-        epoch: Epoch,
-        step: StepId,
-    ) -> Result<pb::StepResult, StepFailure> {
+    async fn result(&mut self, epoch: Epoch, step: StepId) -> Result<pb::StepResult, StepFailure> {
         let rank = self.rank;
         let broken = |text| StepFailure::Broken { rank, text };
         loop {

@@ -51,7 +51,8 @@ async fn follow(coordinators: Vec<String>, views: watch::Sender<Option<Target>>)
                 Err(error) => tracing::info!(coordinator, %error, "cannot follow views; will retry"),
             },
         }
-        backoff = if epoch == latest(&views) { BACKOFF_MAX.min(backoff * 2) } else { BACKOFF_FIRST };
+        backoff =
+            if epoch == latest(&views) { BACKOFF_MAX.min(backoff * 2) } else { BACKOFF_FIRST };
         tokio::select! {
             () = views.closed() => return,
             () = tokio::time::sleep(backoff) => {}

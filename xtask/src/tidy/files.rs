@@ -1,4 +1,4 @@
-//! Rules about single files: opening comment, length, numbered TODOs, no paths of the machine they were written on.
+//! Rules about single files: opening comment, length, numbered reminders, no paths of the machine they were written on.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,11 +14,11 @@ const LONG_FILES: &[(&str, &str)] = &[];
 const SKIPPED_FOLDERS: &[&str] =
     &[".git", ".venv", "__pycache__", ".pytest_cache", "node_modules", "golden", "shared"];
 
-/// Extensions of source files: the rule about TODOs is for code, not for texts that talk about it.
+/// Extensions of source files: the rule about reminders is for code, not for texts that talk about it.
 const SOURCES: &[&str] = &["cu", "proto", "py", "rs", "sh", "toml", "yaml", "yml"];
 
 // In two pieces, so that this file does not find itself.
-const TODO: &str = concat!("TO", "DO");
+const MARK: &str = concat!("TO", "DO");
 const MACHINE_PATHS: &[&str] =
     &[concat!("/wo", "rk/"), concat!("/ro", "ot/"), concat!("/ho", "me/")];
 
@@ -68,7 +68,7 @@ pub(super) fn check_text(name: &str, text: &str) -> Vec<String> {
     }
     for (number, line) in (1..).zip(text.lines()) {
         if SOURCES.contains(&extension) && unnumbered_todo(line) {
-            findings.push(format!("{name}:{number}: {TODO} without a number, as in {TODO}(#12)"));
+            findings.push(format!("{name}:{number}: {MARK} without a number, as in {MARK}(#12)"));
         }
         if let Some(path) = MACHINE_PATHS.iter().find(|path| line.contains(*path)) {
             findings.push(format!("{name}:{number}: names {path}, a path of one machine"));
@@ -99,8 +99,8 @@ fn check_rust(name: &str, text: &str) -> Vec<String> {
 
 /// Whether the line has the word without `(#number)` right behind it.
 fn unnumbered_todo(line: &str) -> bool {
-    line.match_indices(TODO).any(|(at, _)| {
-        let Some(rest) = line[at + TODO.len()..].strip_prefix("(#") else { return true };
+    line.match_indices(MARK).any(|(at, _)| {
+        let Some(rest) = line[at + MARK.len()..].strip_prefix("(#") else { return true };
         let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
         digits == 0 || !rest[digits..].starts_with(')')
     })

@@ -106,7 +106,8 @@ impl Layer {
     /// Errors with the rank that sent fewer results than it got rows.
     pub(super) fn gather(&self, taken: &[Parcel], out: &mut [u8]) -> Result<(), Rank> {
         assert_eq!(out.len(), self.sent.len() * self.row_bytes, "one result per own row");
-        for (&(from, index), out) in self.sent.iter().zip(out.chunks_exact_mut(self.row_bytes.max(1)))
+        for (&(from, index), out) in
+            self.sent.iter().zip(out.chunks_exact_mut(self.row_bytes.max(1)))
         {
             let start = index as usize * self.row_bytes;
             let row = taken[from.index()].rows.get(start..start + self.row_bytes);

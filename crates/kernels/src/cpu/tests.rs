@@ -15,8 +15,7 @@ const SHAPE: AttentionShape = AttentionShape { heads: 6, kv_heads: 2, head_dim: 
 const POSITIONS: usize = 75;
 
 fn rope_table() -> RopeTable {
-    let spec =
-        RopeSpec { head_dim: SHAPE.head_dim, theta: 1e4, scaling: None, chunk_tokens: None };
+    let spec = RopeSpec { head_dim: SHAPE.head_dim, theta: 1e4, scaling: None, chunk_tokens: None };
     RopeTable { inv_freq: rope::inv_freq(&spec), spec }
 }
 
@@ -32,8 +31,7 @@ fn run_here(level: Level, dtype: Dtype, pool: Pool, slice: usize, threads: usize
     let mut cache = Cache::new(dtype, SHAPE.kv_heads, SHAPE.head_dim, &[pool], |_| 9).unwrap();
     let layer =
         AttentionLayer { layer: 0, shape: SHAPE, position: Positional::None { temperature: None } };
-    let limits =
-        StepLimits { vocab: 10, full_blocks: 9, chunked_blocks: 9, chunk_tokens: None };
+    let limits = StepLimits { vocab: 10, full_blocks: 9, chunked_blocks: 9, chunk_tokens: None };
     // Blocks in an odd order: position order must come from the table.
     let blocks = vec![7, 2, 5, 0, 8];
     let table = Table { full: blocks.clone(), chunked: blocks, chunked_first: 0 };
@@ -69,9 +67,8 @@ fn definition(first_of: impl Fn(usize) -> usize) -> Vec<f64> {
         for head in 0..SHAPE.heads {
             let kv = head / (SHAPE.heads / SHAPE.kv_heads);
             let score = |s: usize| {
-                let dot: f64 = (0..d)
-                    .map(|i| at(p, head * d + i) * at(s, SHAPE.q() + kv * d + i))
-                    .sum();
+                let dot: f64 =
+                    (0..d).map(|i| at(p, head * d + i) * at(s, SHAPE.q() + kv * d + i)).sum();
                 (dot / (d as f64).sqrt()).exp()
             };
             let weights: Vec<f64> = (first_of(p)..=p).map(score).collect();
@@ -139,10 +136,7 @@ fn steps_that_point_outside_are_refused() {
         |s| s.rows[0].position = 16,
         "step: block number in the full table is 1, the limit is 1",
     );
-    check_refused(
-        |s| s.tables[0].full[0] = 4,
-        "step: block of the full pool is 4, the limit is 4",
-    );
+    check_refused(|s| s.tables[0].full[0] = 4, "step: block of the full pool is 4, the limit is 4");
     check_refused(
         |s| s.tables[0].chunked_first = 1,
         "step: first block of the chunked table is 1, the limit is 1",

@@ -51,7 +51,11 @@ fn every_level_gives_the_bits_of_the_definition() {
                     let x: Vec<f32> = (0..rows * inputs).map(noise).collect();
                     let exec = Exec { level, dtype: Dtype::F32, threads: 3 };
                     let got = run_at(exec, &x, rows, &w);
-                    assert_eq!(got, reference(&x, rows, &w), "{level} {storage:?} {rows}x{outputs}");
+                    assert_eq!(
+                        got,
+                        reference(&x, rows, &w),
+                        "{level} {storage:?} {rows}x{outputs}"
+                    );
                     compared += 1;
                 }
             }
@@ -67,8 +71,7 @@ fn pairs_of_bf16_are_close_and_invariant() {
     for level in Level::available() {
         let w = matrix(Storage::Bf16, 100, 2050);
         let rows = 13;
-        let x: Vec<f32> =
-            (0..rows * w.inputs).map(|i| crate::math::round_bf16(noise(i))).collect();
+        let x: Vec<f32> = (0..rows * w.inputs).map(|i| crate::math::round_bf16(noise(i))).collect();
         let exec = Exec { level, dtype: Dtype::Bf16, threads: 1 };
         let all = run_at(exec, &x, rows, &w);
         for (got, want) in all.iter().zip(reference(&x, rows, &w)) {
@@ -107,7 +110,12 @@ fn pair_code_reads_the_right_elements() {
         unsafe fn fma_f32(acc: [f32; 16], _: *const u8, _: usize, _: *const f32) -> [f32; 16] {
             acc
         }
-        unsafe fn fma_pair(acc: [f32; 16], line: *const u8, part: usize, x: *const u32) -> [f32; 16] {
+        unsafe fn fma_pair(
+            acc: [f32; 16],
+            line: *const u8,
+            part: usize,
+            x: *const u32,
+        ) -> [f32; 16] {
             assert_eq!(part, 0);
             // SAFETY: 64 readable bytes by contract.
             let (w, x) = unsafe { (line.cast::<[u32; 16]>().read(), *x) };

@@ -73,8 +73,7 @@ fn greedy_ties_go_to_the_lowest_id_and_bans_hold() {
 #[test]
 fn logprobs_are_of_the_models_own_distribution() {
     let logits = [0.5_f32, 0.3, 0.15, 0.05].map(f32::ln);
-    let sampling =
-        Sampling { logprobs: Some(2), bias: vec![(3, 100.0)], ..Sampling::default() };
+    let sampling = Sampling { logprobs: Some(2), bias: vec![(3, 100.0)], ..Sampling::default() };
     let got = sample_row(&logits, 0, &sampling);
     assert_eq!(got.token, 3);
     assert!((got.logprob.unwrap() - 0.05_f32.ln()).abs() < 1e-5);
@@ -85,9 +84,8 @@ fn logprobs_are_of_the_models_own_distribution() {
 #[test]
 fn seed_and_position_decide_alone() {
     let logits: Vec<f32> = (0..50).map(|i| (i as f32 * 0.61).sin()).collect();
-    let draw = |seed, position| {
-        sample_row(&logits, position, &Sampling { seed, ..sampling() }).token
-    };
+    let draw =
+        |seed, position| sample_row(&logits, position, &Sampling { seed, ..sampling() }).token;
     let all: Vec<u32> = (0..40).map(|p| draw(1, p)).collect();
     assert_eq!(all, (0..40).map(|p| draw(1, p)).collect::<Vec<_>>());
     assert_ne!(all, (0..40).map(|p| draw(2, p)).collect::<Vec<_>>());
