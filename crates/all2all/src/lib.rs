@@ -1,12 +1,10 @@
 //! The exchange of MoE rows: every row to the rank of its expert, every result back.
 //!
-//! One trait, [`AllToAll`], and one set of rules that every transport keeps; [`conformance`] tests
-//! them. A transport serves one view at a time. A step either completes on this rank or it failed:
+//! One trait, [`AllToAll`], and one set of rules that every transport keeps. A transport serves one view at a time. A step either completes on this rank or it failed:
 //! nothing of a failed step is ever used, and after a failure only [`AllToAll::reconfigure`] helps.
 //!
 //! Moving a row changes no bit of it, and a rank's own rows take the same form as those of others.
 
-pub mod conformance;
 mod error;
 pub mod local;
 mod routes;
@@ -60,7 +58,8 @@ impl Aborter {
         Self(Arc::new(abort))
     }
 
-    /// Ends the step of `epoch` with [`FaultKind::Aborted`]; an older epoch is a no-op.
+    /// Ends the step of `epoch` with [`FaultKind::Aborted`]; another epoch is a no-op, and so is a handle
+    /// taken before the last `reconfigure`.
     pub fn abort(&self, epoch: Epoch, reason: Reason) {
         (self.0)(epoch, reason);
     }
@@ -76,7 +75,7 @@ impl Aborter {
 /// associated types), no call waits for the device, and a fault shows in [`AllToAll::end_step`]. On a
 /// CPU they run at once and may report the fault as soon as it is seen; `end_step` repeats it.
 ///
-/// Rules (each has a test in [`conformance`]): epochs only rise; a step is all or nothing; a fault
+/// Rules: epochs only rise; a step is all or nothing; a fault
 /// poisons until `reconfigure`; nothing outlasts the step's deadline; aborts may race with anything;
 /// exactly one result per row, in the order of the rows; rows are moved unchanged; no allocation once
 /// the buffers have seen the largest step; what a masked rank writes is never read.

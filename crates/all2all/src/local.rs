@@ -157,7 +157,7 @@ enum State {
         deadline: Instant,
         open: bool,
     },
-    /// A fault stays until the next view; the flag says whether its step was already ended.
+    /// A fault stays until the next view.
     Faulted(Fault),
 }
 
@@ -392,7 +392,7 @@ impl AllToAll for Local {
     fn aborter(&self) -> Aborter {
         let (group, me, current) = (Arc::downgrade(&self.group), self.view.me, self.view.epoch);
         Aborter::new(move |epoch, reason| {
-            let Some(group) = group.upgrade().filter(|_| epoch >= current) else { return };
+            let Some(group) = group.upgrade().filter(|_| epoch == current) else { return };
             let inbox = &group.inboxes[me.index()];
             lock(&inbox.state).abort = Some((reason, None));
             inbox.news.notify_all();

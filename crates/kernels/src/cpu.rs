@@ -238,7 +238,7 @@ impl Cpu {
         }
     }
 
-    fn from_wire(&self, bytes: &[u8], mut put: impl FnMut(usize, f32)) {
+    fn unpack(&self, bytes: &[u8], mut put: impl FnMut(usize, f32)) {
         match self.exec.dtype {
             Dtype::F32 => {
                 for (i, b) in bytes.chunks_exact(4).enumerate() {
@@ -258,7 +258,7 @@ impl Cpu {
         let mut x = std::mem::take(&mut self.expert_x);
         x.columns = expert.gate_up.inputs;
         let data = x.resize(rows);
-        self.from_wire(arrived, |i, value| data[i] = value);
+        self.unpack(arrived, |i, value| data[i] = value);
         let mut gate_up = std::mem::take(&mut self.expert_gate_up);
         let mut act = std::mem::take(&mut self.expert_act);
         let mut y = std::mem::take(&mut self.expert_y);
@@ -405,7 +405,7 @@ impl Device for Cpu {
     fn add_wire(&mut self, wire: &Wire, x: &mut Tensor) {
         let rows = x.rows;
         let data = x.resize(rows);
-        self.from_wire(&wire.bytes, |i, value| data[i] += value);
+        self.unpack(&wire.bytes, |i, value| data[i] += value);
     }
 
     fn select(&mut self, batch: &CpuBatch, x: &Tensor, out: &mut Tensor) {

@@ -64,7 +64,8 @@ pub(crate) fn exp(x: f32) -> f32 {
     p = p.mul_add(r, 5e-1);
     let y = p.mul_add(r * r, r) + 1.0;
     // Exact: n lies in [-126, 127], so n + 127 is a valid exponent field.
-    let scale = f32::from_bits((((n as i32) + 127) as u32) << 23);
+    #[expect(clippy::cast_possible_truncation, reason = "in [1, 254]")]
+    let scale = f32::from_bits(((n + 127.0) as u32) << 23);
     if x < MIN { 0.0 } else { y * scale }
 }
 

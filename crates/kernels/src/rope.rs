@@ -36,7 +36,9 @@ pub fn inv_freq(spec: &RopeSpec) -> Vec<f64> {
     (0..half)
         .map(|j| {
             // The reference keeps frequencies in f32.
-            let f = f64::from(spec.theta.powf(-(2.0 * j as f64) / spec.head_dim as f64) as f32);
+            #[expect(clippy::cast_possible_truncation, reason = "rounding to f32 is the purpose")]
+            let f = spec.theta.powf(-(2.0 * j as f64) / spec.head_dim as f64) as f32;
+            let f = f64::from(f);
             spec.scaling.map_or(f, |scaling| scaled(f, scaling))
         })
         .collect()

@@ -12,23 +12,36 @@ pub struct Shape {
 
 /// Places `redundancy + 1` copies of every expert on distinct ranks.
 ///
-/// Copies are dealt out in turn: copy `c` of expert `e` is deal number `c * experts + e`, shifted so
-/// that no rank gets the same expert twice; the ranks' slots differ by at most one per copy. Layers
-/// start at different ranks, so that an uneven rest does not always burden the same one.
+/// Expert by expert, the copies go to the emptiest ranks, so the slots of two ranks differ by at most
+/// one. Layers break ties from different ranks on, so that an uneven rest does not always burden the
+/// same one.
 ///
 /// # Errors
 ///
 /// [`PlacementError`] if there are fewer ranks than copies, or too many experts to number.
 pub fn plan(shape: Shape, ranks: u16, redundancy: u16) -> Result<Placement, PlacementError> {
-    if redundancy >= ranks && ranks > 0 {
+    if ranks == 0 {
+        return Err(PlacementError::NoRanks);
+    }
+    if redundancy >= ranks {
         return Err(PlacementError::Redundancy { redundancy, ranks });
     }
-    let width = usize::from(ranks.max(1));
-    let rank = |slot: usize| Rank(u16::try_from(slot % width).expect("below the ranks"));
-    let replicas = |layer: usize, expert: usize| {
-        // Neighbours of the first copy: distinct because there are at most `ranks` of them.
-        (0..=usize::from(redundancy)).map(|copy| rank(layer + expert + copy)).collect()
-    };
-    let layer = |layer| (0..shape.experts).map(|expert| replicas(layer, expert)).collect();
+    let layer = |layer| deal(layer, shape.experts, usize::from(ranks), usize::from(redundancy) + 1);
     Placement::new(ranks, (0..shape.moe_layers).map(layer).collect())
+}
+
+/// Deals the copies of one layer's experts, `[experts]` -> ranks.
+fn deal(layer: usize, experts: usize, ranks: usize, copies: usize) -> Vec<Vec<Rank>> {
+    let mut held = vec![Vec::with_capacity(copies); experts];
+    let mut load = vec![0_usize; ranks];
+    for replicas in &mut held {
+        // All copies of an expert at once: the emptiest ranks, so loads differ by at most one.
+        let mut order: Vec<usize> = (0..ranks).collect();
+        order.sort_by_key(|&rank| (load[rank], (rank + ranks - layer % ranks) % ranks));
+        for &rank in &order[..copies] {
+            load[rank] += 1;
+            replicas.push(Rank(u16::try_from(rank).expect("ranks are numbered in 16 bits")));
+        }
+    }
+    held
 }
