@@ -50,7 +50,11 @@ pub struct Outcome {
 ///
 /// # Errors
 ///
-/// If the file cannot be read or the tensor is missing, of another type, empty, or out of range.
+/// If the file cannot be read or the tensor is missing, of another type, or out of range.
+///
+/// # Panics
+///
+/// Never: ids are read in whole chunks of 8 bytes.
 pub fn read_input(path: &Path) -> anyhow::Result<Vec<u32>> {
     let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
     let file = SafeTensors::deserialize(&bytes).with_context(|| path.display().to_string())?;
@@ -145,6 +149,8 @@ pub fn run(model: &Model, prompt: &[u32], options: Options) -> anyhow::Result<Ou
 
 /// One rank's part of a step, and what came of it.
 type Job = (StepId, StepBatch);
+/// Runs one step on all ranks.
+type RunStep<'a> = dyn FnMut(StepId, &Plan) -> Answer + 'a;
 type Answer = anyhow::Result<(Vec<u32>, Seen)>;
 
 /// What the tool looks at in a step.
@@ -166,7 +172,7 @@ impl Observer<Cpu> for Seen {
 /// Plans and runs steps until the prompt and the continuation are done.
 fn drive(
     scheduler: &mut Scheduler,
-    run_step: &mut dyn FnMut(StepId, &Plan) -> anyhow::Result<(Vec<u32>, Seen)>,
+    run_step: &mut RunStep<'_>,
     (prompt, greedy): (usize, u32),
     outcome: &mut Outcome,
 ) -> anyhow::Result<()> {
@@ -201,9 +207,7 @@ fn cluster<T>(
     model: &Model,
     placement: &Placement,
     (threads, kv): (usize, KvBlocks),
-    body: impl FnOnce(
-        &mut dyn FnMut(StepId, &Plan) -> anyhow::Result<(Vec<u32>, Seen)>,
-    ) -> anyhow::Result<T>,
+    body: impl FnOnce(&mut RunStep<'_>) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
     let hub = all2all::local::Hub::new();
     let held: Vec<_> = (0..placement.moe_layers())

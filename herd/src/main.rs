@@ -111,13 +111,14 @@ fn main() -> ExitCode {
 
 /// 2 if the user's input is at fault, 1 otherwise.
 fn exit_code(error: &anyhow::Error) -> u8 {
-    let bad_input = error.chain().any(|cause| {
-        cause.is::<CheckpointError>()
-            || cause.is::<model::config::ConfigError>()
-            || cause.is::<worker::ModelError>()
-            || cause.is::<safetensors::SafeTensorError>()
-            || cause.is::<BadInput>()
-    });
+    let marked = error.downcast_ref::<BadInput>().is_some();
+    let bad_input = marked
+        || error.chain().any(|cause| {
+            cause.is::<CheckpointError>()
+                || cause.is::<model::config::ConfigError>()
+                || cause.is::<worker::ModelError>()
+                || cause.is::<safetensors::SafeTensorError>()
+        });
     if bad_input { 2 } else { 1 }
 }
 

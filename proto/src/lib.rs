@@ -10,7 +10,7 @@ pub use step::{slice_from_wire, slice_to_wire};
 pub use view::{pools_from_wire, pools_to_wire, view_from_wire, view_to_wire};
 
 /// Messages, clients and servers of `herd/v1/herd.proto`.
-#[allow(clippy::all, unreachable_pub, reason = "generated code")]
+#[allow(clippy::all, clippy::pedantic, clippy::restriction, unreachable_pub, reason = "generated")]
 pub mod pb {
     tonic::include_proto!("herd.v1");
 }

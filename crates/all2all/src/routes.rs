@@ -43,6 +43,10 @@ impl Routes {
     /// # Errors
     ///
     /// [`RoutesError`] if a target does not hold the expert it is meant to serve.
+    ///
+    /// # Panics
+    ///
+    /// If a rank holds more experts than 16 bits can number.
     pub fn new(
         me: Rank,
         experts: usize,

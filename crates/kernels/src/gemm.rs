@@ -310,6 +310,7 @@ unsafe fn tile_of<I: Isa, const ROWS: usize, const PANELS: usize>(
     }
 }
 
+#[expect(clippy::needless_range_loop, reason = "`part` also picks the half of the line")]
 #[inline(always)]
 unsafe fn pairs<I: Isa, const ROWS: usize, const PANELS: usize>(
     acc: &mut [[[I::Acc; 2]; PANELS]; ROWS],
@@ -336,6 +337,7 @@ unsafe fn pairs<I: Isa, const ROWS: usize, const PANELS: usize>(
     }
 }
 
+#[expect(clippy::needless_range_loop, reason = "`part` also picks the half of the line")]
 #[inline(always)]
 unsafe fn singles<I: Isa, const ROWS: usize, const PANELS: usize>(
     acc: &mut [[[I::Acc; 2]; PANELS]; ROWS],

@@ -89,9 +89,8 @@ pub(crate) fn bf16_bits(x: f32) -> u16 {
     let quiet = bits | 0x0040_0000;
     let chosen = if x.is_nan() { quiet } else { rounded };
     // The upper half is the bf16.
-    #[expect(clippy::cast_possible_truncation, reason = "shifted to 16 bits")]
-    let half = (chosen >> 16) as u16;
-    half
+    let half = chosen >> 16;
+    half as u16
 }
 
 /// Widens a bf16.

@@ -19,6 +19,10 @@ pub struct Shape {
 /// # Errors
 ///
 /// [`PlacementError`] if there are fewer ranks than copies, or too many experts to number.
+///
+/// # Panics
+///
+/// Never: ranks are numbered in 16 bits because `ranks` is.
 pub fn plan(shape: Shape, ranks: u16, redundancy: u16) -> Result<Placement, PlacementError> {
     if ranks == 0 {
         return Err(PlacementError::NoRanks);
