@@ -28,7 +28,7 @@ if [[ ! -e $venv/complete ]]; then
     done
     echo "llama-cpp.sh: building llama.cpp, about ten minutes" >&2
     python3 -m venv "$venv"
-    "$venv/bin/pip" install --quiet numpy==2.4.0 gguf==0.17.1 >&2 || "$venv/bin/pip" install --quiet numpy gguf >&2
+    "$venv/bin/pip" install --quiet numpy==2.4.6 gguf==0.19.0 >&2
     CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DGGML_LLAMAFILE=ON" \
         CMAKE_BUILD_PARALLEL_LEVEL="${HERD_BENCH_JOBS:-2}" \
         "$venv/bin/pip" install --quiet --no-binary llama-cpp-python llama-cpp-python==0.3.36 >&2

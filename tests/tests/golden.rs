@@ -2,6 +2,8 @@
 //! float32, eager attention): logits, chosen experts, greedy tokens. And law 1: the number of ranks,
 //! of replicas and of tokens per step changes no bit.
 
+#![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
+
 use herd::logits::{Options, Outcome, max_difference, run};
 use kernels::Dtype;
 use safetensors::SafeTensors;

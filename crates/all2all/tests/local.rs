@@ -1,5 +1,7 @@
 //! The in-process exchange: rows arrive once and unchanged, and faults end a step on every rank.
 
+#![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
+
 use all2all::local::{Hub, Local};
 use all2all::{
     AllToAll, ExchangeError, FaultKind, HostRows, LayerKey, Reason, Routes, StepOutcome, View,
