@@ -4,7 +4,11 @@ use super::*;
 
 /// A few bits of noise per index; enough for a test, the same everywhere.
 fn noise(i: usize) -> f32 {
-    let x = (i as u32).wrapping_mul(2_654_435_761).rotate_left(13).wrapping_mul(0x9e37_79b9);
+    let x = u32::try_from(i)
+        .unwrap()
+        .wrapping_mul(2_654_435_761)
+        .rotate_left(13)
+        .wrapping_mul(0x9e37_79b9);
     (x >> 8) as f32 / 8_388_608.0 - 1.0
 }
 
