@@ -21,7 +21,7 @@ def model(client):
     return client.models.list().data[0].id
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def ask(client, model):
     """Chat completion of one user message, greedy unless told otherwise."""
 
@@ -32,7 +32,7 @@ def ask(client, model):
     return call
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def complete(client, model):
     """Plain completion, greedy unless told otherwise."""
 

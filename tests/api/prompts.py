@@ -2,10 +2,14 @@
 
 SUM = "What is 17 + 25?"
 SUM_ANSWER = "17 + 25 = 42."
+# The ids of chat_text(SUM) behind <|begin_of_text|>, which tokenizer.json's post-processor adds.
+SUM_IDS = [2000, 2005, 634, 2006, 365, 352, 286, 220, 16, 22, 284, 220, 17, 20, 30, 2008, 2005, 633, 2006, 365]
 STORY = "Tell a long story about Carlos, Ivan, an apple and the school."
+# Outside the model's world: it has no sure answer, so that samples differ.
+WILD = "Sing me something about rivers and trains, please."
 
 # Ids of models/toy-maverick/tokenizer.json.
-BEGIN, HEADER_START, HEADER_END, EOT = 2000, 2005, 2006, 2008
+EOT = 2008
 DIGIT_ZERO = 15
 PERIOD = 13
 
@@ -16,9 +20,9 @@ def digit(number):
 
 
 def chat_text(content):
-    """What the chat template makes of one user message."""
+    """What the chat template makes of one user message, without the first token: the tokenizer puts it before plain prompts."""
     return (
-        "<|begin_of_text|><|header_start|>user<|header_end|>\n\n"
+        "<|header_start|>user<|header_end|>\n\n"
         f"{content}<|eot|><|header_start|>assistant<|header_end|>\n\n"
     )
 

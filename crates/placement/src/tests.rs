@@ -11,7 +11,7 @@ fn experts_are_dealt_in_turn() {
     let placement = plan(shape, 3, 1).unwrap();
     assert_eq!(
         format!("{placement:?}"),
-        "0: r0[e0, e2] r1[e0, e1] r2[e1, e2]; 1: r0[e1, e2] r1[e0, e2] r2[e0, e1]"
+        "0: r0[e0, e1] r1[e0, e2] r2[e1, e2]; 1: r0[e1, e2] r1[e0, e1] r2[e0, e2]"
     );
 }
 
