@@ -102,16 +102,35 @@ pub fn write_output(path: &Path, outcome: &Outcome) -> anyhow::Result<()> {
         .with_context(|| format!("cannot write {}", path.display()))
 }
 
+/// Whether the model can run the prompt.
+///
+/// # Errors
+///
+/// If it is empty, longer than the context, or names a token outside the vocabulary.
+pub fn check_prompt(model: &Model, prompt: &[u32]) -> anyhow::Result<()> {
+    let (vocab, context) = (model.config.vocab, model.config.context_tokens as usize);
+    if let Some(token) = prompt.iter().find(|&&t| t as usize >= vocab) {
+        bail!(
+            "token {token} lies outside the vocabulary of {vocab}; use the model's own tokenizer"
+        );
+    }
+    ensure!(!prompt.is_empty(), "input_ids is empty; give at least one token");
+    ensure!(
+        prompt.len() < context,
+        "input_ids has {} tokens, the context holds {context}; give fewer",
+        prompt.len()
+    );
+    Ok(())
+}
+
 /// Runs the prompt, then the greedy continuation.
 ///
 /// # Errors
 ///
 /// If the prompt is empty, too long or names tokens outside the vocabulary; if a rank fails.
 pub fn run(model: &Model, prompt: &[u32], options: Options) -> anyhow::Result<Outcome> {
+    check_prompt(model, prompt)?;
     let config = &model.config;
-    if let Some(token) = prompt.iter().find(|&&t| t as usize >= config.vocab) {
-        bail!("token {token} lies outside the vocabulary of {}", config.vocab);
-    }
     let total = u32::try_from(prompt.len())? + options.greedy + 1;
     let block = u32::try_from(BLOCK_TOKENS)?;
     let blocks = total.div_ceil(block) + 1;

@@ -117,6 +117,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             cause.is::<CheckpointError>()
                 || cause.is::<model::config::ConfigError>()
                 || cause.is::<worker::ModelError>()
+                || cause.is::<model::synth::SynthError>()
                 || cause.is::<safetensors::SafeTensorError>()
         });
     if bad_input { 2 } else { 1 }
@@ -149,6 +150,7 @@ fn run_logits(args: &LogitsArgs) -> anyhow::Result<()> {
         greedy: args.greedy,
         redundancy: args.redundancy,
     };
+    logits::check_prompt(&model, &prompt).context(BadInput("bad --input"))?;
     let outcome = logits::run(&model, &prompt, options)?;
     logits::write_output(&args.output, &outcome)?;
     let rows = prompt.len();
