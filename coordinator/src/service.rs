@@ -1,0 +1,134 @@
+//! The gRPC face of the coordinator.
+
+use crate::Handle;
+use crate::shell::{Event, Registration};
+use control::{Hello, Input};
+use futures::StreamExt;
+use futures::stream::BoxStream;
+use ids::{Epoch, Rank};
+use placement::Shape;
+use proto::pb;
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::{ReceiverStream, WatchStream};
+use tonic::{Request, Response, Status};
+
+/// Implements `herd.v1.Coordinator`.
+#[derive(Debug)]
+pub struct Service {
+    handle: Handle,
+}
+
+impl Service {
+    pub(crate) fn new(handle: Handle) -> Self {
+        Self { handle }
+    }
+
+    async fn send(&self, event: Event) -> Result<(), Status> {
+        self.handle.events.send(event).await.map_err(|_| ended())
+    }
+}
+
+fn ended() -> Status {
+    Status::unavailable("the coordinator ends")
+}
+
+#[tonic::async_trait]
+impl pb::coordinator_server::Coordinator for Service {
+    type RegisterStream = ReceiverStream<Result<pb::RegisterEvent, Status>>;
+    type WatchViewStream = BoxStream<'static, Result<pb::View, Status>>;
+
+    async fn register(
+        &self,
+        request: Request<pb::RegisterRequest>,
+    ) -> Result<Response<Self::RegisterStream>, Status> {
+        let hello = hello_from_wire(request.into_inner())?;
+        let (reply, answer) = oneshot::channel();
+        self.send(Event::Register { hello, reply }).await?;
+        let registration =
+            answer.await.map_err(|_| ended())?.map_err(Status::failed_precondition)?;
+        let (sender, receiver) = mpsc::channel(1);
+        let welcome = pb::RegisterEvent { worker: registration.worker.0 };
+        sender.try_send(Ok(welcome)).expect("the channel is new and has room for one");
+        telemetry::spawn("coordinator.member", stay(registration, sender, self.handle.clone()));
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn watch_view(
+        &self,
+        _request: Request<pb::WatchViewRequest>,
+    ) -> Result<Response<Self::WatchViewStream>, Status> {
+        let views = WatchStream::new(self.handle.views());
+        let news =
+            views.filter_map(|view| std::future::ready(view.map(|view| Ok((*view).clone()))));
+        Ok(Response::new(news.boxed()))
+    }
+
+    async fn report(
+        &self,
+        request: Request<pb::ReportRequest>,
+    ) -> Result<Response<pb::ReportResponse>, Status> {
+        let pb::ReportRequest { epoch, news } = request.into_inner();
+        let epoch = Epoch(epoch);
+        let input = match news {
+            Some(pb::report_request::News::Fault(pb::Fault { text, suspects })) => {
+                let ranks = suspects.into_iter().filter_map(|rank| u16::try_from(rank).ok());
+                Input::Fault { epoch, text, suspects: ranks.map(Rank).collect() }
+            }
+            Some(pb::report_request::News::FirstToken(pb::FirstToken {})) => {
+                Input::FirstToken { epoch }
+            }
+            None => return Err(Status::invalid_argument("a report without news")),
+        };
+        self.send(Event::Input(input)).await?;
+        Ok(Response::new(pb::ReportResponse {}))
+    }
+
+    async fn status(
+        &self,
+        _request: Request<pb::StatusRequest>,
+    ) -> Result<Response<pb::StatusResponse>, Status> {
+        let status = self.handle.status().await.ok_or_else(ended)?;
+        Ok(Response::new(pb::StatusResponse { json: status.to_string() }))
+    }
+}
+
+/// Lives as long as a worker's stream, and tells of its end.
+async fn stay(
+    registration: Registration,
+    sender: mpsc::Sender<Result<pb::RegisterEvent, Status>>,
+    handle: Handle,
+) {
+    let Registration { worker, connection, dismissed } = registration;
+    tokio::select! {
+        () = sender.closed() => {
+            // Nobody listens: the coordinator ends.
+            let _ended = handle.events.send(Event::Gone { worker, connection }).await;
+        }
+        reason = dismissed => {
+            let reason = reason.unwrap_or_else(|_| "another stream has taken its place".into());
+            // The worker may be gone already.
+            let _gone = sender.send(Err(Status::aborted(reason))).await;
+        }
+    }
+}
+
+fn hello_from_wire(wire: pb::RegisterRequest) -> Result<Hello, Status> {
+    let kv = wire.kv.ok_or_else(|| Status::invalid_argument("the registration lacks kv"))?;
+    let size = |field: &str, value: u32| {
+        usize::try_from(value).map_err(|_| Status::invalid_argument(format!("{field} is {value}")))
+    };
+    Ok(Hello {
+        shape: Shape {
+            moe_layers: size("moe_layers", wire.moe_layers)?,
+            experts: size("experts", wire.experts)?,
+        },
+        incarnation: wire.incarnation,
+        address: wire.address,
+        pid: wire.pid,
+        device: wire.device,
+        profile: wire.profile,
+        model: wire.model,
+        kv: proto::pools_from_wire(kv),
+        context_tokens: wire.context_tokens,
+    })
+}

@@ -1,0 +1,287 @@
+//! The task that owns the machine: events in, calls out.
+
+use crate::{report, view_store};
+use control::{Control, Hello, Input, Output, Settings};
+use ids::{Epoch, Rank, WorkerId};
+use placement::View;
+use proto::pb;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use store::{Revision, Store, StoreError};
+use tokio::sync::{mpsc, oneshot, watch};
+use tonic::transport::{Channel, Endpoint};
+use view_store::Written;
+
+/// Between attempts to read the store at the start.
+const STORE_RETRY: Duration = Duration::from_millis(500);
+/// A worker that answers no ping for this long while it prepares is gone. Preparing itself may take
+/// as long as loading does.
+const PING: Duration = Duration::from_secs(1);
+const PING_MAX: Duration = Duration::from_secs(2);
+const CONNECT_MAX: Duration = Duration::from_secs(2);
+
+/// What the services and the shell's own calls report.
+#[derive(Debug)]
+pub(crate) enum Event {
+    Register {
+        hello: Hello,
+        reply: oneshot::Sender<Result<Registration, String>>,
+    },
+    /// A registration stream ended.
+    Gone {
+        worker: WorkerId,
+        connection: u64,
+    },
+    Input(Input),
+    Written {
+        epoch: Epoch,
+        result: Result<Written, StoreError>,
+    },
+    Status {
+        reply: oneshot::Sender<serde_json::Value>,
+    },
+}
+
+/// A member's standing stream.
+#[derive(Debug)]
+pub(crate) struct Registration {
+    pub(crate) worker: WorkerId,
+    pub(crate) connection: u64,
+    /// Fires when the membership ends.
+    pub(crate) dismissed: oneshot::Receiver<String>,
+}
+
+struct Peer {
+    connection: u64,
+    dismiss: oneshot::Sender<String>,
+    channel: Option<Channel>,
+}
+
+pub(crate) struct Shell {
+    /// Weak: the shell ends when nobody else can send any more.
+    events: mpsc::WeakSender<Event>,
+    inbox: mpsc::Receiver<Event>,
+    publish: watch::Sender<Option<Arc<pb::View>>>,
+    store: Arc<dyn Store>,
+    revision: Option<Revision>,
+    started: Instant,
+    peers: BTreeMap<WorkerId, Peer>,
+    connections: u64,
+    /// The registration that waits for the machine's answer.
+    registering: Option<Result<WorkerId, String>>,
+}
+
+impl Shell {
+    pub(crate) fn new(
+        events: mpsc::WeakSender<Event>,
+        inbox: mpsc::Receiver<Event>,
+        publish: watch::Sender<Option<Arc<pb::View>>>,
+        store: Arc<dyn Store>,
+    ) -> Self {
+        Self {
+            events,
+            inbox,
+            publish,
+            store,
+            revision: None,
+            started: Instant::now(),
+            peers: BTreeMap::new(),
+            connections: 0,
+            registering: None,
+        }
+    }
+
+    pub(crate) async fn run(mut self, settings: Settings) {
+        let last = self.read_store().await;
+        let mut control = Control::new(settings, last);
+        loop {
+            let deadline = control.deadline().map(|at| self.started + at);
+            let tick = async {
+                match deadline {
+                    Some(at) => tokio::time::sleep_until(at.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                event = self.inbox.recv() => match event {
+                    Some(event) => self.event(&mut control, event),
+                    None => return,
+                },
+                () = tick => self.feed(&mut control, Input::Tick),
+            }
+        }
+    }
+
+    async fn read_store(&mut self) -> Epoch {
+        loop {
+            match view_store::read(&*self.store).await {
+                Ok((epoch, revision)) => {
+                    self.revision = revision;
+                    return Epoch(epoch);
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "cannot read the view; will retry");
+                    tokio::time::sleep(STORE_RETRY).await;
+                }
+            }
+        }
+    }
+
+    fn event(&mut self, control: &mut Control, event: Event) {
+        match event {
+            Event::Input(input) => self.feed(control, input),
+            Event::Register { hello, reply } => self.register(control, hello, reply),
+            Event::Gone { worker, connection } => {
+                // A worker that has registered again meanwhile is not gone.
+                if self.peers.get(&worker).is_some_and(|peer| peer.connection == connection) {
+                    self.peers.remove(&worker);
+                    let evidence = "its registration stream ended".into();
+                    self.feed(control, Input::Lost { worker, evidence });
+                }
+            }
+            Event::Written { epoch, result } => {
+                let input = self.written(epoch, result);
+                self.feed(control, input);
+            }
+            Event::Status { reply } => {
+                // Whoever asked may have left.
+                let _left = reply.send(report::json(&control.status()));
+            }
+        }
+    }
+
+    fn register(
+        &mut self,
+        control: &mut Control,
+        hello: Hello,
+        reply: oneshot::Sender<Result<Registration, String>>,
+    ) {
+        let address = hello.address.clone();
+        self.feed(control, Input::Hello(hello));
+        let answer = self.registering.take().expect("the machine answers every hello");
+        let answer = answer.map(|worker| {
+            tracing::info!(%worker, address, "registered");
+            let (connection, dismissed) = self.connect(worker, &address);
+            Registration { worker, connection, dismissed }
+        });
+        if let Err(reason) = &answer {
+            tracing::warn!(address, reason, "registration refused");
+        }
+        if let Err(Ok(lost)) = reply.send(answer) {
+            // The caller left before it got its id.
+            self.peers.remove(&lost.worker);
+            let evidence = "it left while it registered".into();
+            self.feed(control, Input::Lost { worker: lost.worker, evidence });
+        }
+    }
+
+    /// Replaces the stream of a worker; `prepare` may have made its peer already.
+    fn connect(&mut self, worker: WorkerId, address: &str) -> (u64, oneshot::Receiver<String>) {
+        self.connections += 1;
+        let (dismiss, dismissed) = oneshot::channel();
+        let channel = channel(address);
+        self.peers.insert(worker, Peer { connection: self.connections, dismiss, channel });
+        (self.connections, dismissed)
+    }
+
+    fn written(&mut self, epoch: Epoch, result: Result<Written, StoreError>) -> Input {
+        match result {
+            Ok(Written::Stands(revision)) => {
+                self.revision = Some(revision);
+                Input::Stored { epoch }
+            }
+            Ok(Written::Foreign { epoch, revision }) => {
+                self.revision = revision;
+                Input::Superseded { found: Epoch(epoch) }
+            }
+            Err(error) => {
+                tracing::warn!(%epoch, %error, "cannot store the view; will retry");
+                Input::StoreFailed { epoch, text: error.to_string() }
+            }
+        }
+    }
+
+    fn feed(&mut self, control: &mut Control, input: Input) {
+        let before = Instant::now();
+        let outputs = control.step(self.started.elapsed(), input);
+        if outputs.iter().any(|output| matches!(output, Output::Prepare { .. })) {
+            control.note_plan(before.elapsed());
+            if let Some(change) = control.status().changes.last() {
+                tracing::info!(epoch = %change.epoch, cause = %change.cause, "view change");
+            }
+        }
+        for output in outputs {
+            self.act(output);
+        }
+    }
+
+    fn act(&mut self, output: Output) {
+        match output {
+            Output::Welcome { worker, .. } => self.registering = Some(Ok(worker)),
+            Output::Refuse { reason, .. } => self.registering = Some(Err(reason)),
+            Output::Prepare { worker, rank, view } => self.prepare(worker, rank, &view),
+            Output::Store { view } => self.store(&view),
+            Output::Publish { view } => {
+                tracing::info!(epoch = %view.epoch, ranks = view.members.len(), "view committed");
+                self.publish.send_replace(Some(Arc::new(proto::view_to_wire(&view))));
+            }
+            Output::Dismiss { worker, reason } => {
+                tracing::warn!(%worker, reason, "dismissed");
+                if let Some(peer) = self.peers.remove(&worker) {
+                    // Its stream may have ended by itself.
+                    let _gone = peer.dismiss.send(reason);
+                }
+            }
+        }
+    }
+
+    fn prepare(&self, worker: WorkerId, rank: Rank, view: &View) {
+        let Some(events) = self.events.upgrade() else { return };
+        let address = &view.members[rank.index()].address;
+        let known = self.peers.get(&worker).and_then(|peer| peer.channel.clone());
+        let channel = known.or_else(|| channel(address));
+        let request =
+            pb::PrepareRequest { view: Some(proto::view_to_wire(view)), rank: u32::from(rank.0) };
+        let epoch = view.epoch;
+        telemetry::spawn("coordinator.prepare", async move {
+            let input = match call_prepare(channel, request).await {
+                Ok(()) => Input::Prepared { epoch, worker },
+                Err(text) => Input::PrepareFailed { epoch, worker, text },
+            };
+            // Nobody listens: the coordinator ends.
+            let _ended = events.send(Event::Input(input)).await;
+        });
+    }
+
+    fn store(&self, view: &View) {
+        let Some(events) = self.events.upgrade() else { return };
+        let (store, revision) = (Arc::clone(&self.store), self.revision);
+        let (epoch, wire) = (view.epoch, Arc::new(proto::view_to_wire(view)));
+        telemetry::spawn("coordinator.store", async move {
+            let result = view_store::write(store, revision, wire).await;
+            // Nobody listens: the coordinator ends.
+            let _ended = events.send(Event::Written { epoch, result }).await;
+        });
+    }
+}
+
+/// A channel that connects when it is first used; `None` if the address is none.
+fn channel(address: &str) -> Option<Channel> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).ok()?;
+    let endpoint = endpoint
+        .connect_timeout(CONNECT_MAX)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(PING)
+        .keep_alive_timeout(PING_MAX);
+    Some(endpoint.connect_lazy())
+}
+
+async fn call_prepare(channel: Option<Channel>, request: pb::PrepareRequest) -> Result<(), String> {
+    let channel = channel.ok_or("its address is not host:port")?;
+    let mut client = pb::worker_client::WorkerClient::new(channel)
+        .max_decoding_message_size(proto::MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(proto::MESSAGE_BYTES_MAX);
+    let answer = client.prepare(request).await;
+    answer.map(|_| ()).map_err(|status| format!("{}: {}", status.code(), status.message()))
+}

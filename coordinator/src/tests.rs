@@ -1,0 +1,155 @@
+//! The coordinator over real gRPC, with workers that only answer `Prepare`.
+
+use super::*;
+use pb::coordinator_client::CoordinatorClient;
+use pb::worker_server::{Worker, WorkerServer};
+use std::time::Duration;
+use store::Memory;
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::{Channel, Server};
+use tonic::{Request, Response, Status, Streaming};
+
+/// Nothing here should take a second; a hang must fail instead.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Prepares whatever it is asked to, unless it is told to fail.
+struct Puppet {
+    fails: bool,
+}
+
+#[tonic::async_trait]
+impl Worker for Puppet {
+    type StepsStream = tokio_stream::Empty<Result<pb::StepResult, Status>>;
+
+    async fn prepare(
+        &self,
+        request: Request<pb::PrepareRequest>,
+    ) -> Result<Response<pb::PrepareResponse>, Status> {
+        if self.fails {
+            return Err(Status::internal("disk on fire"));
+        }
+        let epoch = request.into_inner().view.unwrap().epoch;
+        Ok(Response::new(pb::PrepareResponse { epoch }))
+    }
+
+    async fn steps(
+        &self,
+        _: Request<Streaming<pb::Step>>,
+    ) -> Result<Response<Self::StepsStream>, Status> {
+        Err(Status::unimplemented("a puppet does not step"))
+    }
+}
+
+async fn puppet(fails: bool) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let server = Server::builder().add_service(WorkerServer::new(Puppet { fails }));
+    telemetry::spawn("puppet", async move {
+        server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
+    });
+    address
+}
+
+fn settings(workers_expected: u16) -> Settings {
+    Settings { workers_expected, assemble_max: Duration::from_secs(600), redundancy: 0 }
+}
+
+async fn coordinator(store: &Memory, workers: u16) -> (Handle, CoordinatorClient<Channel>) {
+    let handle = start(settings(workers), Arc::new(store.clone()));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let server = Server::builder().add_service(handle.service());
+    telemetry::spawn("coordinator.server", async move {
+        server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
+    });
+    (handle, CoordinatorClient::connect(url).await.unwrap())
+}
+
+fn request(address: &str, profile: &str) -> pb::RegisterRequest {
+    pb::RegisterRequest {
+        address: address.into(),
+        incarnation: address.into(),
+        profile: profile.into(),
+        model: "toy".into(),
+        moe_layers: 1,
+        experts: 4,
+        kv: Some(pb::KvPools { block_tokens: 16, full_blocks: 4, ..Default::default() }),
+        context_tokens: 64,
+        ..Default::default()
+    }
+}
+
+async fn join(
+    client: &mut CoordinatorClient<Channel>,
+    address: &str,
+) -> Streaming<pb::RegisterEvent> {
+    let stream = client.register(request(address, "f32")).await.unwrap().into_inner();
+    stream
+}
+
+async fn next(views: &mut Streaming<pb::View>) -> String {
+    let view = tokio::time::timeout(PATIENCE, views.message()).await.expect("no view comes");
+    let view = view.unwrap().unwrap();
+    let workers: Vec<String> = view.members.iter().map(|m| m.worker.to_string()).collect();
+    format!("{}[{}]", view.epoch, workers.join(" "))
+}
+
+#[tokio::test]
+async fn members_come_and_go_and_every_watcher_sees_the_views() {
+    let store = Memory::new();
+    let (handle, mut client) = coordinator(&store, 2).await;
+    let mut views = client.watch_view(pb::WatchViewRequest {}).await.unwrap().into_inner();
+    let a = join(&mut client, &puppet(false).await).await;
+    let mut b = join(&mut client, &puppet(false).await).await;
+    assert_eq!(next(&mut views).await, "1[0 1]");
+    assert_eq!(b.message().await.unwrap().unwrap().worker, 1);
+
+    drop(a);
+    assert_eq!(next(&mut views).await, "2[1]");
+    let refused = client.register(request("127.0.0.1:1", "bf16")).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
+
+    let fault =
+        pb::report_request::News::Fault(pb::Fault { text: "late".into(), suspects: vec![] });
+    let report = |epoch| pb::ReportRequest { epoch, news: Some(fault.clone()) };
+    client.report(report(1)).await.unwrap();
+    client.report(report(2)).await.unwrap();
+    assert_eq!(next(&mut views).await, "3[1]");
+    let status = handle.status().await.unwrap();
+    assert_eq!(status["epoch"], 3);
+    assert_eq!(status["members"][0]["experts"], 4);
+    assert_eq!(status["changes"].as_array().unwrap().len(), 3);
+
+    // A watcher that comes late sees the view that stands.
+    let mut late = client.watch_view(pb::WatchViewRequest {}).await.unwrap().into_inner();
+    assert_eq!(next(&mut late).await, "3[1]");
+}
+
+#[tokio::test]
+async fn worker_that_cannot_prepare_is_dismissed_with_the_reason() {
+    let store = Memory::new();
+    let (_handle, mut client) = coordinator(&store, 2).await;
+    let mut views = client.watch_view(pb::WatchViewRequest {}).await.unwrap().into_inner();
+    let _good = join(&mut client, &puppet(false).await).await;
+    let mut bad = join(&mut client, &puppet(true).await).await;
+    assert_eq!(bad.message().await.unwrap().unwrap().worker, 1);
+    assert_eq!(next(&mut views).await, "2[0]");
+    let reason = tokio::time::timeout(PATIENCE, bad.message()).await.unwrap().unwrap_err();
+    assert!(reason.message().contains("disk on fire"), "{reason}");
+}
+
+#[tokio::test]
+async fn epochs_go_on_from_the_store_after_a_restart() {
+    let store = Memory::new();
+    let (first, mut client) = coordinator(&store, 1).await;
+    let mut views = client.watch_view(pb::WatchViewRequest {}).await.unwrap().into_inner();
+    let _member = join(&mut client, &puppet(false).await).await;
+    assert_eq!(next(&mut views).await, "1[0]");
+    drop(first);
+
+    let (_second, mut client) = coordinator(&store, 1).await;
+    let mut views = client.watch_view(pb::WatchViewRequest {}).await.unwrap().into_inner();
+    let _member = join(&mut client, &puppet(false).await).await;
+    assert_eq!(next(&mut views).await, "2[0]");
+}

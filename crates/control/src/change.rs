@@ -1,0 +1,61 @@
+//! Why and how the view changed: the history that an operator reads.
+
+use ids::{Epoch, Rank, WorkerId};
+use std::fmt;
+use std::time::Duration;
+
+/// Why a view is replaced.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Cause {
+    /// The first view.
+    Start,
+    Joined(WorkerId),
+    Lost {
+        worker: WorkerId,
+        evidence: String,
+    },
+    /// A step failed and nobody is known to be gone: the same members try again.
+    Fault {
+        text: String,
+        suspects: Vec<Rank>,
+    },
+    /// Another coordinator's view stood in the store.
+    Superseded,
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Start => f.write_str("start"),
+            Self::Joined(worker) => write!(f, "{worker} joined"),
+            Self::Lost { worker, evidence } => write!(f, "{worker} lost: {evidence}"),
+            Self::Fault { text, suspects } => {
+                write!(f, "step failed: {text}; suspects {suspects:?}")
+            }
+            Self::Superseded => f.write_str("another coordinator wrote a view"),
+        }
+    }
+}
+
+/// One view change, with the time each part took.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    pub epoch: Epoch,
+    pub cause: Cause,
+    /// When it was decided, since the coordinator's start.
+    pub at: Duration,
+    /// Computing the placement.
+    pub plan: Option<Duration>,
+    /// Until all members were prepared.
+    pub prepare: Option<Duration>,
+    /// Until the store held the view.
+    pub commit: Option<Duration>,
+    /// From the decision until a router committed the first step.
+    pub first_token: Option<Duration>,
+}
+
+impl Change {
+    pub(crate) fn new(epoch: Epoch, cause: Cause, at: Duration) -> Self {
+        Self { epoch, cause, at, plan: None, prepare: None, commit: None, first_token: None }
+    }
+}

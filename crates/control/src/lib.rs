@@ -1,0 +1,103 @@
+//! The coordinator's decisions: who is a member, which view comes next, and when it counts.
+//!
+//! A pure machine: the shell feeds it [`Input`]s and carries out its [`Output`]s. It never waits, has
+//! no clock of its own (`now` counts from the shell's start) and talks to nobody.
+//!
+//! ```text
+//!              all expected workers here,
+//!              or assemble_max passed          all prepared              stored
+//! Assembling ─────────────────────────▶ Preparing ───────▶ Committing ─────────▶ Serving
+//!      ▲                                 │      ▲ ▲            │                    │
+//!      └───────── nobody is left ────────┘      │ └─ superseded┘                    │
+//!                                               └── lost, joined or faulty step ────┘
+//! ```
+//!
+//! A view is tried under a new epoch each time, so what belongs to an abandoned attempt is known by
+//! its epoch and changes nothing. Preparing is also how a suspect is confirmed: whoever fails to
+//! prepare is no member any more.
+
+mod change;
+mod machine;
+mod status;
+#[cfg(test)]
+mod tests;
+
+use ids::{Epoch, Rank, WorkerId};
+use placement::{KvPools, Shape, View};
+use std::sync::Arc;
+use std::time::Duration;
+
+pub use change::{Cause, Change};
+pub use machine::Control;
+pub use status::{MemberState, MemberStatus, PhaseName, Status};
+
+/// What an operator decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Settings {
+    /// Workers that the first view waits for.
+    pub workers_expected: u16,
+    /// Longest wait for them, from the first registration on; then those present must do.
+    pub assemble_max: Duration,
+    /// Copies of every expert beyond the first, as far as there are ranks for them.
+    pub redundancy: u16,
+}
+
+/// How a worker introduces itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hello {
+    /// Random per process start.
+    pub incarnation: String,
+    /// `host:port` of its service.
+    pub address: String,
+    pub pid: u32,
+    pub device: String,
+    /// Numeric profile.
+    pub profile: String,
+    /// Fingerprint of the model's configuration.
+    pub model: String,
+    pub shape: Shape,
+    pub kv: KvPools,
+    pub context_tokens: u32,
+}
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Input {
+    /// A worker wants to be a member.
+    Hello(Hello),
+    /// A worker is gone; the text says how that is known.
+    Lost { worker: WorkerId, evidence: String },
+    /// A worker can serve its rank of the view.
+    Prepared { epoch: Epoch, worker: WorkerId },
+    /// It cannot, or did not answer.
+    PrepareFailed { epoch: Epoch, worker: WorkerId, text: String },
+    /// The store holds the view.
+    Stored { epoch: Epoch },
+    /// The store did not answer; the view may or may not stand there.
+    StoreFailed { epoch: Epoch, text: String },
+    /// The store holds somebody else's view with this epoch.
+    Superseded { found: Epoch },
+    /// A router saw a step of the epoch fail. Ranks it suspects are no more than a hint.
+    Fault { epoch: Epoch, text: String, suspects: Vec<Rank> },
+    /// A router committed the first step of the epoch.
+    FirstToken { epoch: Epoch },
+    /// [`Control::deadline`] has passed.
+    Tick,
+}
+
+/// What to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Output {
+    /// The worker is a member under this id.
+    Welcome { incarnation: String, worker: WorkerId },
+    /// It cannot be one.
+    Refuse { incarnation: String, reason: String },
+    /// Ask a worker to prepare its rank of a view; answer with `Prepared` or `PrepareFailed`.
+    Prepare { worker: WorkerId, rank: Rank, view: Arc<View> },
+    /// Write the view to the store; answer with `Stored`, `StoreFailed` or `Superseded`.
+    Store { view: Arc<View> },
+    /// Tell the routers.
+    Publish { view: Arc<View> },
+    /// End a worker's membership; it may register again.
+    Dismiss { worker: WorkerId, reason: String },
+}

@@ -1,0 +1,344 @@
+//! The machine itself; `lib.rs` draws it.
+
+use crate::{Cause, Change, Hello, Input, Output, Settings};
+use ids::{Epoch, Rank, WorkerId};
+use placement::{Member, View};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Changes that the history keeps: enough for an hour of steady failures.
+const HISTORY_MAX: usize = 256;
+/// Ranks of a view. A placement stores a rank per replica, and nobody has tried more.
+pub(crate) const MEMBERS_MAX: usize = 1024;
+/// Between attempts to write to a store that does not answer.
+const STORE_RETRY: Duration = Duration::from_millis(500);
+
+/// Where the machine stands.
+#[derive(Debug)]
+pub(crate) enum Phase {
+    /// Waits for workers; `since` the first one came.
+    Assembling {
+        since: Option<Duration>,
+    },
+    Preparing {
+        view: Arc<View>,
+        waiting: BTreeSet<WorkerId>,
+    },
+    /// `retry`: the store did not answer, and is asked again then.
+    Committing {
+        view: Arc<View>,
+        retry: Option<Duration>,
+    },
+    Serving,
+}
+
+/// The coordinator's state.
+#[derive(Debug)]
+pub struct Control {
+    settings: Settings,
+    /// The last epoch that was tried.
+    epoch: Epoch,
+    next_worker: u32,
+    pub(crate) members: BTreeMap<WorkerId, Hello>,
+    pub(crate) phase: Phase,
+    /// The last view that counted.
+    pub(crate) committed: Option<Arc<View>>,
+    /// Something happened while a view was on its way: the next one follows at once.
+    overtaken: Option<Cause>,
+    pub(crate) history: VecDeque<Change>,
+}
+
+impl Control {
+    /// `last` is the epoch that stands in the store; epochs go on from there.
+    #[must_use]
+    pub fn new(settings: Settings, last: Epoch) -> Self {
+        Self {
+            settings,
+            epoch: last,
+            next_worker: 0,
+            members: BTreeMap::new(),
+            phase: Phase::Assembling { since: None },
+            committed: None,
+            overtaken: None,
+            history: VecDeque::new(),
+        }
+    }
+
+    /// When the machine wants a [`Input::Tick`], if nothing else happens before.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Duration> {
+        match &self.phase {
+            Phase::Assembling { since } => since.map(|since| since + self.settings.assemble_max),
+            Phase::Committing { retry, .. } => *retry,
+            Phase::Preparing { .. } | Phase::Serving => None,
+        }
+    }
+
+    /// Takes one event in; runs to the end without waiting.
+    pub fn step(&mut self, now: Duration, input: Input) -> Vec<Output> {
+        match input {
+            Input::Hello(hello) => self.hello(now, hello),
+            Input::Lost { worker, evidence } => self.lost(now, worker, evidence),
+            Input::Prepared { epoch, worker } => self.prepared(now, epoch, worker),
+            Input::PrepareFailed { epoch, worker, text } => {
+                self.prepare_failed(now, epoch, worker, text)
+            }
+            Input::Stored { epoch } => self.stored(now, epoch),
+            Input::StoreFailed { epoch, .. } => {
+                if let Phase::Committing { view, retry } = &mut self.phase
+                    && view.epoch == epoch
+                {
+                    *retry = Some(now + STORE_RETRY);
+                }
+                Vec::new()
+            }
+            Input::Superseded { found } => self.superseded(now, found),
+            Input::Fault { epoch, text, suspects } => {
+                let is_current = self.committed.as_ref().is_some_and(|view| view.epoch == epoch);
+                match &self.phase {
+                    Phase::Serving if is_current => self.plan(now, Cause::Fault { text, suspects }),
+                    // A newer view is on its way already, or the news is old.
+                    Phase::Serving
+                    | Phase::Assembling { .. }
+                    | Phase::Preparing { .. }
+                    | Phase::Committing { .. } => Vec::new(),
+                }
+            }
+            Input::FirstToken { epoch } => {
+                self.note(epoch, |change| {
+                    change.first_token.get_or_insert(now.saturating_sub(change.at));
+                });
+                Vec::new()
+            }
+            Input::Tick => self.tick(now),
+        }
+    }
+
+    /// Records how long the shell's last `step` took to plan, which only a clock can tell.
+    pub fn note_plan(&mut self, took: Duration) {
+        let epoch = self.epoch;
+        self.note(epoch, |change| {
+            change.plan.get_or_insert(took);
+        });
+    }
+
+    fn hello(&mut self, now: Duration, hello: Hello) -> Vec<Output> {
+        let known = self.members.iter().find(|(_, known)| known.incarnation == hello.incarnation);
+        if let Some((&worker, _)) = known {
+            return vec![Output::Welcome { incarnation: hello.incarnation, worker }];
+        }
+        if let Some(reason) = self.refusal(&hello) {
+            return vec![Output::Refuse { incarnation: hello.incarnation, reason }];
+        }
+        let worker = WorkerId(self.next_worker);
+        self.next_worker += 1;
+        let mut outputs = vec![Output::Welcome { incarnation: hello.incarnation.clone(), worker }];
+        self.members.insert(worker, hello);
+        match &mut self.phase {
+            Phase::Assembling { since } => {
+                since.get_or_insert(now);
+                outputs.extend(self.assemble(now));
+            }
+            Phase::Serving => outputs.extend(self.plan(now, Cause::Joined(worker))),
+            Phase::Preparing { .. } | Phase::Committing { .. } => {
+                self.overtaken.get_or_insert(Cause::Joined(worker));
+            }
+        }
+        outputs
+    }
+
+    fn refusal(&self, hello: &Hello) -> Option<String> {
+        if MEMBERS_MAX <= self.members.len() {
+            return Some(format!("the cluster has {MEMBERS_MAX} workers and takes no more"));
+        }
+        if usize::from(u16::MAX) < hello.shape.experts {
+            return Some(format!("{} experts are more than ids can number", hello.shape.experts));
+        }
+        self.members.values().next().and_then(|first| misfit(first, hello))
+    }
+
+    /// Starts the first view if everybody is here or has been waited for.
+    fn assemble(&mut self, now: Duration) -> Vec<Output> {
+        let is_full = usize::from(self.settings.workers_expected) <= self.members.len();
+        let is_late = self.deadline().is_some_and(|deadline| deadline <= now);
+        if self.members.is_empty() || !(is_full || is_late) {
+            return Vec::new();
+        }
+        self.plan(now, Cause::Start)
+    }
+
+    fn lost(&mut self, now: Duration, worker: WorkerId, evidence: String) -> Vec<Output> {
+        if self.members.remove(&worker).is_none() {
+            return Vec::new();
+        }
+        let matters = match &self.phase {
+            Phase::Assembling { .. } => {
+                if self.members.is_empty() {
+                    self.phase = Phase::Assembling { since: None };
+                }
+                return Vec::new();
+            }
+            Phase::Preparing { view, .. } => has(view, worker),
+            Phase::Committing { view, .. } => {
+                // The write is on its way; the next view follows its answer.
+                if has(view, worker) {
+                    self.overtaken = Some(Cause::Lost { worker, evidence });
+                }
+                return Vec::new();
+            }
+            Phase::Serving => self.committed.as_ref().is_some_and(|view| has(view, worker)),
+        };
+        if matters { self.plan(now, Cause::Lost { worker, evidence }) } else { Vec::new() }
+    }
+
+    fn prepared(&mut self, now: Duration, epoch: Epoch, worker: WorkerId) -> Vec<Output> {
+        let Phase::Preparing { view, waiting } = &mut self.phase else { return Vec::new() };
+        if view.epoch != epoch || !waiting.remove(&worker) || !waiting.is_empty() {
+            return Vec::new();
+        }
+        let view = Arc::clone(view);
+        self.note(epoch, |change| change.prepare = Some(now.saturating_sub(change.at)));
+        self.phase = Phase::Committing { view: Arc::clone(&view), retry: None };
+        vec![Output::Store { view }]
+    }
+
+    fn prepare_failed(
+        &mut self,
+        now: Duration,
+        epoch: Epoch,
+        worker: WorkerId,
+        text: String,
+    ) -> Vec<Output> {
+        let Phase::Preparing { view, .. } = &self.phase else { return Vec::new() };
+        if view.epoch != epoch || !self.members.contains_key(&worker) {
+            return Vec::new();
+        }
+        let evidence = format!("cannot prepare {epoch}: {text}");
+        let mut outputs = vec![Output::Dismiss { worker, reason: evidence.clone() }];
+        outputs.extend(self.lost(now, worker, evidence));
+        outputs
+    }
+
+    fn stored(&mut self, now: Duration, epoch: Epoch) -> Vec<Output> {
+        let Phase::Committing { view, .. } = &self.phase else { return Vec::new() };
+        if view.epoch != epoch {
+            return Vec::new();
+        }
+        let view = Arc::clone(view);
+        self.note(epoch, |change| {
+            let before = change.at + change.prepare.unwrap_or_default();
+            change.commit = Some(now.saturating_sub(before));
+        });
+        self.committed = Some(Arc::clone(&view));
+        self.phase = Phase::Serving;
+        let mut outputs = vec![Output::Publish { view }];
+        if let Some(cause) = self.overtaken.take() {
+            outputs.extend(self.plan(now, cause));
+        }
+        outputs
+    }
+
+    fn superseded(&mut self, now: Duration, found: Epoch) -> Vec<Output> {
+        self.epoch = self.epoch.max(found);
+        match &self.phase {
+            Phase::Committing { .. } => self.plan(now, Cause::Superseded),
+            Phase::Assembling { .. } | Phase::Preparing { .. } | Phase::Serving => Vec::new(),
+        }
+    }
+
+    fn tick(&mut self, now: Duration) -> Vec<Output> {
+        match &mut self.phase {
+            Phase::Assembling { .. } => self.assemble(now),
+            Phase::Committing { view, retry } if retry.is_some_and(|at| at <= now) => {
+                *retry = None;
+                vec![Output::Store { view: Arc::clone(view) }]
+            }
+            Phase::Committing { .. } | Phase::Preparing { .. } | Phase::Serving => Vec::new(),
+        }
+    }
+
+    /// Starts the next view over all members.
+    fn plan(&mut self, now: Duration, cause: Cause) -> Vec<Output> {
+        self.overtaken = None;
+        if self.members.is_empty() {
+            self.phase = Phase::Assembling { since: None };
+            return Vec::new();
+        }
+        self.epoch = self.epoch.next();
+        let view = Arc::new(self.next_view());
+        if self.history.len() == HISTORY_MAX {
+            self.history.pop_front();
+        }
+        self.history.push_back(Change::new(view.epoch, cause, now));
+        let prepare = |member: &Member| Output::Prepare {
+            worker: member.worker,
+            rank: member.rank,
+            view: Arc::clone(&view),
+        };
+        let outputs = view.members.iter().map(prepare).collect();
+        let waiting = view.members.iter().map(|member| member.worker).collect();
+        self.phase = Phase::Preparing { view, waiting };
+        outputs
+    }
+
+    /// Members of the last view keep their order, newcomers follow by id.
+    fn next_view(&self) -> View {
+        let old_rank = |worker: WorkerId| {
+            let view = self.committed.as_ref()?;
+            view.members.iter().find(|member| member.worker == worker).map(|member| member.rank)
+        };
+        let mut order: Vec<(&WorkerId, &Hello)> = self.members.iter().collect();
+        order.sort_by_key(|(worker, _)| (old_rank(**worker).unwrap_or(Rank(u16::MAX)), **worker));
+        let member = |(rank, (&worker, hello)): (u16, (&WorkerId, &Hello))| Member {
+            worker,
+            rank: Rank(rank),
+            address: hello.address.clone(),
+            incarnation: hello.incarnation.clone(),
+            pid: hello.pid,
+            device: hello.device.clone(),
+            kv: hello.kv,
+            context_tokens: hello.context_tokens,
+        };
+        let first = order.first().expect("a view has members").1;
+        let (shape, profile, model) = (first.shape, first.profile.clone(), first.model.clone());
+        let members: Vec<Member> = (0..).zip(order).map(member).collect();
+        let ranks = u16::try_from(members.len()).expect("a rank is 16 bits, and each has one");
+        let redundancy = self.settings.redundancy.min(ranks - 1);
+        let placement = placement::plan(shape, ranks, redundancy)
+            .expect("there are more ranks than redundancy, and `hello` checked the experts");
+        View { epoch: self.epoch, members, placement, profile, model }
+    }
+
+    fn note(&mut self, epoch: Epoch, note: impl FnOnce(&mut Change)) {
+        if let Some(change) = self.history.iter_mut().rev().find(|change| change.epoch == epoch) {
+            note(change);
+        }
+    }
+}
+
+fn has(view: &View, worker: WorkerId) -> bool {
+    view.members.iter().any(|member| member.worker == worker)
+}
+
+/// Why `new` cannot serve beside `first`.
+fn misfit(first: &Hello, new: &Hello) -> Option<String> {
+    let differs = |what: &str, ours: String, theirs: String| {
+        (ours != theirs).then(|| {
+            format!("its {what} is {theirs}, the cluster's {ours}; start it with the cluster's")
+        })
+    };
+    differs("model", first.model.clone(), new.model.clone())
+        .or_else(|| differs("numeric profile", first.profile.clone(), new.profile.clone()))
+        .or_else(|| {
+            differs("expert shape", format!("{:?}", first.shape), format!("{:?}", new.shape))
+        })
+        .or_else(|| {
+            let block = |hello: &Hello| hello.kv.block_tokens.to_string();
+            differs("KV block size", block(first), block(new))
+        })
+        .or_else(|| {
+            let chunk = |hello: &Hello| format!("{:?}", hello.kv.chunk_tokens);
+            differs("attention chunk", chunk(first), chunk(new))
+        })
+}

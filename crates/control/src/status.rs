@@ -1,0 +1,97 @@
+//! What an operator may see of the machine.
+
+use crate::machine::Phase;
+use crate::{Change, Control};
+use ids::{Epoch, Rank, WorkerId};
+
+/// Which phase, without its data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PhaseName {
+    Assembling,
+    Preparing,
+    Committing,
+    Serving,
+}
+
+/// A member's part in the view.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MemberState {
+    /// Serves its rank of the current view.
+    Serving,
+    /// Waits for the next view.
+    Joining,
+    /// Is being prepared for the next view.
+    Preparing,
+}
+
+/// One member.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemberStatus {
+    pub worker: WorkerId,
+    /// In the current view.
+    pub rank: Option<Rank>,
+    pub pid: u32,
+    pub address: String,
+    pub device: String,
+    pub state: MemberState,
+    /// Copies of experts it holds in the current view, over all layers.
+    pub experts: usize,
+}
+
+/// The whole picture.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Status {
+    /// Of the view that counts; `None` before the first.
+    pub epoch: Option<Epoch>,
+    pub phase: PhaseName,
+    pub members: Vec<MemberStatus>,
+    /// Oldest first.
+    pub changes: Vec<Change>,
+}
+
+impl Control {
+    /// A snapshot for `herd status`.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let phase = match &self.phase {
+            Phase::Assembling { .. } => PhaseName::Assembling,
+            Phase::Preparing { .. } => PhaseName::Preparing,
+            Phase::Committing { .. } => PhaseName::Committing,
+            Phase::Serving => PhaseName::Serving,
+        };
+        Status {
+            epoch: self.committed.as_ref().map(|view| view.epoch),
+            phase,
+            members: self.members.keys().map(|&worker| self.member_status(worker)).collect(),
+            changes: self.history.iter().cloned().collect(),
+        }
+    }
+
+    fn member_status(&self, worker: WorkerId) -> MemberStatus {
+        let hello = &self.members[&worker];
+        let placed = self.committed.as_ref().and_then(|view| {
+            let member = view.members.iter().find(|member| member.worker == worker)?;
+            let layers = 0..view.placement.moe_layers();
+            let held = layers.map(|layer| view.placement.local_experts(layer, member.rank).len());
+            Some((member.rank, held.sum()))
+        });
+        let is_waited_for = match &self.phase {
+            Phase::Preparing { waiting, .. } => waiting.contains(&worker),
+            Phase::Assembling { .. } | Phase::Committing { .. } | Phase::Serving => false,
+        };
+        let state = match (is_waited_for, placed) {
+            (true, _) => MemberState::Preparing,
+            (false, Some(_)) => MemberState::Serving,
+            (false, None) => MemberState::Joining,
+        };
+        MemberStatus {
+            worker,
+            rank: placed.map(|(rank, _)| rank),
+            pid: hello.pid,
+            address: hello.address.clone(),
+            device: hello.device.clone(),
+            state,
+            experts: placed.map_or(0, |(_, held)| held),
+        }
+    }
+}

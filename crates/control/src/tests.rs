@@ -1,0 +1,381 @@
+//! Scenarios as traces, and random histories with an oracle.
+
+use super::*;
+use proptest::prelude::*;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
+
+fn settings(workers_expected: u16) -> Settings {
+    Settings { workers_expected, assemble_max: Duration::from_secs(10), redundancy: 1 }
+}
+
+fn hello(name: &str) -> Hello {
+    Hello {
+        incarnation: name.into(),
+        address: format!("{name}:1"),
+        pid: 1,
+        device: "cpu".into(),
+        profile: "cpu/f32".into(),
+        model: "toy".into(),
+        shape: Shape { moe_layers: 2, experts: 4 },
+        kv: KvPools { block_tokens: 16, full_blocks: 8, chunked_blocks: 8, chunk_tokens: Some(64) },
+        context_tokens: 128,
+    }
+}
+
+/// `w0 r0 of n3[w0 w1]`: short enough to read many of them.
+fn text(output: &Output) -> String {
+    let members = |view: &View| {
+        let workers: Vec<String> = view.members.iter().map(|m| m.worker.to_string()).collect();
+        format!("{}[{}]", view.epoch, workers.join(" "))
+    };
+    match output {
+        Output::Welcome { incarnation, worker } => format!("welcome {incarnation} as {worker}"),
+        Output::Refuse { incarnation, reason } => format!("refuse {incarnation}: {reason}"),
+        Output::Prepare { worker, rank, view } => {
+            format!("prepare {worker} as {rank} of {}", members(view))
+        }
+        Output::Store { view } => format!("store {}", members(view)),
+        Output::Publish { view } => format!("publish {}", members(view)),
+        Output::Dismiss { worker, reason } => format!("dismiss {worker}: {reason}"),
+    }
+}
+
+/// Feeds `(seconds, input)` and compares the trace of outputs.
+#[track_caller]
+fn check(control: &mut Control, inputs: Vec<(u64, Input)>, want: &[&str]) {
+    let mut got = Vec::new();
+    for (at, input) in inputs {
+        got.extend(control.step(Duration::from_secs(at), input).iter().map(text));
+    }
+    assert_eq!(got, want);
+}
+
+fn prepared(epoch: u64, worker: u32) -> Input {
+    Input::Prepared { epoch: Epoch(epoch), worker: WorkerId(worker) }
+}
+
+fn lost(worker: u32) -> Input {
+    Input::Lost { worker: WorkerId(worker), evidence: "stream ended".into() }
+}
+
+/// A cluster of two that serves epoch 1.
+fn serving() -> Control {
+    let mut control = Control::new(settings(2), Epoch(0));
+    for input in [
+        Input::Hello(hello("a")),
+        Input::Hello(hello("b")),
+        prepared(1, 0),
+        prepared(1, 1),
+        Input::Stored { epoch: Epoch(1) },
+    ] {
+        control.step(Duration::from_secs(1), input);
+    }
+    assert_eq!(control.status().phase, PhaseName::Serving);
+    control
+}
+
+#[test]
+fn first_view_waits_for_all_then_counts_once_stored() {
+    let mut control = Control::new(settings(2), Epoch(7));
+    check(
+        &mut control,
+        vec![
+            (0, Input::Hello(hello("a"))),
+            (1, Input::Hello(hello("b"))),
+            (2, prepared(8, 1)),
+            (2, prepared(8, 1)),
+            (3, prepared(8, 0)),
+            (4, Input::Stored { epoch: Epoch(8) }),
+            (9, Input::FirstToken { epoch: Epoch(8) }),
+        ],
+        &[
+            "welcome a as w0",
+            "welcome b as w1",
+            "prepare w0 as r0 of n8[w0 w1]",
+            "prepare w1 as r1 of n8[w0 w1]",
+            "store n8[w0 w1]",
+            "publish n8[w0 w1]",
+        ],
+    );
+    let status = control.status();
+    let mut line = String::new();
+    for c in &status.changes {
+        let s = |d: Option<Duration>| d.unwrap().as_secs();
+        let (prepare, commit, first) = (s(c.prepare), s(c.commit), s(c.first_token));
+        write!(line, "{} {} {prepare} {commit} {first}", c.epoch, c.cause).unwrap();
+    }
+    assert_eq!(line, "n8 start 2 1 8");
+    assert_eq!(status.members.iter().map(|m| m.experts).collect::<Vec<_>>(), [8, 8]);
+}
+
+#[test]
+fn late_workers_are_not_waited_for_for_ever() {
+    let mut control = Control::new(settings(3), Epoch(0));
+    check(
+        &mut control,
+        vec![(5, Input::Hello(hello("a"))), (14, Input::Tick)],
+        &["welcome a as w0"],
+    );
+    assert_eq!(control.deadline(), Some(Duration::from_secs(15)));
+    check(&mut control, vec![(15, Input::Tick)], &["prepare w0 as r0 of n1[w0]"]);
+}
+
+#[test]
+fn lost_member_is_replaced_by_its_peers_and_ranks_close_up() {
+    check(
+        &mut serving(),
+        vec![
+            (5, lost(0)),
+            (5, lost(0)),
+            (5, prepared(2, 1)),
+            (5, Input::Stored { epoch: Epoch(2) }),
+        ],
+        &["prepare w1 as r0 of n2[w1]", "store n2[w1]", "publish n2[w1]"],
+    );
+}
+
+#[test]
+fn joining_worker_gets_the_last_rank_of_a_new_view() {
+    check(
+        &mut serving(),
+        vec![(5, Input::Hello(hello("c")))],
+        &[
+            "welcome c as w2",
+            "prepare w0 as r0 of n2[w0 w1 w2]",
+            "prepare w1 as r1 of n2[w0 w1 w2]",
+            "prepare w2 as r2 of n2[w0 w1 w2]",
+        ],
+    );
+}
+
+#[test]
+fn loss_during_a_view_change_starts_over_and_old_answers_are_void() {
+    check(
+        &mut serving(),
+        vec![
+            (5, Input::Hello(hello("c"))),
+            (5, prepared(2, 0)),
+            (6, lost(1)),
+            (6, prepared(2, 2)),
+            (6, prepared(3, 2)),
+            (6, prepared(3, 0)),
+        ],
+        &[
+            "welcome c as w2",
+            "prepare w0 as r0 of n2[w0 w1 w2]",
+            "prepare w1 as r1 of n2[w0 w1 w2]",
+            "prepare w2 as r2 of n2[w0 w1 w2]",
+            "prepare w0 as r0 of n3[w0 w2]",
+            "prepare w2 as r1 of n3[w0 w2]",
+            "store n3[w0 w2]",
+        ],
+    );
+}
+
+#[test]
+fn loss_while_the_store_writes_is_repaired_right_after() {
+    check(
+        &mut serving(),
+        vec![
+            (5, Input::Hello(hello("c"))),
+            (5, prepared(2, 0)),
+            (5, prepared(2, 1)),
+            (5, prepared(2, 2)),
+            (6, lost(2)),
+            (6, Input::Stored { epoch: Epoch(2) }),
+        ],
+        &[
+            "welcome c as w2",
+            "prepare w0 as r0 of n2[w0 w1 w2]",
+            "prepare w1 as r1 of n2[w0 w1 w2]",
+            "prepare w2 as r2 of n2[w0 w1 w2]",
+            "store n2[w0 w1 w2]",
+            "publish n2[w0 w1 w2]",
+            "prepare w0 as r0 of n3[w0 w1]",
+            "prepare w1 as r1 of n3[w0 w1]",
+        ],
+    );
+}
+
+#[test]
+fn worker_that_cannot_prepare_is_dismissed() {
+    let failed = Input::PrepareFailed { epoch: Epoch(2), worker: WorkerId(1), text: "disk".into() };
+    check(
+        &mut serving(),
+        vec![(5, Input::Hello(hello("c"))), (5, failed.clone()), (5, failed)],
+        &[
+            "welcome c as w2",
+            "prepare w0 as r0 of n2[w0 w1 w2]",
+            "prepare w1 as r1 of n2[w0 w1 w2]",
+            "prepare w2 as r2 of n2[w0 w1 w2]",
+            "dismiss w1: cannot prepare n2: disk",
+            "prepare w0 as r0 of n3[w0 w2]",
+            "prepare w2 as r1 of n3[w0 w2]",
+        ],
+    );
+}
+
+#[test]
+fn faulty_step_of_the_current_epoch_is_answered_by_a_new_epoch() {
+    let fault = |epoch| Input::Fault { epoch: Epoch(epoch), text: "late".into(), suspects: vec![] };
+    check(
+        &mut serving(),
+        vec![(5, fault(0)), (5, fault(1)), (5, fault(1))],
+        &["prepare w0 as r0 of n2[w0 w1]", "prepare w1 as r1 of n2[w0 w1]"],
+    );
+}
+
+#[test]
+fn silent_store_is_asked_again() {
+    let mut control = serving();
+    let failed = Input::StoreFailed { epoch: Epoch(2), text: "away".into() };
+    check(
+        &mut control,
+        vec![(5, lost(0)), (5, prepared(2, 1)), (5, failed), (5, Input::Tick)],
+        &["prepare w1 as r0 of n2[w1]", "store n2[w1]"],
+    );
+    let retry = control.deadline().unwrap();
+    assert_eq!(control.step(retry, Input::Tick).len(), 1);
+}
+
+#[test]
+fn foreign_view_in_the_store_is_overtaken() {
+    check(
+        &mut serving(),
+        vec![(5, lost(0)), (5, prepared(2, 1)), (5, Input::Superseded { found: Epoch(40) })],
+        &["prepare w1 as r0 of n2[w1]", "store n2[w1]", "prepare w1 as r0 of n41[w1]"],
+    );
+}
+
+#[test]
+fn worker_of_another_model_is_refused_with_the_remedy() {
+    let mut other = hello("c");
+    other.profile = "cpu/bf16".into();
+    check(
+        &mut serving(),
+        vec![(5, Input::Hello(other))],
+        &[
+            "refuse c: its numeric profile is cpu/bf16, the cluster's cpu/f32; start it with the cluster's",
+        ],
+    );
+}
+
+#[test]
+fn registering_again_keeps_the_id() {
+    check(&mut serving(), vec![(5, Input::Hello(hello("b")))], &["welcome b as w1"]);
+}
+
+#[test]
+fn last_worker_lost_waits_for_workers() {
+    let mut control = serving();
+    check(&mut control, vec![(5, lost(0)), (5, lost(1))], &["prepare w1 as r0 of n2[w1]"]);
+    assert_eq!(control.status().phase, PhaseName::Assembling);
+    assert_eq!(control.deadline(), None);
+}
+
+/// A cluster whose workers and store answer at random times, or die.
+#[derive(Default)]
+struct World {
+    pending: Vec<Input>,
+    alive: BTreeMap<WorkerId, String>,
+    prepared: BTreeMap<Epoch, BTreeSet<WorkerId>>,
+    published: Vec<Arc<View>>,
+    born: u32,
+}
+
+impl World {
+    fn feed(&mut self, control: &mut Control, now: Duration, input: Input) {
+        if let Input::Prepared { epoch, worker } = &input {
+            self.prepared.entry(*epoch).or_default().insert(*worker);
+        }
+        for output in control.step(now, input) {
+            match output {
+                Output::Welcome { incarnation, worker } => {
+                    self.alive.insert(worker, incarnation);
+                }
+                Output::Refuse { .. } => panic!("all workers of this world are alike"),
+                Output::Prepare { worker, view, .. } => {
+                    self.pending.push(Input::Prepared { epoch: view.epoch, worker });
+                }
+                Output::Store { view } => self.pending.push(Input::Stored { epoch: view.epoch }),
+                Output::Publish { view } => self.publish(view),
+                Output::Dismiss { worker, .. } => {
+                    self.alive.remove(&worker);
+                }
+            }
+        }
+    }
+
+    /// What must hold of every view that counts.
+    fn publish(&mut self, view: Arc<View>) {
+        assert!(self.published.last().is_none_or(|last| last.epoch < view.epoch), "epochs rise");
+        let members: BTreeSet<WorkerId> = view.members.iter().map(|m| m.worker).collect();
+        assert_eq!(members.len(), view.members.len(), "nobody has two ranks");
+        assert_eq!(self.prepared.get(&view.epoch), Some(&members), "all members are prepared");
+        self.published.push(view);
+    }
+
+    fn random(&mut self, control: &mut Control, now: Duration, dice: u32) {
+        let pick = (dice / 16) as usize;
+        match dice % 16 {
+            0..=2 => {
+                self.born += 1;
+                let name = format!("i{}", self.born);
+                self.feed(control, now, Input::Hello(hello(&name)));
+            }
+            3 | 4 if !self.alive.is_empty() => {
+                let (&worker, _) = self.alive.iter().nth(pick % self.alive.len()).unwrap();
+                self.alive.remove(&worker);
+                self.feed(control, now, Input::Lost { worker, evidence: "dice".into() });
+            }
+            5 if control.committed.is_some() => {
+                let epoch = control.committed.as_ref().unwrap().epoch;
+                let text = "dice".into();
+                self.feed(control, now, Input::Fault { epoch, text, suspects: vec![] });
+            }
+            6 => self.feed(control, now, Input::Tick),
+            _ if !self.pending.is_empty() => {
+                let input = self.pending.swap_remove(pick % self.pending.len());
+                let input = match (input, dice / 16 % 5) {
+                    (Input::Prepared { epoch, worker }, 0) => {
+                        Input::PrepareFailed { epoch, worker, text: "dice".into() }
+                    }
+                    (Input::Stored { epoch }, 0) => {
+                        self.pending.push(Input::Stored { epoch });
+                        Input::StoreFailed { epoch, text: "dice".into() }
+                    }
+                    (input, _) => input,
+                };
+                self.feed(control, now, input);
+            }
+            _ => {}
+        }
+    }
+}
+
+proptest! {
+    /// Whatever happens, no view counts that a member has not prepared; and when it stops happening,
+    /// everybody who lives serves.
+    #[test]
+    fn random_histories_are_safe_and_end_in_service(
+        dice in proptest::collection::vec(any::<u32>(), 1..200),
+    ) {
+        let (mut world, mut now) = (World::default(), Duration::ZERO);
+        let mut control = Control::new(settings(3), Epoch(0));
+        for dice in dice {
+            now += Duration::from_millis(u64::from(dice % 1000));
+            world.random(&mut control, now, dice);
+        }
+        world.feed(&mut control, now, Input::Hello(hello("last")));
+        while control.status().phase != PhaseName::Serving {
+            now += Duration::from_secs(1);
+            let next = if world.pending.is_empty() { Input::Tick } else { world.pending.remove(0) };
+            world.feed(&mut control, now, next);
+            prop_assert!(now < Duration::from_secs(10_000), "it never serves again");
+        }
+        let view = world.published.last().unwrap();
+        let members: BTreeSet<WorkerId> = view.members.iter().map(|m| m.worker).collect();
+        prop_assert_eq!(members, world.alive.keys().copied().collect::<BTreeSet<_>>());
+    }
+}
