@@ -16,6 +16,7 @@
 
 mod journal;
 mod link;
+mod report;
 mod run;
 #[cfg(test)]
 mod tests;

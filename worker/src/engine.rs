@@ -1,6 +1,7 @@
 //! One rank's steps: device, weights, KV cache and exchange of a view.
 
 use crate::exchange::StepExchange;
+use crate::kv::KvBlocks;
 use crate::weights::{Model, ModelError};
 use all2all::local::{Hub, Local};
 use all2all::{AllToAll, ExchangeError, Fault, Reason, Routes, StepOutcome, View};
@@ -9,14 +10,10 @@ use kernels::{Cache, Cpu, DeviceError, Experts, Level, Pool, Sampled, StepBatch}
 use model::forward::{Forward, ForwardError, Observer, Pass, pools, shape};
 use model::weights::Dense;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-/// Capacity of the KV cache of a rank.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct KvBlocks {
-    pub full: u32,
-    pub chunked: u32,
-}
+/// Longest time that a transport may take to move to a prepared view.
+const RECONFIGURE_MAX: Duration = Duration::from_secs(2);
 
 /// Why a rank cannot start, or a step failed.
 #[derive(Debug, thiserror::Error)]
@@ -31,17 +28,34 @@ pub enum EngineError {
     Routes(#[from] all2all::RoutesError),
     #[error("step failed: {0}")]
     Step(Fault),
+    #[error("the worker has no rank yet")]
+    Unseated,
+    #[error("the step belongs to {got}, the worker serves {serving:?}")]
+    Epoch { got: Epoch, serving: Option<Epoch> },
+    #[error("{0}")]
+    Io(String),
 }
 
-/// A rank that executes steps. Make it on the thread that steps it.
-pub struct Engine {
-    device: Cpu,
-    dense: Arc<Dense<Cpu>>,
-    experts: Vec<Experts>,
-    cache: Cache,
-    forward: Forward<Cpu>,
-    exchange: Local,
-    row_bytes: usize,
+impl EngineError {
+    /// What the exchange saw, if it was the exchange.
+    #[must_use]
+    pub fn fault(&self) -> Option<&Fault> {
+        match self {
+            Self::Exchange(ExchangeError::Faulted(fault)) | Self::Step(fault) => Some(fault),
+            Self::Exchange(
+                ExchangeError::StaleEpoch { .. }
+                | ExchangeError::NotReady { .. }
+                | ExchangeError::Poisoned { .. }
+                | ExchangeError::Join { .. },
+            )
+            | Self::Model(_)
+            | Self::Device(_)
+            | Self::Routes(_)
+            | Self::Unseated
+            | Self::Epoch { .. }
+            | Self::Io(_) => None,
+        }
+    }
 }
 
 /// What a rank serves: who holds which expert, `[moe layers][ranks]` ascending, and which rank serves
@@ -54,7 +68,92 @@ pub struct Shard<'a> {
     pub target: &'a dyn Fn(usize, ExpertId) -> Rank,
 }
 
+/// A rank's place in a view, with its experts in memory: ready to be taken at a step boundary.
+pub struct Seat {
+    experts: Vec<Experts>,
+    view: View,
+}
+
+impl Seat {
+    /// Loads the experts of the shard that this process does not have yet.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError`] if weights cannot be loaded or the placement is impossible.
+    pub fn load(model: &Model, shard: &Shard<'_>) -> Result<Self, EngineError> {
+        let of_rank = |ranks: &Vec<Vec<ExpertId>>| {
+            ranks[shard.rank.index()].iter().map(|expert| expert.index()).collect()
+        };
+        let local: Vec<Vec<usize>> = shard.held.iter().map(of_rank).collect();
+        let routes = Routes::new(shard.rank, model.config.experts, shard.held, shard.target)?;
+        Ok(Self {
+            experts: model.experts(&local)?,
+            view: View {
+                epoch: shard.epoch,
+                me: shard.rank,
+                ranks: shard.ranks,
+                active: vec![true; usize::from(shard.ranks)],
+                routes: Arc::new(routes),
+            },
+        })
+    }
+
+    /// The epoch of its view.
+    #[must_use]
+    pub fn epoch(&self) -> Epoch {
+        self.view.epoch
+    }
+}
+
+/// A rank that executes steps. Make it on the thread that steps it.
+pub struct Engine {
+    device: Cpu,
+    dense: Arc<Dense<Cpu>>,
+    cache: Cache,
+    forward: Forward<Cpu>,
+    row_bytes: usize,
+    hub: Arc<Hub>,
+    seated: Option<Seated>,
+}
+
+struct Seated {
+    experts: Vec<Experts>,
+    exchange: Local,
+}
+
 impl Engine {
+    /// Loads the dense weights and maps the KV cache; it serves nothing before it takes a seat.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError`] if weights cannot be loaded or memory is refused.
+    pub fn unseated(
+        model: &Model,
+        hub: &Arc<Hub>,
+        threads: usize,
+        kv: KvBlocks,
+    ) -> Result<Self, EngineError> {
+        let config = &model.config;
+        let dense = model.dense()?;
+        let device = Cpu::new(Level::detect(), model.dtype, threads)?;
+        let blocks = |pool| match pool {
+            Pool::Full => kv.full,
+            Pool::Chunked(_) => kv.chunked,
+        };
+        let heads = shape(config);
+        let layers = pools(config);
+        let cache = Cache::new(model.dtype, heads.kv_heads, heads.head_dim, &layers, blocks)?;
+        Ok(Self {
+            forward: Forward::new(&device, config, 0, (kv.full, kv.chunked)),
+            row_bytes: device.row_bytes(config.hidden),
+            device,
+            dense,
+            cache,
+            hub: Arc::clone(hub),
+            seated: None,
+        })
+    }
+
     /// Loads the shard of `shard.rank` and joins the exchange of its view.
     ///
     /// # Errors
@@ -67,38 +166,38 @@ impl Engine {
         threads: usize,
         kv: KvBlocks,
     ) -> Result<Self, EngineError> {
-        let config = &model.config;
-        let local: Vec<Vec<usize>> = shard
-            .held
-            .iter()
-            .map(|ranks| ranks[shard.rank.index()].iter().map(|e| e.index()).collect())
-            .collect();
-        let (dense, experts) = (model.dense()?, model.experts(&local)?);
-        let device = Cpu::new(Level::detect(), model.dtype, threads)?;
-        let blocks = |pool| match pool {
-            Pool::Full => kv.full,
-            Pool::Chunked(_) => kv.chunked,
-        };
-        let heads = shape(config);
-        let layers = pools(config);
-        let cache = Cache::new(model.dtype, heads.kv_heads, heads.head_dim, &layers, blocks)?;
-        let routes = Routes::new(shard.rank, config.experts, shard.held, shard.target)?;
-        let exchange = hub.join(View {
-            epoch: shard.epoch,
-            me: shard.rank,
-            ranks: shard.ranks,
-            active: vec![true; usize::from(shard.ranks)],
-            routes: Arc::new(routes),
-        })?;
-        Ok(Self {
-            forward: Forward::new(&device, config, 0, (kv.full, kv.chunked)),
-            row_bytes: device.row_bytes(config.hidden),
-            device,
-            dense,
-            experts,
-            cache,
-            exchange,
-        })
+        let mut engine = Self::unseated(model, hub, threads, kv)?;
+        engine.take(Seat::load(model, shard)?)?;
+        Ok(engine)
+    }
+
+    /// Takes a seat, between steps. The KV cache keeps its bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Exchange`]; the engine then serves what it served before.
+    pub fn take(&mut self, seat: Seat) -> Result<(), EngineError> {
+        let Seat { experts, view } = seat;
+        match &mut self.seated {
+            Some(seated) => {
+                seated.exchange.reconfigure(view, RECONFIGURE_MAX)?;
+                seated.experts = experts;
+            }
+            None => self.seated = Some(Seated { experts, exchange: self.hub.join(view)? }),
+        }
+        Ok(())
+    }
+
+    /// Its rank in the view it serves; 0 before the first.
+    #[must_use]
+    pub fn rank(&self) -> Rank {
+        self.seated.as_ref().map_or(Rank(0), |seated| seated.exchange.view().me)
+    }
+
+    /// The epoch it serves.
+    #[must_use]
+    pub fn epoch(&self) -> Option<Epoch> {
+        self.seated.as_ref().map(|seated| seated.exchange.view().epoch)
     }
 
     /// Executes one step; `deadline` bounds every wait for the other ranks.
@@ -113,30 +212,27 @@ impl Engine {
         deadline: Instant,
         observer: &mut impl Observer<Cpu>,
     ) -> Result<Vec<Sampled>, EngineError> {
-        let epoch = self.exchange.view().epoch;
-        self.exchange.begin_step(epoch, step, deadline)?;
-        let mut exchange = StepExchange::new(&mut self.exchange, step, self.row_bytes);
-        let mut pass = Pass {
-            dense: &self.dense,
-            experts: &self.experts,
-            cache: &mut self.cache,
-            step: batch,
-        };
+        let Seated { experts, exchange: all2all } =
+            self.seated.as_mut().ok_or(EngineError::Unseated)?;
+        let epoch = all2all.view().epoch;
+        all2all.begin_step(epoch, step, deadline)?;
+        let mut exchange = StepExchange::new(all2all, step, self.row_bytes);
+        let mut pass = Pass { dense: &self.dense, experts, cache: &mut self.cache, step: batch };
         let result = self.forward.run(&mut self.device, &mut pass, &mut exchange, observer);
         let sampled = match result {
             Ok(sampled) => sampled,
             Err(ForwardError::Exchange(error)) => {
-                self.exchange.end_step();
+                all2all.end_step();
                 return Err(error.into());
             }
             Err(ForwardError::Device(error)) => {
                 // The others wait for this rank's rows: tell them at once.
-                self.exchange.aborter().abort(epoch, Reason::Abandoned);
-                self.exchange.end_step();
+                all2all.aborter().abort(epoch, Reason::Abandoned);
+                all2all.end_step();
                 return Err(error.into());
             }
         };
-        match self.exchange.end_step() {
+        match all2all.end_step() {
             StepOutcome::Complete => Ok(sampled),
             StepOutcome::Faulted(fault) => Err(EngineError::Step(fault)),
         }

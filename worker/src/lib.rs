@@ -1,10 +1,98 @@
 //! A worker: its shard of the checkpoint, its device, and its end of the exchange.
 //!
-//! It executes steps and decides nothing.
+//! It executes steps and decides nothing. [`start`] runs it as a gRPC service that registers with a
+//! coordinator; [`Engine`] is the rank alone, for tools.
 
 mod engine;
 mod exchange;
+mod kv;
+mod registration;
+mod runner;
+mod service;
+mod step;
 mod weights;
 
-pub use engine::{Engine, EngineError, KvBlocks, Shard};
+use ids::WorkerId;
+use kernels::Level;
+use std::sync::Arc;
+use tokio::net::TcpListener;
+use tokio::sync::{oneshot, watch};
+use tokio_stream::wrappers::TcpListenerStream;
+
+pub use engine::{Engine, EngineError, Seat, Shard};
+pub use kv::{KvBlocks, KvTooSmall};
 pub use weights::{Model, ModelError};
+
+/// What a worker runs with.
+pub struct Config {
+    /// Shared by the workers of a process.
+    pub model: Arc<Model>,
+    /// Where the ranks of this process exchange rows.
+    pub hub: Arc<all2all::local::Hub>,
+    /// Threads of its device.
+    pub threads: usize,
+    pub kv: KvBlocks,
+    /// `http://host:port` of the coordinator. Several, separated by commas, are tried in turn.
+    pub coordinator: String,
+}
+
+/// A running worker. Dropping it ends the worker.
+#[derive(Debug)]
+pub struct Worker {
+    id: watch::Receiver<Option<WorkerId>>,
+    ended: watch::Receiver<Option<String>>,
+    _stop: oneshot::Sender<()>,
+}
+
+impl Worker {
+    /// The id under which it is registered now.
+    #[must_use]
+    pub fn id(&self) -> Option<WorkerId> {
+        *self.id.borrow()
+    }
+
+    /// Waits until the worker can serve no more, which needs a new process; why.
+    pub async fn ended(&mut self) -> String {
+        match self.ended.wait_for(Option::is_some).await {
+            Ok(reason) => reason.clone().unwrap_or_default(),
+            Err(_) => "its tasks have ended".into(),
+        }
+    }
+}
+
+/// Loads the dense weights, starts the worker's thread and its service on `listener`, and registers.
+///
+/// # Errors
+///
+/// [`EngineError`] if weights cannot be loaded or memory is refused.
+pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, EngineError> {
+    let address = listener.local_addr().map_err(|error| EngineError::Io(error.to_string()))?;
+    let incarnation = uuid::Uuid::new_v4().to_string();
+    let card = registration::card(&config, &address.to_string(), &incarnation);
+    let profile = Level::detect().profile(config.model.dtype);
+    let runner = runner::start(&config).await?;
+    let service = service::Service::new(Arc::clone(&config.model), &runner, incarnation, profile);
+    let (stop, stopped) = oneshot::channel::<()>();
+    let (tell_id, id) = watch::channel(None);
+    let ended = runner.ended();
+    let server = tonic::transport::Server::builder()
+        .tcp_nodelay(true)
+        .add_service(service.into_server())
+        .serve_with_incoming(TcpListenerStream::new(listener));
+    let register = registration::keep(config.coordinator, card, tell_id);
+    telemetry::spawn("worker", async move {
+        let mut thread = runner.ended();
+        tokio::select! {
+            result = server => {
+                if let Err(error) = result {
+                    tracing::error!(%error, "the worker's service ended");
+                }
+            }
+            () = register => {}
+            // Whoever cannot step must not stay a member.
+            _ = thread.wait_for(Option::is_some) => {}
+            _ = stopped => {}
+        }
+    });
+    Ok(Worker { id, ended, _stop: stop })
+}

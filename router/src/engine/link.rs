@@ -41,6 +41,15 @@ pub(super) enum Remedy {
 }
 
 impl StepFailure {
+    /// Ranks that may be to blame.
+    pub(super) fn suspects(&self) -> Vec<u32> {
+        match self {
+            Self::Fault { suspects, .. } => suspects.clone(),
+            Self::Broken { rank, .. } => u32::try_from(*rank).into_iter().collect(),
+            Self::Deadline { .. } | Self::Incomplete { .. } => Vec::new(),
+        }
+    }
+
     pub(super) fn remedy(&self) -> Remedy {
         match self {
             Self::Fault { .. } | Self::Deadline { .. } | Self::Incomplete { .. } => Remedy::Retry,

@@ -5,6 +5,7 @@ use super::{
     TokenStream,
     journal::Record,
     link::{Links, Remedy, StepFailure},
+    report::{self, Reporter},
     watch::Target,
 };
 use ids::{SeqId, StepId};
@@ -37,6 +38,8 @@ struct Session {
     plan: Plan,
     /// Preemptions that the metric already counts.
     preemptions: u64,
+    /// Steps that committed in it.
+    committed: u64,
 }
 
 /// The state of the engine's task.
@@ -46,6 +49,7 @@ pub(super) struct Engine {
     /// All handles are gone; the engine ends with its last sequence.
     inbox_closed: bool,
     views: watch::Receiver<Option<Target>>,
+    reporter: Reporter,
     shared: Arc<Shared>,
     live: BTreeMap<SeqId, Live>,
     next_sequence: SeqId,
@@ -61,6 +65,7 @@ impl Engine {
         shared: Arc<Shared>,
     ) -> Self {
         Self {
+            reporter: report::spawn(&config.coordinator),
             config,
             inbox,
             inbox_closed: false,
@@ -123,7 +128,7 @@ impl Engine {
         self.shared.epoch.store(target.epoch.0, Ordering::SeqCst);
         tracing::info!(epoch = %target.epoch, sequences = self.live.len(), "serving");
         let plan = Plan::new();
-        let mut session = Session { target, links, scheduler, plan, preemptions: 0 };
+        let mut session = Session { target, links, scheduler, plan, preemptions: 0, committed: 0 };
         self.resubmit(&mut session.scheduler);
         Ok(session)
     }
@@ -164,6 +169,8 @@ impl Engine {
                     session.scheduler.abort();
                     self.shared.failed_steps.fetch_add(1, Ordering::SeqCst);
                     let remedy = failure.remedy();
+                    let (epoch, suspects) = (session.target.epoch, failure.suspects());
+                    self.reporter.fault(epoch, failure.to_string(), suspects);
                     self.pause_after(&failure.to_string(), Some(session)).await;
                     match remedy {
                         Remedy::Retry => {}
@@ -195,6 +202,11 @@ impl Engine {
         counter!("herd_tokens_generated_total").increment(tokens.len() as u64);
         counter!("herd_tokens_prefilled_total").increment((computed - tokens.len()) as u64);
         self.shared.steps.fetch_add(1, Ordering::SeqCst);
+
+        if session.committed == 0 {
+            self.reporter.first_token(session.target.epoch);
+        }
+        session.committed += 1;
 
         let context_tokens = session.scheduler.context_tokens();
         for sampled in sampled {

@@ -138,6 +138,13 @@ impl Coordinator for FakeCoordinator {
         Ok(Response::new(Box::pin(views.filter_map(|view| async { view.map(Ok) }))))
     }
 
+    async fn report(
+        &self,
+        _: Request<pb::ReportRequest>,
+    ) -> Result<Response<pb::ReportResponse>, Status> {
+        Ok(Response::new(pb::ReportResponse {}))
+    }
+
     async fn status(
         &self,
         _request: Request<pb::StatusRequest>,

@@ -1,0 +1,86 @@
+//! A worker's membership: one standing stream to the coordinator, opened again when it breaks.
+//!
+//! Losing the coordinator stops no step; it only means that membership cannot change meanwhile.
+
+use crate::Config;
+use ids::WorkerId;
+use kernels::Level;
+use proto::pb;
+use std::time::Duration;
+use tokio::sync::watch;
+use tonic::transport::Endpoint;
+
+/// Between attempts: soon at first, because most breaks are a failover.
+const BACKOFF_FIRST: Duration = Duration::from_millis(50);
+const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// Longest wait for a TCP connection inside a cluster.
+const CONNECT_MAX: Duration = Duration::from_secs(2);
+/// A coordinator that answers no ping for this long is gone, even if TCP has not noticed.
+const PING: Duration = Duration::from_secs(5);
+
+type Error = Box<dyn std::error::Error + Send + Sync>;
+
+/// How the worker introduces itself.
+pub(crate) fn card(config: &Config, address: &str, incarnation: &str) -> pb::RegisterRequest {
+    let (model, level) = (&config.model.config, Level::detect());
+    let small = |n: usize| u32::try_from(n).expect("layers and experts are numbered in 16 bits");
+    pb::RegisterRequest {
+        address: address.to_owned(),
+        incarnation: incarnation.to_owned(),
+        pid: std::process::id(),
+        device: format!("cpu:{level} x{}", config.threads),
+        profile: level.profile(config.model.dtype),
+        model: model.fingerprint(),
+        moe_layers: small(model.moe_layers().len()),
+        experts: small(model.experts),
+        kv: Some(proto::pools_to_wire(config.kv.pools(model))),
+        context_tokens: model.context_tokens,
+    }
+}
+
+/// Stays registered for ever.
+pub(crate) async fn keep(
+    coordinators: String,
+    card: pb::RegisterRequest,
+    id: watch::Sender<Option<WorkerId>>,
+) {
+    let mut backoff = BACKOFF_FIRST;
+    let coordinators: Vec<&str> = coordinators.split(',').collect();
+    for coordinator in coordinators.iter().cycle() {
+        let before = *id.borrow();
+        match register(coordinator, &card, &id).await {
+            Ok(()) => tracing::info!(coordinator, "the coordinator ended the registration"),
+            Err(error) => tracing::warn!(coordinator, error = %chain(&*error), "not registered"),
+        }
+        let was_registered = *id.borrow() != before;
+        backoff = if was_registered { BACKOFF_FIRST } else { BACKOFF_MAX.min(backoff * 2) };
+        tokio::time::sleep(backoff).await;
+    }
+}
+
+async fn register(
+    coordinator: &str,
+    card: &pb::RegisterRequest,
+    id: &watch::Sender<Option<WorkerId>>,
+) -> Result<(), Error> {
+    let endpoint = Endpoint::from_shared(coordinator.to_owned())?
+        .connect_timeout(CONNECT_MAX)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(PING)
+        .keep_alive_timeout(PING)
+        .keep_alive_while_idle(true);
+    let channel = endpoint.connect().await?;
+    let mut client = pb::coordinator_client::CoordinatorClient::new(channel);
+    let mut events = client.register(card.clone()).await?.into_inner();
+    while let Some(event) = events.message().await? {
+        tracing::info!(worker = event.worker, coordinator, "registered");
+        id.send_replace(Some(WorkerId(event.worker)));
+    }
+    Ok(())
+}
+
+/// An error with all its causes: tonic's own text hides them.
+fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}

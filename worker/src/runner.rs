@@ -1,0 +1,183 @@
+//! The worker's thread: it owns the engine and runs one step after the other.
+//!
+//! A prepared seat waits beside the thread until a step of its epoch comes; so a planned view change
+//! costs a running epoch nothing, and the switch happens between two steps.
+
+use crate::engine::{Engine, EngineError, Seat};
+use crate::{Config, step};
+use ids::{Epoch, StepId};
+use kernels::StepBatch;
+use model::forward::Unobserved;
+use proto::pb;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, oneshot, watch};
+use tonic::Status;
+
+/// Steps that wait for the thread. A router sends the next one after the answer, so more than a few
+/// only pile up after it gave up on some.
+const STEPS_MAX: usize = 16;
+
+/// A step and where its answer goes.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) step: pb::Step,
+    /// It arrived then; its deadline counts from here.
+    pub(crate) received: Instant,
+    pub(crate) answer: mpsc::Sender<Result<pb::StepResult, Status>>,
+}
+
+/// The service's end of the thread.
+#[derive(Debug, Clone)]
+pub(crate) struct Runner {
+    jobs: mpsc::Sender<Job>,
+    waiting: Waiting,
+    ended: watch::Receiver<Option<String>>,
+}
+
+/// The seat that a step of its epoch takes.
+#[derive(Clone, Default)]
+struct Waiting(Arc<Mutex<Option<Seat>>>);
+
+impl Waiting {
+    fn lock(&self) -> MutexGuard<'_, Option<Seat>> {
+        // A seat is put and taken whole.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl std::fmt::Debug for Waiting {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?}", self.lock().as_ref().map(Seat::epoch))
+    }
+}
+
+impl Runner {
+    pub(crate) fn jobs(&self) -> mpsc::Sender<Job> {
+        self.jobs.clone()
+    }
+
+    /// Offers a seat; a newer one that waits already stays.
+    pub(crate) fn offer(&self, seat: Seat) {
+        let mut waiting = self.waiting.lock();
+        if waiting.as_ref().is_none_or(|other| other.epoch() <= seat.epoch()) {
+            *waiting = Some(seat);
+        }
+    }
+
+    /// Why the thread has ended, once it has.
+    pub(crate) fn ended(&self) -> watch::Receiver<Option<String>> {
+        self.ended.clone()
+    }
+}
+
+/// Starts the thread; returns when the dense weights are loaded.
+pub(crate) async fn start(config: &Config) -> Result<Runner, EngineError> {
+    let (jobs, inbox) = mpsc::channel(STEPS_MAX);
+    let (tell_ready, ready) = oneshot::channel();
+    let (tell_end, ended) = watch::channel(None);
+    let waiting = Waiting::default();
+    let seats = waiting.clone();
+    let (model, hub) = (Arc::clone(&config.model), Arc::clone(&config.hub));
+    let (threads, kv) = (config.threads, config.kv);
+    let body = move || match Engine::unseated(&model, &hub, threads, kv) {
+        Ok(engine) => {
+            // Nobody waits any more if the start was given up.
+            let _given_up = tell_ready.send(Ok(()));
+            run(engine, &seats, inbox);
+        }
+        Err(error) => {
+            let _given_up = tell_ready.send(Err(error));
+        }
+    };
+    let guarded = move || {
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body));
+        let reason = match result {
+            Ok(()) => "its service has ended".to_owned(),
+            Err(panic) => format!("its thread panicked: {}", panic_text(&*panic)),
+        };
+        tell_end.send_replace(Some(reason));
+    };
+    std::thread::Builder::new()
+        .name("worker".into())
+        .spawn(guarded)
+        .map_err(|error| EngineError::Io(format!("cannot start the worker's thread: {error}")))?;
+    let gone = |_| EngineError::Io("the worker's thread ended while it started".into());
+    ready.await.map_err(gone)??;
+    Ok(Runner { jobs, waiting, ended })
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no text")
+}
+
+fn run(mut engine: Engine, waiting: &Waiting, mut inbox: mpsc::Receiver<Job>) {
+    let mut batch = StepBatch::default();
+    while let Some(job) = inbox.blocking_recv() {
+        if job.answer.is_closed() {
+            // The router has left; its step would only hold up the next one's.
+            continue;
+        }
+        let result = execute(&mut engine, waiting, &mut batch, &job);
+        // A router that left meanwhile plans its steps again.
+        let _left = job.answer.blocking_send(Ok(result));
+    }
+}
+
+/// Runs one step; whatever is wrong is said in the result.
+fn execute(
+    engine: &mut Engine,
+    waiting: &Waiting,
+    batch: &mut StepBatch,
+    job: &Job,
+) -> pb::StepResult {
+    let wire = &job.step;
+    let started = Instant::now();
+    let mut result = pb::StepResult { epoch: wire.epoch, step: wire.step, ..Default::default() };
+    match attempt(engine, waiting, batch, job) {
+        Ok((rank, sampled)) => {
+            result.rank = rank;
+            result.sampled = sampled;
+        }
+        Err(error) => {
+            tracing::debug!(epoch = wire.epoch, step = wire.step, %error, "step failed");
+            result.suspects = suspects(&error);
+            result.fault = error.to_string();
+        }
+    }
+    result.busy_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+    result
+}
+
+fn attempt(
+    engine: &mut Engine,
+    waiting: &Waiting,
+    batch: &mut StepBatch,
+    job: &Job,
+) -> Result<(u32, Vec<pb::Sampled>), EngineError> {
+    let wire = &job.step;
+    let epoch = Epoch(wire.epoch);
+    let seat = {
+        let mut waiting = waiting.lock();
+        waiting.take_if(|seat| seat.epoch() == epoch)
+    };
+    if let Some(seat) = seat {
+        tracing::info!(%epoch, "takes its seat");
+        engine.take(seat)?;
+    }
+    if engine.epoch() != Some(epoch) {
+        return Err(EngineError::Epoch { got: epoch, serving: engine.epoch() });
+    }
+    step::fill(batch, wire);
+    let deadline = job.received + Duration::from_millis(u64::from(wire.deadline_ms));
+    let sampled = engine.step(StepId(wire.step), batch, deadline, &mut Unobserved)?;
+    Ok((u32::from(engine.rank().0), step::sampled(wire, sampled)))
+}
+
+/// The ranks that the exchange waited for in vain.
+fn suspects(error: &EngineError) -> Vec<u32> {
+    error.fault().map_or_else(Vec::new, |fault| {
+        fault.suspects.iter().map(|rank| u32::from(rank.0)).collect()
+    })
+}

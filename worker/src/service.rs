@@ -1,0 +1,147 @@
+//! The gRPC face of a worker.
+
+use crate::engine::{EngineError, Seat, Shard};
+use crate::runner::{Job, Runner};
+use crate::weights::Model;
+use ids::{Epoch, Rank};
+use pb::worker_server::WorkerServer;
+use placement::View;
+use proto::pb;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+/// Answers that wait for a router to read them.
+const ANSWERS_MAX: usize = 16;
+
+/// Implements `herd.v1.Worker`.
+pub(crate) struct Service {
+    model: Arc<Model>,
+    runner: Runner,
+    incarnation: String,
+    profile: String,
+    /// The newest epoch it was asked to prepare.
+    epoch: Arc<AtomicU64>,
+}
+
+impl Service {
+    pub(crate) fn new(
+        model: Arc<Model>,
+        runner: &Runner,
+        incarnation: String,
+        profile: String,
+    ) -> Self {
+        Self { model, runner: runner.clone(), incarnation, profile, epoch: Arc::default() }
+    }
+
+    pub(crate) fn into_server(self) -> WorkerServer<Self> {
+        WorkerServer::new(self)
+            .max_decoding_message_size(proto::MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(proto::MESSAGE_BYTES_MAX)
+    }
+
+    /// Whether the view means this worker.
+    fn check(&self, view: &View, rank: usize) -> Result<(), Status> {
+        let refuse = |what: &str, theirs: &str, ours: &str| {
+            let text = format!("{}: {what} is {theirs}, this worker's {ours}", view.epoch);
+            Err(Status::failed_precondition(text))
+        };
+        let Some(member) = view.members.get(rank) else {
+            let text = format!("{} has {} ranks, not {rank}", view.epoch, view.members.len());
+            return Err(Status::invalid_argument(text));
+        };
+        if member.incarnation != self.incarnation {
+            return refuse("the incarnation", &member.incarnation, &self.incarnation);
+        }
+        if view.profile != self.profile {
+            return refuse("the numeric profile", &view.profile, &self.profile);
+        }
+        let fingerprint = self.model.config.fingerprint();
+        if view.model != fingerprint {
+            return refuse("the model", &view.model, &fingerprint);
+        }
+        let newest = self.epoch.fetch_max(view.epoch.0, Ordering::SeqCst);
+        if view.epoch.0 < newest {
+            return refuse("the epoch", "over", &Epoch(newest).to_string());
+        }
+        Ok(())
+    }
+}
+
+#[tonic::async_trait]
+impl pb::worker_server::Worker for Service {
+    type StepsStream = ReceiverStream<Result<pb::StepResult, Status>>;
+
+    async fn prepare(
+        &self,
+        request: Request<pb::PrepareRequest>,
+    ) -> Result<Response<pb::PrepareResponse>, Status> {
+        let pb::PrepareRequest { view, rank } = request.into_inner();
+        let view = view.ok_or_else(|| Status::invalid_argument("the request lacks the view"))?;
+        let view = proto::view_from_wire(view)
+            .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let rank = u16::try_from(rank)
+            .map_err(|_| Status::invalid_argument(format!("rank {rank} is beyond 65535")))?;
+        self.check(&view, usize::from(rank))?;
+        let (model, epoch) = (Arc::clone(&self.model), view.epoch);
+        // Loading reads files: not on the runtime's threads.
+        let loading = tokio::task::spawn_blocking(move || {
+            // What an earlier view needed and no seat holds any more makes room first.
+            model.forget_unused();
+            seat(&model, &view, Rank(rank))
+        });
+        let loaded = loading.await.map_err(|error| Status::internal(error.to_string()))?;
+        let seat = loaded.map_err(|error| Status::internal(error.to_string()))?;
+        self.runner.offer(seat);
+        Ok(Response::new(pb::PrepareResponse { epoch: epoch.0 }))
+    }
+
+    async fn steps(
+        &self,
+        request: Request<Streaming<pb::Step>>,
+    ) -> Result<Response<Self::StepsStream>, Status> {
+        let (answer, answers) = mpsc::channel(ANSWERS_MAX);
+        let jobs = self.runner.jobs();
+        telemetry::spawn("worker.steps", forward(request.into_inner(), jobs, answer));
+        Ok(Response::new(ReceiverStream::new(answers)))
+    }
+}
+
+fn seat(model: &Model, view: &View, rank: Rank) -> Result<Seat, EngineError> {
+    let placement = &view.placement;
+    let of_layer = |layer| {
+        let of_rank = |rank| placement.local_experts(layer, Rank(rank));
+        (0..placement.ranks()).map(of_rank).collect()
+    };
+    let held: Vec<_> = (0..placement.moe_layers()).map(of_layer).collect();
+    let target = |layer, expert| placement.target(layer, expert, rank);
+    let (epoch, ranks) = (view.epoch, placement.ranks());
+    Seat::load(model, &Shard { epoch, rank, ranks, held: &held, target: &target })
+}
+
+/// Hands the steps of one router to the thread until either leaves.
+async fn forward(
+    mut steps: Streaming<pb::Step>,
+    jobs: mpsc::Sender<Job>,
+    answer: mpsc::Sender<Result<pb::StepResult, Status>>,
+) {
+    loop {
+        let step = match steps.message().await {
+            Ok(Some(step)) => step,
+            Ok(None) => return,
+            Err(status) => {
+                tracing::debug!(%status, "the router's step stream broke");
+                return;
+            }
+        };
+        let job = Job { step, received: Instant::now(), answer: answer.clone() };
+        if jobs.send(job).await.is_err() {
+            // The router may be gone too.
+            let _left = answer.send(Err(Status::unavailable("the worker's thread ended"))).await;
+            return;
+        }
+    }
+}
