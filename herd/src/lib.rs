@@ -1,3 +1,4 @@
 //! The tools of the `herd` binary.
 
+pub mod cluster;
 pub mod logits;

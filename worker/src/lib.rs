@@ -16,7 +16,7 @@ use ids::WorkerId;
 use kernels::Level;
 use std::sync::Arc;
 use tokio::net::TcpListener;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 use tokio_stream::wrappers::TcpListenerStream;
 
 pub use engine::{Engine, EngineError, Seat, Shard};
@@ -41,7 +41,7 @@ pub struct Config {
 pub struct Worker {
     id: watch::Receiver<Option<WorkerId>>,
     ended: watch::Receiver<Option<String>>,
-    _stop: oneshot::Sender<()>,
+    _stop: watch::Sender<()>,
 }
 
 impl Worker {
@@ -71,8 +71,10 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
     let card = registration::card(&config, &address.to_string(), &incarnation);
     let profile = Level::detect().profile(config.model.dtype);
     let runner = runner::start(&config).await?;
-    let service = service::Service::new(Arc::clone(&config.model), &runner, incarnation, profile);
-    let (stop, stopped) = oneshot::channel::<()>();
+    let (stop, mut stopped) = watch::channel(());
+    let model = Arc::clone(&config.model);
+    let identity = (incarnation, profile);
+    let service = service::Service::new(model, &runner, identity, stopped.clone());
     let (tell_id, id) = watch::channel(None);
     let ended = runner.ended();
     let server = tonic::transport::Server::builder()
@@ -91,7 +93,8 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
             () = register => {}
             // Whoever cannot step must not stay a member.
             _ = thread.wait_for(Option::is_some) => {}
-            _ = stopped => {}
+            // Only ever an error: the worker was dropped.
+            _ = stopped.changed() => {}
         }
     });
     Ok(Worker { id, ended, _stop: stop })

@@ -10,7 +10,7 @@ use proto::pb;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -25,16 +25,19 @@ pub(crate) struct Service {
     profile: String,
     /// The newest epoch it was asked to prepare.
     epoch: Arc<AtomicU64>,
+    /// Closes when the worker is dropped.
+    stopped: watch::Receiver<()>,
 }
 
 impl Service {
     pub(crate) fn new(
         model: Arc<Model>,
         runner: &Runner,
-        incarnation: String,
-        profile: String,
+        (incarnation, profile): (String, String),
+        stopped: watch::Receiver<()>,
     ) -> Self {
-        Self { model, runner: runner.clone(), incarnation, profile, epoch: Arc::default() }
+        let (runner, epoch) = (runner.clone(), Arc::default());
+        Self { model, runner, incarnation, profile, epoch, stopped }
     }
 
     pub(crate) fn into_server(self) -> WorkerServer<Self> {
@@ -105,7 +108,14 @@ impl pb::worker_server::Worker for Service {
     ) -> Result<Response<Self::StepsStream>, Status> {
         let (answer, answers) = mpsc::channel(ANSWERS_MAX);
         let jobs = self.runner.jobs();
-        telemetry::spawn("worker.steps", forward(request.into_inner(), jobs, answer));
+        let mut stopped = self.stopped.clone();
+        telemetry::spawn("worker.steps", async move {
+            tokio::select! {
+                () = forward(request.into_inner(), jobs, answer) => {}
+                // Only ever an error: the worker was dropped.
+                _ = stopped.changed() => {}
+            }
+        });
         Ok(Response::new(ReceiverStream::new(answers)))
     }
 }

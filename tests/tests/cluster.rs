@@ -1,0 +1,135 @@
+//! A whole cluster over real gRPC: what streams yield must not depend on how many workers there are,
+//! what else runs, or which of them are lost on the way.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails should say where")]
+
+use herd::cluster::{Cluster, Config};
+use kernels::Dtype;
+use router::engine::{EngineHandle, Event, Finish, Generate, Sampling};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use worker::{KvBlocks, Model};
+
+/// Nothing here should take ten seconds; a hang must fail instead.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+fn toy(dtype: Dtype) -> Arc<Model> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    Arc::new(Model::open(&root.join("models/toy-maverick"), dtype).unwrap())
+}
+
+async fn start(model: &Arc<Model>, workers: u16) -> Cluster {
+    let kv = KvBlocks::plan(&model.config, model.dtype, 1 << 28, 32).unwrap();
+    let config = Config {
+        model: Arc::clone(model),
+        workers,
+        threads: 1,
+        redundancy: 1,
+        kv,
+        step_tokens: 48,
+        sequences_max: 16,
+        queue_max: 256,
+        step_deadline: Duration::from_secs(20),
+        address: "none".into(),
+    };
+    let cluster = Cluster::start(config).await.unwrap();
+    tokio::time::timeout(PATIENCE, async {
+        while !cluster.engine.is_ready() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await
+    .expect("the cluster serves");
+    cluster
+}
+
+/// Prompts of many lengths; every third one samples.
+fn generate(n: u32) -> Generate {
+    let mut sampling = Sampling { seed: u64::from(n), logprobs: Some(2), ..Sampling::greedy() };
+    if n.is_multiple_of(3) {
+        sampling.temperature = 0.8;
+        sampling.top_p = 0.9;
+        sampling.presence_penalty = 0.3;
+    }
+    Generate {
+        prompt: (0..2 + n * 37 % 150).map(|i| (i * i * 7 + n * 13) % 2000).collect(),
+        tokens_max: 10 + n * 5 % 40,
+        sampling,
+        stop_tokens: vec![2001, 2007, 2008],
+        group: u64::from(n),
+    }
+}
+
+type Output = (Vec<(u32, Option<u32>)>, Finish);
+
+/// Tokens with the bits of their log-probabilities, and the end.
+async fn collect(engine: &EngineHandle, n: u32) -> Output {
+    let mut stream = engine.submit(generate(n)).await.unwrap();
+    let mut tokens = Vec::new();
+    loop {
+        let event = tokio::time::timeout(PATIENCE, stream.next()).await.expect("a stream hangs");
+        match event.expect("a stream ends with its end") {
+            Event::Token(t) => tokens.push((t.token, t.logprob.map(f32::to_bits))),
+            Event::End(finish) => return (tokens, finish),
+            Event::Failed(text) => panic!("stream {n} failed: {text}"),
+        }
+    }
+}
+
+async fn all(engine: &EngineHandle, count: u32) -> Vec<Output> {
+    futures::future::join_all((0..count).map(|n| collect(engine, n))).await
+}
+
+async fn one_by_one(model: &Arc<Model>, count: u32) -> Vec<Output> {
+    let cluster = start(model, 1).await;
+    let mut outputs = Vec::new();
+    for n in 0..count {
+        outputs.push(collect(&cluster.engine, n).await);
+    }
+    outputs
+}
+
+async fn check(dtype: Dtype) {
+    let model = toy(dtype);
+    let want = one_by_one(&model, 24).await;
+    assert!(want.iter().any(|(tokens, _)| 20 < tokens.len()), "streams are long");
+    for workers in [1, 2, 4] {
+        let cluster = start(&model, workers).await;
+        let got = all(&cluster.engine, 24).await;
+        assert_eq!(got, want, "{workers} workers, {dtype}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn concurrent_streams_equal_sequential_ones_on_any_number_of_workers_f32() {
+    check(Dtype::F32).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn concurrent_streams_equal_sequential_ones_on_any_number_of_workers_bf16() {
+    check(Dtype::Bf16).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lost_and_joining_workers_change_no_token_and_end_no_stream() {
+    let model = toy(Dtype::Bf16);
+    let want = one_by_one(&model, 48).await;
+    let mut cluster = start(&model, 4).await;
+    let engine = cluster.engine.clone();
+    let streams = tokio::spawn(async move { all(&engine, 48).await });
+    let steps = |cluster: &Cluster| cluster.engine.status_json()["steps"].as_u64().unwrap();
+    for round in 0..3 {
+        let before = steps(&cluster);
+        while !streams.is_finished() && steps(&cluster) < before + 5 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert!(!streams.is_finished(), "the streams end before round {round}");
+        drop(cluster.workers.remove(0));
+        cluster.add_worker().await.unwrap();
+    }
+    assert_eq!(streams.await.unwrap(), want);
+    let status = cluster.status().await.unwrap();
+    assert!(4 <= status["epoch"].as_u64().unwrap(), "views changed: {status}");
+    assert_eq!(status["members"].as_array().unwrap().len(), 4);
+}
