@@ -1,4 +1,6 @@
 //! The tools of the `herd` binary.
 
+pub mod bench;
 pub mod cluster;
 pub mod logits;
+pub mod ranks;

@@ -2,12 +2,14 @@
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use herd::logits;
+use herd::{bench, logits};
 use kernels::Dtype;
 use model::checkpoint::CheckpointError;
 use model::synth::{SynthExperts, SynthOptions, WeightType};
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 /// Serves Llama 4 by expert parallelism.
 #[derive(Parser)]
@@ -24,6 +26,9 @@ struct Cli {
 enum Command {
     /// Computes the logits of a token sequence, through engine and exchange.
     Logits(LogitsArgs),
+    /// Measures; prints one JSON object per line.
+    #[command(subcommand)]
+    Bench(BenchCommand),
     /// Writes a random checkpoint of any Llama 4 shape, in the published layout.
     Synth(SynthArgs),
 }
@@ -32,6 +37,15 @@ enum Command {
 enum DtypeArg {
     F32,
     Bf16,
+}
+
+impl From<DtypeArg> for Dtype {
+    fn from(arg: DtypeArg) -> Self {
+        match arg {
+            DtypeArg::F32 => Self::F32,
+            DtypeArg::Bf16 => Self::Bf16,
+        }
+    }
 }
 
 #[derive(Args)]
@@ -68,6 +82,38 @@ struct LogitsArgs {
     verify: bool,
 }
 
+#[derive(Subcommand)]
+enum BenchCommand {
+    /// Prefill and decode of one checkpoint: tokens per second, time and weight bytes per step, and
+    /// the share of the memory bandwidth that the same threads reach by reading alone.
+    Engine(BenchEngineArgs),
+}
+
+#[derive(Args)]
+struct BenchEngineArgs {
+    /// Folder of the checkpoint.
+    #[arg(long, default_value = DEFAULT_MODEL)]
+    model: PathBuf,
+    /// Ranks that share the experts.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    workers: u16,
+    /// Threads of every rank.
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// Arithmetic of the activations.
+    #[arg(long, value_enum, default_value = "bf16")]
+    dtype: DtypeArg,
+    /// Tokens of the prefill case.
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    prompt: u32,
+    /// Steps of the decode case.
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
+    decode: u32,
+    /// Token budget per rank and step.
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    chunk: u32,
+}
+
 #[derive(Args)]
 struct SynthArgs {
     /// config.json of the shape.
@@ -90,6 +136,9 @@ struct SynthArgs {
     tokenizer: Option<PathBuf>,
 }
 
+/// The small trained model of the repository.
+const DEFAULT_MODEL: &str = "models/toy-maverick";
+
 /// Bytes of a weight file, as in the published checkpoints.
 const SHARD_BYTES_MAX: u64 = 5_000_000_000;
 
@@ -98,6 +147,7 @@ fn main() -> ExitCode {
     telemetry::init_logs(&cli.log);
     let result = match cli.command {
         Command::Logits(args) => run_logits(&args),
+        Command::Bench(BenchCommand::Engine(args)) => run_bench_engine(&args),
         Command::Synth(args) => run_synth(&args),
     };
     match result {
@@ -134,11 +184,7 @@ impl std::fmt::Display for BadInput {
 }
 
 fn run_logits(args: &LogitsArgs) -> anyhow::Result<()> {
-    let dtype = match args.dtype {
-        DtypeArg::F32 => Dtype::F32,
-        DtypeArg::Bf16 => Dtype::Bf16,
-    };
-    let model = worker::Model::open(&args.model, dtype)?;
+    let model = worker::Model::open(&args.model, args.dtype.into())?;
     if args.verify {
         model.checkpoint().verify(&|_, _| {})?;
     }
@@ -156,6 +202,22 @@ fn run_logits(args: &LogitsArgs) -> anyhow::Result<()> {
     let rows = prompt.len();
     tracing::info!("wrote [{rows}, {}] logits to {}", outcome.vocab, args.output.display());
     Ok(())
+}
+
+fn run_bench_engine(args: &BenchEngineArgs) -> anyhow::Result<()> {
+    let model = Arc::new(worker::Model::open(&args.model, args.dtype.into())?);
+    let options = bench::Options {
+        workers: args.workers,
+        threads: args.threads,
+        prompt: args.prompt,
+        decode: args.decode,
+        chunk: args.chunk,
+    };
+    let mut stdout = std::io::stdout();
+    bench::run(&model, options, &mut |line| {
+        // A reader that has seen enough closes the pipe.
+        let _closed = writeln!(stdout, "{line}");
+    })
 }
 
 fn run_synth(args: &SynthArgs) -> anyhow::Result<()> {
