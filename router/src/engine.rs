@@ -18,7 +18,7 @@ mod journal;
 mod link;
 mod run;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod watch;
 
 use std::{

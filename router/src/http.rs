@@ -16,6 +16,8 @@ mod prepare;
 mod routes;
 mod served;
 mod stream;
+#[cfg(test)]
+mod tests;
 mod tokens;
 mod writer;
 

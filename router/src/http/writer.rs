@@ -4,6 +4,9 @@
 //! Pure. A token's log-probability goes out with the token, even while its text is held back
 //! because a character is incomplete or a stop string may have begun.
 
+#[cfg(test)]
+mod tests;
+
 use super::served::ServedModel;
 use crate::engine::{Finish, SampledToken};
 use model::tokenizer::{Detokenizer, SkipSpecial};
