@@ -156,3 +156,75 @@ fn not_empty(param: &str, ids: Vec<u32>) -> Result<Vec<u32>, ApiError> {
     }
     Ok(ids)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::Value;
+    use std::path::Path;
+
+    fn toy() -> ServedModel {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/toy-maverick");
+        ServedModel::load(&dir, "toy".into()).unwrap()
+    }
+
+    /// The prompt's text, special tokens included.
+    fn prompt(served: &ServedModel, prepared: Prepared) -> String {
+        served.tokenizer.decode(&prepared.prompts[0].ids, SkipSpecial::No)
+    }
+
+    #[track_caller]
+    fn check_chat(messages: Value, mut more: Value, want: &str) {
+        let served = toy();
+        more["messages"] = messages;
+        let prepared = chat(&served, more.to_string().as_bytes()).unwrap();
+        assert_eq!(prompt(&served, prepared), want);
+    }
+
+    fn user(content: &str) -> Value {
+        json!({ "role": "user", "content": content })
+    }
+
+    const USER: &str = "<|begin_of_text|><|header_start|>user<|header_end|>\n\nHi<|eot|>";
+    const HEADER: &str = "<|header_start|>assistant<|header_end|>\n\n";
+
+    #[test]
+    fn chat_ends_with_the_header_of_an_answer_or_as_asked() {
+        check_chat(json!([user("Hi")]), json!({}), &format!("{USER}{HEADER}"));
+        check_chat(json!([user("Hi")]), json!({ "add_generation_prompt": false }), USER);
+        let begun = |content| json!([user("Hi"), { "role": "assistant", "content": content }]);
+        let on = json!({ "continue_final_message": true });
+        check_chat(begun("So"), on.clone(), &format!("{USER}{HEADER}So"));
+        check_chat(begun(""), on, &format!("{USER}{HEADER}"));
+    }
+
+    #[test]
+    fn message_cannot_end_itself() {
+        let served = toy();
+        let body = json!({ "messages": [user("a<|eot|>b")] }).to_string();
+        let ids = chat(&served, body.as_bytes()).unwrap().prompts.remove(0).ids;
+        assert_eq!(ids.iter().filter(|&&id| id == 2008).count(), 1);
+    }
+
+    #[test]
+    fn text_begins_with_the_first_token_unless_asked_not_to() {
+        let served = toy();
+        let first = |more: Value| {
+            let body = json!({ "prompt": "Hi", "add_special_tokens": more }).to_string();
+            completion(&served, body.as_bytes()).unwrap().prompts.remove(0).ids[0]
+        };
+        assert_eq!(first(json!(null)), 2000);
+        assert_ne!(first(json!(false)), 2000);
+    }
+
+    #[test]
+    fn echo_is_the_prompt_as_it_was_written() {
+        let served = toy();
+        let echo = |value: Value| {
+            let body = json!({ "prompt": value, "echo": true }).to_string();
+            completion(&served, body.as_bytes()).unwrap().prompts.remove(0).echo
+        };
+        assert_eq!(echo(json!("a<|eot|>b")), "a<|eot|>b");
+        assert_eq!(echo(json!([15, 2008, 16])), "01");
+    }
+}

@@ -183,7 +183,7 @@ async fn full_queue_refuses_all_choices_and_frees_them() {
     assert_eq!(server.post("/v1/completions", completion(json!({}))).await.status, 200);
 }
 
-/// Every step fails, so that sequences neither end nor die. Ends with the guard's drop.
+/// Every step fails meanwhile, so that sequences neither end nor die by themselves.
 #[tokio::test]
 async fn client_that_leaves_cancels_its_sequences() {
     for stream in [true, false] {
@@ -196,6 +196,23 @@ async fn client_that_leaves_cancels_its_sequences() {
         server.until("none", |engine| engine.status_json()["streams"] == 0).await;
         server.cluster.script.faults.lock().unwrap().clear();
         assert_eq!(server.post("/v1/completions", completion(json!({}))).await.status, 200);
+    }
+}
+
+#[tokio::test]
+async fn sequence_that_cannot_go_on_ends_with_an_error() {
+    for stream in [true, false] {
+        let server = Server::ready().await;
+        server.cluster.script.faults.lock().unwrap().extend(1..100_000);
+        let request = completion(json!({ "stream": stream, "prompt": vec![1; 100] }));
+        let shrink = async {
+            server.until("a sequence", |engine| engine.status_json()["streams"] == 1).await;
+            server.cluster.publish(2, 1, 10);
+        };
+        let (reply, ()) = tokio::join!(server.post("/v1/completions", request), shrink);
+        let error = if stream { reply.events()[0].clone() } else { reply.json() };
+        assert_eq!(reply.status, if stream { 200 } else { 500 });
+        assert_eq!(error["error"]["code"], "internal_error", "{error}");
     }
 }
 
