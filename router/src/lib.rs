@@ -1,3 +1,4 @@
 //! The router: front door, scheduler and journal of a herd cluster.
 
 pub mod engine;
+pub mod http;

@@ -1,7 +1,7 @@
 //! The engine against a cluster of toy workers: whatever fails, every stream yields the tokens that
 //! its sequence alone would.
 
-mod fake;
+pub(crate) mod fake;
 
 use super::*;
 use fake::{Cluster, next_token};

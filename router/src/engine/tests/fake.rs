@@ -20,12 +20,12 @@ use tokio::{net::TcpListener, sync::watch};
 use tokio_stream::wrappers::{TcpListenerStream, WatchStream};
 use tonic::{Request, Response, Status, Streaming};
 
-pub(super) const BLOCK_TOKENS: u32 = 4;
+pub(crate) const BLOCK_TOKENS: u32 = 4;
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// The token after `history`. Banned tokens are stepped over.
-pub(super) fn next_token(history: &[u32], seed: u64, banned: &[u32]) -> u32 {
+pub(crate) fn next_token(history: &[u32], seed: u64, banned: &[u32]) -> u32 {
     let mix = |hash: u64, value: u64| (hash ^ value).wrapping_mul(0x0000_0100_0000_01b3);
     let hash = history.iter().fold(seed ^ 0xcbf2_9ce4, |hash, &t| mix(hash, u64::from(t)));
     let mut token = u32::try_from((hash ^ (hash >> 29)) % 50).unwrap();
@@ -37,14 +37,14 @@ pub(super) fn next_token(history: &[u32], seed: u64, banned: &[u32]) -> u32 {
 
 /// Faults to inject and what was seen. Shared by the workers of a cluster.
 #[derive(Default)]
-pub(super) struct Script {
+pub(crate) struct Script {
     /// Steps that fail on rank 0, once each.
-    pub(super) faults: Mutex<BTreeSet<u64>>,
+    pub(crate) faults: Mutex<BTreeSet<u64>>,
     /// A step at which the stream of rank 0 breaks; 0: none.
-    pub(super) break_at: AtomicU64,
-    pub(super) failed: AtomicU64,
+    pub(crate) break_at: AtomicU64,
+    pub(crate) failed: AtomicU64,
     /// The last step of any rank.
-    pub(super) last: AtomicU64,
+    pub(crate) last: AtomicU64,
 }
 
 struct FakeWorker {
@@ -154,15 +154,15 @@ impl Coordinator for FakeCoordinator {
 }
 
 /// Workers and a coordinator that has no view yet.
-pub(super) struct Cluster {
-    pub(super) coordinator: String,
-    pub(super) script: Arc<Script>,
+pub(crate) struct Cluster {
+    pub(crate) coordinator: String,
+    pub(crate) script: Arc<Script>,
     workers: Vec<String>,
     views: watch::Sender<Option<pb::View>>,
 }
 
 impl Cluster {
-    pub(super) async fn start(ranks: u32) -> Self {
+    pub(crate) async fn start(ranks: u32) -> Self {
         let script = Arc::new(Script::default());
         let mut workers = Vec::new();
         for rank in 0..ranks {
@@ -178,7 +178,7 @@ impl Cluster {
     }
 
     /// Publishes a view of the first `ranks` workers.
-    pub(super) fn publish(&self, epoch: u64, ranks: u32, full_blocks: u32) {
+    pub(crate) fn publish(&self, epoch: u64, ranks: u32, full_blocks: u32) {
         let member = |rank: u32| pb::Member {
             worker: rank,
             rank,
