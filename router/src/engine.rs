@@ -217,6 +217,12 @@ impl EngineHandle {
         })
     }
 
+    /// Running sequences of every rank of the view that is served.
+    #[must_use]
+    pub fn sequences_by_rank(&self) -> Vec<u32> {
+        self.shared.sequences().clone()
+    }
+
     /// The longest sequence, prompt and output. 0 before the first view.
     #[must_use]
     pub fn context_tokens(&self) -> u32 {
@@ -281,6 +287,8 @@ struct Shared {
     steps: AtomicU64,
     failed_steps: AtomicU64,
     last_failure: Mutex<Option<String>>,
+    /// Running, by rank.
+    sequences: Mutex<Vec<u32>>,
     /// A stream was dropped.
     wake: Notify,
     stream_ended: Notify,
@@ -299,9 +307,15 @@ impl Shared {
             steps: AtomicU64::new(0),
             failed_steps: AtomicU64::new(0),
             last_failure: Mutex::new(None),
+            sequences: Mutex::new(Vec::new()),
             wake: Notify::new(),
             stream_ended: Notify::new(),
         }
+    }
+
+    fn sequences(&self) -> std::sync::MutexGuard<'_, Vec<u32>> {
+        // Whole numbers are written one by one; a panic between them spoils a display.
+        self.sequences.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn last_failure(&self) -> std::sync::MutexGuard<'_, Option<String>> {

@@ -334,6 +334,10 @@ impl Engine {
         gauge!("herd_queue").set(f64::from(stats.queued));
         counter!("herd_preemptions_total").increment(stats.preemptions - session.preemptions);
         session.preemptions = stats.preemptions;
+        let mut sequences = self.shared.sequences();
+        sequences.clear();
+        sequences.extend(stats.ranks.iter().map(|load| load.running));
+        drop(sequences);
         for (rank, load) in stats.ranks.iter().enumerate() {
             let free = |pool: &'static str, blocks: u32| {
                 gauge!("herd_kv_blocks_free", "rank" => rank.to_string(), "pool" => pool)

@@ -11,7 +11,6 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use openai::{ApiError, ErrorKind};
-use serde_json::json;
 use std::sync::Arc;
 
 /// Bodies up to this size are read on the spot. 4 KiB of chat took 4 to 10 ms in a development
@@ -84,11 +83,9 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
 }
 
 pub(super) async fn status(State(app): State<Arc<App>>) -> Response {
-    let mut status = (app.front.status)().await;
-    if !status.is_object() {
-        status = json!({ "cluster": status });
-    }
-    status["router"] = app.engine.status_json();
+    let cluster = (app.front.status)().await;
+    let sequences = app.engine.sequences_by_rank();
+    let status = crate::status::join(cluster, app.engine.status_json(), &sequences);
     answer::json(status.to_string())
 }
 

@@ -1,0 +1,164 @@
+//! `herd status`: members, epoch, placement and load of a running cluster.
+
+use super::{BadInput, DEFAULT_LISTEN};
+use anyhow::Context;
+use proto::pb::{StatusRequest, coordinator_client::CoordinatorClient};
+use serde_json::Value;
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::time::Duration;
+
+/// Longest wait for an answer.
+const CALL_MAX: Duration = Duration::from_secs(10);
+/// Changes of the view that are shown to people; `--json` has more.
+const CHANGES_SHOWN: usize = 8;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The router to ask, `http://host:port`.
+    #[arg(long, default_value_t = format!("http://{DEFAULT_LISTEN}"), env = "HERD_URL")]
+    url: String,
+    /// Ask this coordinator instead, `http://host:port`: works without a router, but knows none.
+    #[arg(long, conflicts_with = "url")]
+    coordinator: Option<String>,
+    /// Print the whole document.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let status = match &args.coordinator {
+        Some(url) => of_coordinator(url)?,
+        None => of_router(&args.url)?,
+    };
+    let text = if args.json { format!("{status:#}\n") } else { table(&status) };
+    // A reader that has seen enough closes the pipe.
+    let _closed = std::io::stdout().write_all(text.as_bytes());
+    Ok(())
+}
+
+fn of_router(url: &str) -> anyhow::Result<Value> {
+    let url = url.trim_end_matches('/');
+    let agent: ureq::Agent =
+        ureq::Agent::config_builder().timeout_global(Some(CALL_MAX)).build().into();
+    let mut answer = agent
+        .get(format!("{url}/status"))
+        .call()
+        .with_context(|| format!("no herd router answers at {url}; start one with `herd up`"))?;
+    let text = answer.body_mut().read_to_string()?;
+    serde_json::from_str(&text).with_context(|| format!("{url} is no herd router"))
+}
+
+fn of_coordinator(url: &str) -> anyhow::Result<Value> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let endpoint = tonic::transport::Endpoint::from_shared(url.to_owned())
+            .with_context(|| BadInput(format!("--coordinator {url} is no URL")))?
+            .connect_timeout(CALL_MAX)
+            .timeout(CALL_MAX);
+        let channel = endpoint
+            .connect()
+            .await
+            .with_context(|| format!("no herd coordinator answers at {url}"))?;
+        let answer = CoordinatorClient::new(channel).status(StatusRequest {}).await?;
+        Ok(serde_json::from_str(&answer.into_inner().json)?)
+    })
+}
+
+/// For people: one line per member, then the last changes.
+fn table(status: &Value) -> String {
+    let mut out = String::new();
+    let mut line = |text: String| {
+        out.push_str(text.trim_end());
+        out.push('\n');
+    };
+    line(format!("epoch {}   {}", cell(&status["epoch"]), cell(&status["phase"])));
+    if let Some(error) = status["coordinator_error"].as_str() {
+        line(format!("the coordinator does not answer: {error}"));
+    }
+    let router = &status["router"];
+    if router.is_object() {
+        line(format!(
+            "router {}   ready {}   streams {}   queued {}   steps {}   failed {}",
+            cell(&router["address"]),
+            cell(&router["ready"]),
+            cell(&router["streams"]),
+            cell(&router["queued"]),
+            cell(&router["steps"]),
+            cell(&router["failed_steps"]),
+        ));
+    }
+    line(String::new());
+    let columns = ["worker", "rank", "state", "experts", "sequences", "pid", "address", "device"];
+    let rows = rows(&status["members"], &columns, usize::MAX);
+    line(aligned(&columns, &rows));
+    let columns = ["epoch", "prepare_ms", "commit_ms", "first_token_ms", "cause"];
+    let rows = self::rows(&status["changes"], &columns, CHANGES_SHOWN);
+    line(aligned(&columns, &rows));
+    out
+}
+
+/// The last `most` objects of an array, column by column.
+fn rows(array: &Value, columns: &[&str], most: usize) -> Vec<Vec<String>> {
+    let all = array.as_array().map_or(&[][..], Vec::as_slice);
+    let shown = &all[all.len().saturating_sub(most)..];
+    shown.iter().map(|row| columns.iter().map(|column| cell(&row[*column])).collect()).collect()
+}
+
+fn cell(value: &Value) -> String {
+    match value {
+        Value::Null => "-".into(),
+        Value::String(text) => text.clone(),
+        Value::Number(number) if number.is_f64() => {
+            number.as_f64().map_or_else(|| "-".into(), |number| format!("{number:.1}"))
+        }
+        Value::Number(_) | Value::Bool(_) | Value::Array(_) | Value::Object(_) => value.to_string(),
+    }
+}
+
+fn aligned(columns: &[&str], rows: &[Vec<String>]) -> String {
+    let width =
+        |i: usize| rows.iter().map(|row| row[i].len()).max().unwrap_or(0).max(columns[i].len());
+    let widths: Vec<usize> = (0..columns.len()).map(width).collect();
+    let heads: Vec<String> = columns.iter().map(|column| (*column).to_owned()).collect();
+    let mut out = String::new();
+    for row in std::iter::once(&heads).chain(rows) {
+        let mut text = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            // Writing to a string cannot fail.
+            let _infallible = write!(text, "{cell:<width$}  ");
+        }
+        out.push_str(text.trim_end());
+        out.push('\n');
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn table_shows_members_and_changes() {
+        let status = json!({
+            "epoch": 2, "phase": "serving",
+            "members": [{ "worker": 10, "rank": 0, "state": "serving", "experts": 8,
+                          "sequences": 3, "pid": 7, "address": "a:1", "device": "cpu:avx2 x1" }],
+            "router": { "address": "b:2", "ready": true, "streams": 3, "queued": 0, "steps": 9,
+                        "failed_steps": 0 },
+            "changes": [{ "epoch": 2, "cause": "start", "prepare_ms": 1.25, "commit_ms": 0.5,
+                          "first_token_ms": null }],
+        });
+        let want = "\
+epoch 2   serving
+router b:2   ready true   streams 3   queued 0   steps 9   failed 0
+
+worker  rank  state    experts  sequences  pid  address  device
+10      0     serving  8        3          7    a:1      cpu:avx2 x1
+epoch  prepare_ms  commit_ms  first_token_ms  cause
+2      1.2         0.5        -               start
+";
+        assert_eq!(table(&status), want);
+    }
+}
