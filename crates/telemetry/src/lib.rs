@@ -3,6 +3,7 @@
 //! Logs go to stderr, so that machine-readable output on stdout stays clean.
 
 use std::future::Future;
+use std::io::IsTerminal;
 use tokio::task::JoinHandle;
 use tracing::Instrument;
 
@@ -30,6 +31,7 @@ pub fn init_logs(filter: &str) {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_target(true)
+        .with_ansi(std::io::stderr().is_terminal())
         .compact();
     // Only a second call in one process can fail, and then the first subscriber stands.
     let _second_call = subscriber.try_init();

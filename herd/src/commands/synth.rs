@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 /// Bytes of a weight file, as in the published checkpoints.
 const SHARD_BYTES_MAX: u64 = 5_000_000_000;
 /// How often progress is shown.
-const PROGRESS_EVERY: Duration = Duration::from_secs(1);
+const PROGRESS_EVERY: Duration = Duration::from_secs(5);
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
