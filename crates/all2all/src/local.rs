@@ -34,7 +34,19 @@ use layer::Layer;
 /// Where the ranks of a process find each other.
 #[derive(Default)]
 pub struct Hub {
-    groups: Mutex<BTreeMap<Epoch, Weak<Group>>>,
+    groups: Mutex<Groups>,
+}
+
+/// Epochs with members, and the newest that ever had one.
+struct Groups {
+    by_epoch: BTreeMap<Epoch, Weak<Group>>,
+    newest: Epoch,
+}
+
+impl Default for Groups {
+    fn default() -> Self {
+        Self { by_epoch: BTreeMap::new(), newest: Epoch(0) }
+    }
 }
 
 impl Hub {
@@ -48,8 +60,8 @@ impl Hub {
     ///
     /// # Errors
     ///
-    /// [`ExchangeError::Join`] if the view has a [defect](View::defect), the rank is taken or the sizes
-    /// disagree.
+    /// [`ExchangeError::Join`] if the view has a [defect](View::defect), the rank is taken, the sizes
+    /// disagree, or the epoch is over because everybody has left it.
     pub fn join(self: &Arc<Self>, view: View) -> Result<Local, ExchangeError> {
         let group = self.group(&view)?;
         let stop = Arc::new(Stop::default());
@@ -72,12 +84,15 @@ impl Hub {
             return Err(refuse(defect));
         }
         let mut groups = lock(&self.groups);
-        groups.retain(|_, group| 0 < group.strong_count());
-        let group = match groups.get(&view.epoch).and_then(Weak::upgrade) {
+        groups.by_epoch.retain(|_, group| 0 < group.strong_count());
+        let group = match groups.by_epoch.get(&view.epoch).and_then(Weak::upgrade) {
             Some(group) => group,
+            // Whoever has begun the newer epoch never comes back to this one.
+            None if view.epoch < groups.newest => return Err(refuse("a newer epoch has begun")),
             None => {
                 let group = Arc::new(Group::new(view.ranks));
-                groups.insert(view.epoch, Arc::downgrade(&group));
+                groups.by_epoch.insert(view.epoch, Arc::downgrade(&group));
+                groups.newest = view.epoch;
                 group
             }
         };
