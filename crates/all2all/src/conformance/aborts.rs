@@ -59,17 +59,19 @@ fn abort_at<E: HostExchange + 'static>(
     .0
 }
 
-/// Rank 0 waits for rank 1, which does nothing, until a thread of the control plane ends it.
+/// Rank 0 waits for rank 1, which does nothing, until a thread of the control plane ends it, with a handle
+/// from before the view.
 fn abort_wakes<N: Network>(new: &dyn Fn() -> N) {
     for seed in 0..20 {
         let network = Arc::new(new());
         let scene = Arc::new(Scene::new(seed, 3));
         let ends = join(&network, &scene, Epoch(1));
         let aborter = ends[0].1.aborter();
+        let ends = reconfigure(ends, &scene, Epoch(2));
         let control = std::thread::spawn(move || {
             let mut pace = Rng::of(&[seed]);
             (0..10).for_each(|_| pace.dawdle());
-            aborter.abort(Epoch(1), Reason::ViewChange);
+            aborter.abort(Epoch(2), Reason::ViewChange);
         });
         let told = Arc::clone(&scene);
         let (ends, results) = on_every(ends, move |rank, end| match rank {
@@ -80,7 +82,7 @@ fn abort_wakes<N: Network>(new: &dyn Fn() -> N) {
         let kind = fault(results[0].clone()).kind;
         assert_eq!(kind, FaultKind::Aborted(Reason::ViewChange));
         results[2].clone().expect_err("rank 1 sends nothing");
-        well(reconfigure(ends, &scene, Epoch(2)), &scene, 1);
+        well(reconfigure(ends, &scene, Epoch(3)), &scene, 1);
     }
 }
 

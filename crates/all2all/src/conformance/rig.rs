@@ -78,6 +78,17 @@ pub(super) fn on_each<S: Send + 'static, T: Send + 'static, R: Send + 'static>(
     back.into_iter().map(|(rank, end, result)| ((rank, end), result)).unzip()
 }
 
+/// What a thread returns.
+#[track_caller]
+pub(super) fn in_time<T>(thread: std::thread::JoinHandle<T>) -> T {
+    let until = Instant::now() + WATCHDOG;
+    while !thread.is_finished() {
+        assert!(Instant::now() < until, "hangs");
+        std::thread::yield_now();
+    }
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
 /// As [`on_each`], for a body that keeps its end.
 #[track_caller]
 pub(super) fn on_every<E: Send + 'static, R: Send + 'static>(
