@@ -2,12 +2,14 @@
 //! whose ranks are threads of this process.
 //!
 //! The scheduler cuts the prompt into chunks and places it on a rank as in service; the other ranks
-//! serve their experts.
+//! serve their experts. [`cluster`] runs any steps, of any number of sequences: tests drive it too.
 
 use anyhow::{Context, bail, ensure};
 use half::bf16;
-use ids::{Epoch, Rank, SeqId, StepId};
-use kernels::{BLOCK_TOKENS, Cpu, Route, Row, SampleRow, Sampling, StepBatch, Table, Tensor};
+use ids::{Epoch, ExpertId, Rank, SeqId, StepId};
+use kernels::{
+    BLOCK_TOKENS, Cpu, Route, Row, SampleRow, Sampled, Sampling, StepBatch, Table, Tensor,
+};
 use model::forward::Observer;
 use placement::{Placement, Shape};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -153,8 +155,14 @@ pub fn run(model: &Model, prompt: &[u32], options: Options) -> anyhow::Result<Ou
     scheduler.submit(new)?;
     let shape = Shape { moe_layers: config.moe_layers().len(), experts: config.experts };
     let placement = placement::plan(shape, options.workers, options.redundancy)?;
-    let kv = KvBlocks { full: blocks, chunked: blocks };
-    cluster(model, &placement, (options.threads, kv), |step| {
+    let ranks = Ranks {
+        model,
+        placement: &placement,
+        target: &|layer, expert, source| placement.target(layer, expert, source),
+        threads: options.threads,
+        kv: KvBlocks { full: blocks, chunked: blocks },
+    };
+    cluster(&ranks, |step| {
         let mut outcome = Outcome {
             vocab: config.vocab,
             logits: Vec::new(),
@@ -166,20 +174,29 @@ pub fn run(model: &Model, prompt: &[u32], options: Options) -> anyhow::Result<Ou
     })
 }
 
-/// One rank's part of a step, and what came of it.
-type Job = (StepId, StepBatch);
-/// Runs one step on all ranks.
-type RunStep<'a> = dyn FnMut(StepId, &Plan) -> Answer + 'a;
-type Answer = anyhow::Result<(Vec<u32>, Seen)>;
-
-/// What the tool looks at in a step.
-#[derive(Default)]
-struct Seen {
-    logits: Vec<f32>,
-    experts: Vec<Vec<u16>>,
+/// A cluster whose ranks are threads.
+pub struct Ranks<'a> {
+    pub model: &'a Model,
+    pub placement: &'a Placement,
+    /// (MoE layer, expert, source) to one of the expert's replicas.
+    pub target: &'a (dyn Fn(usize, ExpertId, Rank) -> Rank + Sync),
+    /// Of the device, per rank.
+    pub threads: usize,
+    pub kv: KvBlocks,
 }
 
-impl Observer<Cpu> for Seen {
+/// What came of one rank's part of a step; also what its tool looks at.
+#[derive(Debug, Default)]
+pub struct RankStep {
+    /// One per [`SampleRow`].
+    pub sampled: Vec<Sampled>,
+    /// `[samples, vocab]`
+    pub logits: Vec<f32>,
+    /// `[moe layers][rows]`
+    pub experts: Vec<Vec<u16>>,
+}
+
+impl Observer<Cpu> for RankStep {
     fn routed(&mut self, _: usize, route: &Route) {
         self.experts.push(route.experts().to_vec());
     }
@@ -187,6 +204,9 @@ impl Observer<Cpu> for Seen {
         self.logits = logits.data().to_vec();
     }
 }
+
+/// Runs one step, one batch per rank, and returns each rank's part of it.
+pub type RunStep<'a> = dyn FnMut(StepId, Vec<StepBatch>) -> anyhow::Result<Vec<RankStep>> + 'a;
 
 /// Plans and runs steps until the prompt and the continuation are done.
 fn drive(
@@ -196,19 +216,22 @@ fn drive(
     outcome: &mut Outcome,
 ) -> anyhow::Result<()> {
     let mut step = StepId(1);
-    let mut plan = Plan { step, ranks: Vec::new() };
+    let mut plan = Plan::new();
     let mut positions = 0;
     while scheduler.plan(step, &mut plan) {
-        let slice = plan.ranks.iter().flatten().next().context("a step without tokens")?.clone();
-        let (tokens, seen) = run_step(step, &plan)?;
+        let with_slice = plan.ranks.iter().position(|slices| !slices.is_empty());
+        let rank = with_slice.context("a step without tokens")?;
+        let slice = plan.ranks[rank][0].clone();
+        let batches = plan.ranks.iter().map(|slices| batch(slices, |_| Sampling::default()));
+        let done = run_step(step, batches.collect())?.swap_remove(rank);
         if positions < prompt {
-            outcome.logits.extend(seen.logits);
-            for (all, new) in outcome.experts.iter_mut().zip(seen.experts) {
+            outcome.logits.extend(done.logits);
+            for (all, new) in outcome.experts.iter_mut().zip(done.experts) {
                 all.extend(new);
             }
         }
         positions += slice.tokens.len();
-        let last = tokens.last().copied().filter(|_| slice.samples);
+        let last = done.sampled.last().map(|s| s.token).filter(|_| slice.samples);
         let sampled: Vec<(SeqId, u32)> = last.map(|t| (slice.sequence, t)).into_iter().collect();
         scheduler.commit(&sampled);
         outcome.greedy.extend(sampled.iter().map(|s| s.1).take(greedy as usize));
@@ -221,14 +244,19 @@ fn drive(
     Ok(())
 }
 
+type Answer = Result<RankStep, worker::EngineError>;
+
 /// Starts a rank per thread and gives `body` a function that runs one step on all of them.
-fn cluster<T>(
-    model: &Model,
-    placement: &Placement,
-    (threads, kv): (usize, KvBlocks),
+///
+/// # Errors
+///
+/// That of `body`, which sees it if a rank fails.
+pub fn cluster<T>(
+    ranks: &Ranks<'_>,
     body: impl FnOnce(&mut RunStep<'_>) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
     let hub = all2all::local::Hub::new();
+    let placement = ranks.placement;
     let held: Vec<_> = (0..placement.moe_layers())
         .map(|layer| {
             let of = |rank| placement.local_experts(layer, Rank(rank));
@@ -236,32 +264,30 @@ fn cluster<T>(
         })
         .collect();
     std::thread::scope(|scope| {
-        let mut ranks = Vec::new();
+        let mut threads = Vec::new();
         for rank in (0..placement.ranks()).map(Rank) {
-            let (jobs, todo) = mpsc::channel::<Job>();
+            let (jobs, todo) = mpsc::channel::<(StepId, StepBatch)>();
             let (answers, done) = mpsc::channel::<Answer>();
             let (hub, held) = (&hub, &held);
             scope.spawn(move || {
-                let target = |layer, expert| placement.target(layer, expert, rank);
-                let (epoch, ranks) = (Epoch(1), placement.ranks());
-                let shard = Shard { epoch, rank, ranks, held, target: &target };
-                serve(Engine::new(model, &shard, hub, threads, kv), &todo, &answers);
+                let target = |layer, expert| (ranks.target)(layer, expert, rank);
+                let (epoch, count) = (Epoch(1), placement.ranks());
+                let shard = Shard { epoch, rank, ranks: count, held, target: &target };
+                let engine = Engine::new(ranks.model, &shard, hub, ranks.threads, ranks.kv);
+                serve(engine, &todo, &answers);
             });
-            ranks.push((jobs, done));
+            threads.push((jobs, done));
         }
-        body(&mut |step, plan| {
-            for ((jobs, _), slices) in ranks.iter().zip(&plan.ranks) {
+        body(&mut |step, batches| {
+            ensure!(batches.len() == threads.len(), "a step needs one batch per rank");
+            for ((jobs, _), batch) in threads.iter().zip(batches) {
                 // A rank that ended has left its error among its answers.
-                let _ended = jobs.send((step, batch(slices)));
+                let _ended = jobs.send((step, batch));
             }
-            let mut result = None;
-            for ((_, done), slices) in ranks.iter().zip(&plan.ranks) {
-                let answer = done.recv().context("a rank ended without an answer")??;
-                if !slices.is_empty() {
-                    result = Some(answer);
-                }
-            }
-            result.context("no rank had the sequence")
+            let answer = |(_, done): &(_, mpsc::Receiver<Answer>)| {
+                Ok(done.recv().context("a rank ended without an answer")??)
+            };
+            threads.iter().map(answer).collect()
         })
     })
 }
@@ -269,35 +295,41 @@ fn cluster<T>(
 /// A rank's thread: steps until nobody asks for more.
 fn serve(
     engine: Result<Engine, worker::EngineError>,
-    todo: &mpsc::Receiver<Job>,
+    todo: &mpsc::Receiver<(StepId, StepBatch)>,
     answers: &mpsc::Sender<Answer>,
 ) {
     let mut engine = match engine {
         Ok(engine) => engine,
         Err(error) => {
-            let _gone = answers.send(Err(error.into()));
+            let _gone = answers.send(Err(error));
             return;
         }
     };
     while let Ok((step, batch)) = todo.recv() {
-        let mut seen = Seen::default();
+        let mut done = RankStep::default();
         let deadline = Instant::now() + STEP_MAX;
-        let sampled = engine.step(step, &batch, deadline, &mut seen);
-        let answer = sampled.map(|sampled| (sampled.iter().map(|s| s.token).collect(), seen));
-        if answers.send(answer.map_err(Into::into)).is_err() {
+        let answer = engine.step(step, &batch, deadline, &mut done);
+        let answer = answer.map(|sampled| RankStep { sampled, ..done });
+        if answers.send(answer).is_err() {
             return;
         }
     }
 }
 
-/// A rank's slices in the device's form; every row's logits are wanted.
-fn batch(slices: &[Slice]) -> StepBatch {
+/// A rank's slices in the device's form; every row's logits are wanted, and each row samples as its
+/// sequence does.
+///
+/// # Panics
+///
+/// If a step had 2^32 rows.
+#[must_use]
+pub fn batch(slices: &[Slice], sampling: impl Fn(SeqId) -> Sampling) -> StepBatch {
     let mut batch = StepBatch::default();
     for (table, slice) in (0..).zip(slices) {
         for (position, &token) in (slice.start..).zip(&slice.tokens) {
             let row = u32::try_from(batch.rows.len()).expect("a step has fewer than 2^32 rows");
             batch.rows.push(Row { token, position, table });
-            batch.samples.push(SampleRow { row, sampling: Sampling::default() });
+            batch.samples.push(SampleRow { row, sampling: sampling(slice.sequence) });
         }
         batch.tables.push(Table {
             full: slice.full_blocks.iter().map(|b| b.0).collect(),

@@ -5,6 +5,8 @@
 //!
 //! Moving a row changes no bit of it, and a rank's own rows take the same form as those of others.
 
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod error;
 pub mod local;
 mod routes;
@@ -48,7 +50,10 @@ pub enum StepOutcome {
     Faulted(Fault),
 }
 
-/// Stops the current step of a rank from any thread: wait-free for the step's peers, idempotent.
+/// Stops a rank from any thread: idempotent, and it waits for no step.
+///
+/// It serves its exchange for life, across every [`AllToAll::reconfigure`]: only the epoch that an abort
+/// names decides what it ends.
 #[derive(Clone)]
 pub struct Aborter(Arc<dyn Fn(Epoch, Reason) + Send + Sync>);
 
@@ -58,8 +63,12 @@ impl Aborter {
         Self(Arc::new(abort))
     }
 
-    /// Ends the step of `epoch` with [`FaultKind::Aborted`]; another epoch is a no-op, and so is a handle
-    /// taken before the last `reconfigure`.
+    /// Ends `epoch` and all before it: whoever names an epoch knows that the older ones are over.
+    ///
+    /// The step that is open ends with [`FaultKind::Aborted`], in [`AllToAll::end_step`] at the latest; if
+    /// none is open, the next `begin_step` is [`ExchangeError::Poisoned`]. An abort never shows in a later
+    /// epoch, so it does nothing once the exchange has moved on, and it may come before the exchange has
+    /// reached its epoch: that epoch is then poisoned from the start.
     pub fn abort(&self, epoch: Epoch, reason: Reason) {
         (self.0)(epoch, reason);
     }
@@ -96,7 +105,9 @@ pub trait AllToAll: Send {
     ///
     /// # Errors
     ///
-    /// [`ExchangeError::StaleEpoch`], [`ExchangeError::NotReady`] or [`ExchangeError::Poisoned`].
+    /// [`ExchangeError::StaleEpoch`] and [`ExchangeError::NotReady`], which change nothing; or
+    /// [`ExchangeError::Poisoned`], also if the last step is still open: it was left in the middle, and
+    /// has failed for that.
     fn begin_step(
         &mut self,
         epoch: Epoch,
@@ -149,17 +160,18 @@ pub trait AllToAll: Send {
     ) -> Result<(), ExchangeError>;
 
     /// Ends the step; the only place where its outcome stands. A step left in the middle of a layer has
-    /// failed.
+    /// failed, and so has one that was never begun.
     fn end_step(&mut self) -> StepOutcome;
 
-    /// A handle that ends the current step from any thread.
+    /// A handle that ends steps of this exchange from any thread.
     fn aborter(&self) -> Aborter;
 
     /// Moves to the next view, between steps. The members may be the same: a plain new start.
     ///
     /// # Errors
     ///
-    /// [`ExchangeError::StaleEpoch`] unless the epoch rises; what the transport needs and lacks.
+    /// [`ExchangeError::StaleEpoch`] unless the epoch rises; what the transport needs and lacks. The old
+    /// view stays then.
     fn reconfigure(&mut self, next: View, budget: Duration) -> Result<(), ExchangeError>;
 }
 

@@ -7,6 +7,14 @@
 //!
 //! One slot per phase is enough: a rank sends layer `l + 1` only after it has all results of layer `l`,
 //! and its peer sent those only after it had emptied the slot.
+//!
+//! ```text
+//!           begin_step                 dispatch_send ... combine_recv
+//!   idle ───────────────▶ step, between layers ◀──────▶ step, in a layer
+//!    ▲                          │                             │
+//!    └──────── end_step ────────┘                             │  end_step, begin_step
+//!   any of them ── fault, abort, call out of order ──▶ faulted ◀┘  (until reconfigure)
+//! ```
 
 use crate::error::{ExchangeError, Fault, FaultKind, Phase, Reason};
 use crate::{
@@ -14,17 +22,31 @@ use crate::{
 };
 use ids::{Epoch, Rank, StepId};
 use std::collections::BTreeMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
+mod inbox;
 mod layer;
 
+use inbox::{Group, Parcel, Stop, lock};
 use layer::Layer;
 
 /// Where the ranks of a process find each other.
 #[derive(Default)]
 pub struct Hub {
-    groups: Mutex<BTreeMap<Epoch, Weak<Group>>>,
+    groups: Mutex<Groups>,
+}
+
+/// Epochs with members, and the newest that ever had one.
+struct Groups {
+    by_epoch: BTreeMap<Epoch, Weak<Group>>,
+    newest: Epoch,
+}
+
+impl Default for Groups {
+    fn default() -> Self {
+        Self { by_epoch: BTreeMap::new(), newest: Epoch(0) }
+    }
 }
 
 impl Hub {
@@ -38,15 +60,19 @@ impl Hub {
     ///
     /// # Errors
     ///
-    /// [`ExchangeError::Join`] if the rank is taken or the sizes disagree.
+    /// [`ExchangeError::Join`] if the view has a [defect](View::defect), the rank is taken, the sizes
+    /// disagree, or the epoch is over because everybody has left it.
     pub fn join(self: &Arc<Self>, view: View) -> Result<Local, ExchangeError> {
         let group = self.group(&view)?;
+        let stop = Arc::new(Stop::default());
+        stop.moved(&group, view.me);
         Ok(Local {
             hub: Arc::clone(self),
             group,
+            stop,
             state: State::Idle,
-            packed: (0..view.ranks).map(|_| Parcel::default()).collect(),
-            taken: (0..view.ranks).map(|_| Parcel::default()).collect(),
+            packed: parcels(&view),
+            taken: parcels(&view),
             layer: Layer::default(),
             view,
         })
@@ -54,13 +80,19 @@ impl Hub {
 
     fn group(&self, view: &View) -> Result<Arc<Group>, ExchangeError> {
         let refuse = |reason| ExchangeError::Join { rank: view.me, epoch: view.epoch, reason };
+        if let Some(defect) = view.defect() {
+            return Err(refuse(defect));
+        }
         let mut groups = lock(&self.groups);
-        groups.retain(|_, group| 0 < group.strong_count());
-        let group = match groups.get(&view.epoch).and_then(Weak::upgrade) {
+        groups.by_epoch.retain(|_, group| 0 < group.strong_count());
+        let group = match groups.by_epoch.get(&view.epoch).and_then(Weak::upgrade) {
             Some(group) => group,
+            // Whoever has begun the newer epoch never comes back to this one.
+            None if view.epoch < groups.newest => return Err(refuse("a newer epoch has begun")),
             None => {
                 let group = Arc::new(Group::new(view.ranks));
-                groups.insert(view.epoch, Arc::downgrade(&group));
+                groups.by_epoch.insert(view.epoch, Arc::downgrade(&group));
+                groups.newest = view.epoch;
                 group
             }
         };
@@ -76,71 +108,16 @@ impl Hub {
     }
 }
 
-/// The ranks of one epoch.
-struct Group {
-    inboxes: Vec<Inbox>,
-    joined: Mutex<Vec<bool>>,
-}
-
-struct Inbox {
-    state: Mutex<InboxState>,
-    news: Condvar,
-}
-
-struct InboxState {
-    /// `[phase][source]`
-    slots: [Vec<Slot>; 2],
-    /// `[source]`: it has left this epoch.
-    closed: Vec<bool>,
-    /// Somebody ended the step.
-    abort: Option<(Reason, Option<Rank>)>,
-}
-
-#[derive(Default)]
-struct Slot {
-    /// What the parcel belongs to; `None` if the slot is empty.
-    key: Option<LayerKey>,
-    parcel: Parcel,
-}
-
-/// Rows from one rank to another.
-#[derive(Default)]
-struct Parcel {
-    rows: Vec<u8>,
-    /// Slot of the expert at the receiver, per row; empty in the combine phase.
-    slots: Vec<u16>,
-}
-
-impl Group {
-    fn new(ranks: u16) -> Self {
-        let slots = || (0..ranks).map(|_| Slot::default()).collect();
-        let inbox = |_| Inbox {
-            state: Mutex::new(InboxState {
-                slots: [slots(), slots()],
-                closed: vec![false; usize::from(ranks)],
-                abort: None,
-            }),
-            news: Condvar::new(),
-        };
-        Self {
-            inboxes: (0..ranks).map(inbox).collect(),
-            joined: Mutex::new(vec![false; usize::from(ranks)]),
-        }
-    }
-
-    /// Tells every rank something and wakes it.
-    fn tell_all(&self, tell: impl Fn(&mut InboxState)) {
-        for inbox in &self.inboxes {
-            tell(&mut lock(&inbox.state));
-            inbox.news.notify_all();
-        }
-    }
+fn parcels(view: &View) -> Vec<Parcel> {
+    (0..view.ranks).map(|_| Parcel::default()).collect()
 }
 
 /// One rank's end of the in-process exchange. Dropping it tells the peers that it is gone.
 pub struct Local {
     hub: Arc<Hub>,
     group: Arc<Group>,
+    /// Shared with the aborters, for life.
+    stop: Arc<Stop>,
     view: View,
     state: State,
     /// `[destination]`: buffers for packing, swapped with the slots.
@@ -152,130 +129,105 @@ pub struct Local {
 
 enum State {
     Idle,
-    Step {
-        step: StepId,
-        deadline: Instant,
-        open: bool,
-    },
+    Step(Step),
     /// A fault stays until the next view.
     Faulted(Fault),
 }
 
+/// The step that is open.
+#[derive(Clone, Copy)]
+struct Step {
+    id: StepId,
+    deadline: Instant,
+    at: At,
+}
+
+/// Where a step stands.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum At {
+    /// After so many MoE layers, or rather after this one.
+    Between(u16),
+    Layer(u16, Phase),
+}
+
+impl Step {
+    fn place(&self) -> (u16, Phase) {
+        match self.at {
+            At::Between(layer) => (layer, Phase::Combine),
+            At::Layer(layer, phase) => (layer, phase),
+        }
+    }
+}
+
 impl Local {
-    /// Records the first fault of the step and tells the peers, so that none waits for its deadline.
-    fn fault(&mut self, fault: Fault) -> ExchangeError {
-        let me = self.view.me;
-        self.group.tell_all(|inbox| {
-            inbox.abort.get_or_insert((Reason::PeerFaulted, Some(me)));
-        });
+    /// Records the fault of the step and tells the peers, so that none waits for its deadline.
+    fn fault(
+        &mut self,
+        kind: FaultKind,
+        suspects: Vec<Rank>,
+        (layer, phase): (u16, Phase),
+    ) -> Fault {
+        self.group.tell_fault(self.view.me);
+        let fault = Fault { kind, suspects, layer, phase };
         self.state = State::Faulted(fault.clone());
-        ExchangeError::Faulted(fault)
+        fault
     }
 
-    /// The deadline of the step that `key` belongs to.
-    fn running(&mut self, key: LayerKey, phase: Phase) -> Result<Instant, ExchangeError> {
+    fn faulted(
+        &mut self,
+        kind: FaultKind,
+        suspects: Vec<Rank>,
+        place: (u16, Phase),
+    ) -> ExchangeError {
+        ExchangeError::Faulted(self.fault(kind, suspects, place))
+    }
+
+    /// The step that is open and stands where this call belongs; any other call abandons it.
+    fn running(&mut self, key: LayerKey, at: Option<At>) -> Result<Step, ExchangeError> {
         match &self.state {
             State::Faulted(fault) => Err(ExchangeError::Faulted(fault.clone())),
-            State::Step { step, deadline, .. } if *step == key.step => Ok(*deadline),
-            State::Step { .. } | State::Idle => {
-                let kind = FaultKind::Aborted(Reason::Abandoned);
-                Err(self.fault(Fault { kind, suspects: vec![], layer: key.layer, phase }))
+            State::Step(step)
+                if step.id == key.step
+                    && at.map_or(matches!(step.at, At::Between(_)), |at| at == step.at) =>
+            {
+                Ok(*step)
+            }
+            State::Step(step) => {
+                let place = step.place();
+                Err(self.faulted(FaultKind::Aborted(Reason::Abandoned), vec![], place))
+            }
+            State::Idle => {
+                let place = (key.layer, Phase::Dispatch);
+                Err(self.faulted(FaultKind::Aborted(Reason::Abandoned), vec![], place))
             }
         }
     }
 
     /// Swaps the packed parcels into the slots of their destinations.
     fn send(&mut self, key: LayerKey, phase: Phase) -> Result<(), ExchangeError> {
-        self.running(key, phase)?;
-        let (me, mut corrupt) = (self.view.me.index(), None);
-        for to in active_ranks(&self.view) {
-            let inbox = &self.group.inboxes[to.index()];
-            let mut state = lock(&inbox.state);
-            let slot = &mut state.slots[phase as usize][me];
-            if slot.key.is_some() {
-                corrupt = Some(to);
-                break;
-            }
-            slot.key = Some(key);
-            std::mem::swap(&mut slot.parcel, &mut self.packed[to.index()]);
-            drop(state);
-            inbox.news.notify_one();
-        }
-        match corrupt {
+        let (me, packed, inboxes) = (self.view.me, &mut self.packed, &self.group.inboxes);
+        let full = active_ranks(&self.view)
+            .find(|to| !inboxes[to.index()].put((key, phase), me, &mut packed[to.index()]));
+        match full {
             None => Ok(()),
-            Some(to) => Err(self.fault(Fault {
-                kind: FaultKind::Corrupt,
-                suspects: vec![to],
-                layer: key.layer,
-                phase,
-            })),
+            Some(to) => Err(self.faulted(FaultKind::Corrupt, vec![to], (key.layer, phase))),
         }
     }
 
     /// Waits until every active rank's parcel of this layer and phase is here, and takes them.
     fn receive(&mut self, key: LayerKey, phase: Phase) -> Result<(), ExchangeError> {
-        let deadline = self.running(key, phase)?;
+        let step = self.running(key, Some(At::Layer(key.layer, phase)))?;
         let inbox = &self.group.inboxes[self.view.me.index()];
-        let mut state = lock(&inbox.state);
-        let fault = loop {
-            match look(&state, &self.view, key, phase) {
-                Look::Ready => {
-                    for from in active_ranks(&self.view) {
-                        let slot = &mut state.slots[phase as usize][from.index()];
-                        slot.key = None;
-                        std::mem::swap(&mut slot.parcel, &mut self.taken[from.index()]);
-                    }
-                    return Ok(());
-                }
-                Look::Fault(kind, suspects) => break (kind, suspects),
-                Look::Wait(missing) => {
-                    let left = deadline.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        break (FaultKind::Deadline, missing);
-                    }
-                    let waited = inbox.news.wait_timeout(state, left);
-                    state = waited.unwrap_or_else(PoisonError::into_inner).0;
-                }
-            }
-        };
-        drop(state);
-        let (kind, suspects) = fault;
-        Err(self.fault(Fault { kind, suspects, layer: key.layer, phase }))
+        let wait = (&self.view, &*self.stop, step.deadline);
+        inbox
+            .take((key, phase), wait, &mut self.taken)
+            .map_err(|(kind, suspects)| self.faulted(kind, suspects, (key.layer, phase)))
     }
-}
 
-/// What a rank sees in its inbox.
-enum Look {
-    Ready,
-    Wait(Vec<Rank>),
-    Fault(FaultKind, Vec<Rank>),
-}
-
-fn look(state: &InboxState, view: &View, key: LayerKey, phase: Phase) -> Look {
-    let slots = &state.slots[phase as usize];
-    let of = |rank: &Rank| slots[rank.index()].key;
-    let all_here = active_ranks(view).all(|rank| of(&rank) == Some(key));
-    // An own abort ends even a step whose rows are here: the control plane wants it over.
-    match state.abort {
-        Some((reason, None)) => return Look::Fault(FaultKind::Aborted(reason), vec![]),
-        // What a failing peer sent before it failed is whole: use it, the next wait will end.
-        Some((reason, Some(by))) if !all_here => {
-            return Look::Fault(FaultKind::Aborted(reason), vec![by]);
-        }
-        Some(_) | None => {}
+    /// Notes where the open step stands.
+    fn moved_to(&mut self, step: Step, at: At) {
+        self.state = State::Step(Step { at, ..step });
     }
-    if all_here {
-        return Look::Ready;
-    }
-    let foreign: Vec<Rank> =
-        active_ranks(view).filter(|rank| of(rank).is_some_and(|got| got != key)).collect();
-    if !foreign.is_empty() {
-        return Look::Fault(FaultKind::Corrupt, foreign);
-    }
-    let missing: Vec<Rank> = active_ranks(view).filter(|rank| of(rank).is_none()).collect();
-    let gone: Vec<Rank> =
-        missing.iter().copied().filter(|rank| state.closed[rank.index()]).collect();
-    if gone.is_empty() { Look::Wait(missing) } else { Look::Fault(FaultKind::PeerClosed, gone) }
 }
 
 impl AllToAll for Local {
@@ -301,10 +253,27 @@ impl AllToAll for Local {
         if epoch > current {
             return Err(ExchangeError::NotReady { got: epoch, current });
         }
-        if let State::Faulted(_) = self.state {
+        let start = (0, Phase::Dispatch);
+        match &self.state {
+            State::Faulted(_) => return Err(ExchangeError::Poisoned { epoch }),
+            State::Step(open) => {
+                let place = open.place();
+                self.fault(FaultKind::Aborted(Reason::Abandoned), vec![], place);
+                return Err(ExchangeError::Poisoned { epoch });
+            }
+            State::Idle => {}
+        }
+        if let Some(reason) = self.stop.reason(epoch) {
+            self.fault(FaultKind::Aborted(reason), vec![], start);
             return Err(ExchangeError::Poisoned { epoch });
         }
-        self.state = State::Step { step, deadline, open: false };
+        // A peer whose last step failed after this rank's own was complete.
+        let inbox = &self.group.inboxes[self.view.me.index()];
+        if let Some(by) = inbox.faulted_peer(&self.view) {
+            self.fault(FaultKind::Aborted(Reason::PeerFaulted), vec![by], start);
+            return Err(ExchangeError::Poisoned { epoch });
+        }
+        self.state = State::Step(Step { id: step, deadline, at: At::Between(0) });
         Ok(())
     }
 
@@ -314,27 +283,23 @@ impl AllToAll for Local {
         rows: HostRows<'_>,
         experts: &[u16],
     ) -> Result<Sent, ExchangeError> {
-        self.running(key, Phase::Dispatch)?;
-        if let State::Step { open, .. } = &mut self.state {
-            *open = true;
-        }
+        let step = self.running(key, None)?;
+        self.moved_to(step, At::Layer(key.layer, Phase::Dispatch));
         self.layer.pack(&self.view, key.layer, (rows, experts), &mut self.packed);
         self.send(key, Phase::Dispatch)?;
         Ok(Sent(key))
     }
 
     fn dispatch_recv(&mut self, sent: Sent) -> Result<Arrived, ExchangeError> {
-        self.receive(sent.0, Phase::Dispatch)?;
-        let local = self.view.routes.local_experts(sent.0.layer);
-        let sorted = self.layer.sort(&self.view, local, &self.taken);
-        match sorted {
-            Ok(()) => Ok(Arrived(sent.0)),
-            Err(from) => Err(self.fault(Fault {
-                kind: FaultKind::Corrupt,
-                suspects: vec![from],
-                layer: sent.0.layer,
-                phase: Phase::Dispatch,
-            })),
+        let key = sent.0;
+        self.receive(key, Phase::Dispatch)?;
+        let local = self.view.routes.local_experts(key.layer);
+        match self.layer.sort(&self.view, local, &self.taken) {
+            Ok(()) => Ok(Arrived(key)),
+            Err(from) => {
+                let place = (key.layer, Phase::Dispatch);
+                Err(self.faulted(FaultKind::Corrupt, vec![from], place))
+            }
         }
     }
 
@@ -347,56 +312,52 @@ impl AllToAll for Local {
         arrived: Arrived,
         results: HostRows<'_>,
     ) -> Result<Pending, ExchangeError> {
-        self.running(arrived.0, Phase::Combine)?;
+        let key = arrived.0;
+        let step = self.running(key, Some(At::Layer(key.layer, Phase::Dispatch)))?;
+        self.moved_to(step, At::Layer(key.layer, Phase::Combine));
         self.layer.unsort(&self.view, results, &self.taken, &mut self.packed);
-        self.send(arrived.0, Phase::Combine)?;
-        Ok(Pending(arrived.0))
+        self.send(key, Phase::Combine)?;
+        Ok(Pending(key))
     }
 
     fn combine_recv(&mut self, pending: Pending, out: &mut [u8]) -> Result<(), ExchangeError> {
-        self.receive(pending.0, Phase::Combine)?;
+        let key = pending.0;
+        let place = (key.layer, Phase::Combine);
+        let step = self.running(key, Some(At::Layer(key.layer, Phase::Combine)))?;
+        self.receive(key, Phase::Combine)?;
         if let Err(from) = self.layer.gather(&self.taken, out) {
-            return Err(self.fault(Fault {
-                kind: FaultKind::Corrupt,
-                suspects: vec![from],
-                layer: pending.0.layer,
-                phase: Phase::Combine,
-            }));
+            return Err(self.faulted(FaultKind::Corrupt, vec![from], place));
         }
-        if let State::Step { open, .. } = &mut self.state {
-            *open = false;
-        }
+        self.moved_to(step, At::Between(key.layer));
         Ok(())
     }
 
     fn end_step(&mut self) -> StepOutcome {
-        match &self.state {
-            State::Faulted(fault) => StepOutcome::Faulted(fault.clone()),
-            State::Step { open: true, .. } => {
-                let fault = Fault {
-                    kind: FaultKind::Aborted(Reason::Abandoned),
-                    suspects: vec![],
-                    layer: 0,
-                    phase: Phase::Dispatch,
-                };
-                self.fault(fault.clone());
-                StepOutcome::Faulted(fault)
+        let fault = match &self.state {
+            State::Faulted(fault) => fault.clone(),
+            State::Step(step) => {
+                let place = step.place();
+                let stopped = self.stop.reason(self.view.epoch);
+                let left = matches!(step.at, At::Layer(..)).then_some(Reason::Abandoned);
+                match stopped.or(left) {
+                    Some(reason) => self.fault(FaultKind::Aborted(reason), vec![], place),
+                    None => {
+                        self.state = State::Idle;
+                        return StepOutcome::Complete;
+                    }
+                }
             }
-            State::Step { open: false, .. } | State::Idle => {
-                self.state = State::Idle;
-                StepOutcome::Complete
+            State::Idle => {
+                let kind = FaultKind::Aborted(Reason::Abandoned);
+                self.fault(kind, vec![], (0, Phase::Dispatch))
             }
-        }
+        };
+        StepOutcome::Faulted(fault)
     }
 
     fn aborter(&self) -> Aborter {
-        let (group, me, current) = (Arc::downgrade(&self.group), self.view.me, self.view.epoch);
-        Aborter::new(move |epoch, reason| {
-            let Some(group) = group.upgrade().filter(|_| epoch == current) else { return };
-            let inbox = &group.inboxes[me.index()];
-            lock(&inbox.state).abort = Some((reason, None));
-            inbox.news.notify_all();
-        })
+        let stop = Arc::clone(&self.stop);
+        Aborter::new(move |epoch, reason| stop.abort(epoch, reason))
     }
 
     fn reconfigure(&mut self, next: View, _budget: Duration) -> Result<(), ExchangeError> {
@@ -404,19 +365,17 @@ impl AllToAll for Local {
             return Err(ExchangeError::StaleEpoch { got: next.epoch, current: self.view.epoch });
         }
         // Joining first: on an error this end still serves the old view.
-        *self = Arc::clone(&self.hub).join(next)?;
+        let group = self.hub.group(&next)?;
+        self.group.tell_closed(self.view.me);
+        self.stop.moved(&group, next.me);
+        (self.packed, self.taken, self.state) = (parcels(&next), parcels(&next), State::Idle);
+        (self.group, self.view) = (group, next);
         Ok(())
     }
 }
 
 impl Drop for Local {
     fn drop(&mut self) {
-        let me = self.view.me.index();
-        self.group.tell_all(|inbox| inbox.closed[me] = true);
+        self.group.tell_closed(self.view.me);
     }
-}
-
-/// A thread that panicked while it held one of these locks left whole values behind: swaps and flags.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -15,6 +15,23 @@ pub struct View {
     pub routes: Arc<Routes>,
 }
 
+impl View {
+    /// Why no exchange can serve this view, if so. Transports refuse it when it is given to them: rows
+    /// for a masked rank would wait for nobody.
+    #[must_use]
+    pub fn defect(&self) -> Option<&'static str> {
+        if self.active.len() != usize::from(self.ranks) {
+            return Some("its mask has another number of ranks");
+        }
+        let reachable = |rank: &Rank| self.active.get(rank.index()) == Some(&true);
+        let mut targets = self.routes.targets.iter().flatten();
+        if !targets.all(|(rank, _)| reachable(rank)) {
+            return Some("its routes lead to a rank that takes no part");
+        }
+        None
+    }
+}
+
 /// Why a table of routes cannot be.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("layer {layer} sends {expert} to {target}, which does not hold it")]

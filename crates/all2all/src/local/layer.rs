@@ -1,6 +1,6 @@
 //! The rows of one layer on their way: packed by destination, sorted by expert, and back.
 
-use super::Parcel;
+use super::inbox::Parcel;
 use crate::{HostRows, View, active_ranks};
 use ids::Rank;
 
