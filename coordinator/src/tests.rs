@@ -13,9 +13,11 @@ use tonic::{Request, Response, Status, Streaming};
 /// Nothing here should take a second; a hang must fail instead.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Prepares whatever it is asked to, unless it is told to fail.
-struct Puppet {
-    fails: bool,
+/// Prepares whatever it is asked to, or cannot.
+#[derive(Clone, Copy, PartialEq)]
+enum Puppet {
+    Able,
+    Unable,
 }
 
 #[tonic::async_trait]
@@ -26,7 +28,7 @@ impl Worker for Puppet {
         &self,
         request: Request<pb::PrepareRequest>,
     ) -> Result<Response<pb::PrepareResponse>, Status> {
-        if self.fails {
+        if *self == Self::Unable {
             return Err(Status::internal("disk on fire"));
         }
         let epoch = request.into_inner().view.unwrap().epoch;
@@ -41,10 +43,10 @@ impl Worker for Puppet {
     }
 }
 
-async fn puppet(fails: bool) -> String {
+async fn start_puppet(puppet: Puppet) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    let server = Server::builder().add_service(WorkerServer::new(Puppet { fails }));
+    let server = Server::builder().add_service(WorkerServer::new(puppet));
     telemetry::spawn("puppet", async move {
         server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
     });
@@ -84,8 +86,7 @@ async fn join(
     client: &mut CoordinatorClient<Channel>,
     address: &str,
 ) -> Streaming<pb::RegisterEvent> {
-    let stream = client.register(request(address, "f32")).await.unwrap().into_inner();
-    stream
+    client.register(request(address, "f32")).await.unwrap().into_inner()
 }
 
 async fn next(views: &mut Streaming<pb::View>) -> String {
@@ -100,8 +101,8 @@ async fn members_come_and_go_and_every_watcher_sees_the_views() {
     let store = Memory::new();
     let (handle, mut client) = coordinator(&store, 2).await;
     let mut views = client.watch_view(pb::WatchViewRequest {}).await.unwrap().into_inner();
-    let a = join(&mut client, &puppet(false).await).await;
-    let mut b = join(&mut client, &puppet(false).await).await;
+    let a = join(&mut client, &start_puppet(Puppet::Able).await).await;
+    let mut b = join(&mut client, &start_puppet(Puppet::Able).await).await;
     assert_eq!(next(&mut views).await, "1[0 1]");
     assert_eq!(b.message().await.unwrap().unwrap().worker, 1);
 
@@ -131,8 +132,8 @@ async fn worker_that_cannot_prepare_is_dismissed_with_the_reason() {
     let store = Memory::new();
     let (_handle, mut client) = coordinator(&store, 2).await;
     let mut views = client.watch_view(pb::WatchViewRequest {}).await.unwrap().into_inner();
-    let _good = join(&mut client, &puppet(false).await).await;
-    let mut bad = join(&mut client, &puppet(true).await).await;
+    let _good = join(&mut client, &start_puppet(Puppet::Able).await).await;
+    let mut bad = join(&mut client, &start_puppet(Puppet::Unable).await).await;
     assert_eq!(bad.message().await.unwrap().unwrap().worker, 1);
     assert_eq!(next(&mut views).await, "2[0]");
     let reason = tokio::time::timeout(PATIENCE, bad.message()).await.unwrap().unwrap_err();
@@ -144,12 +145,12 @@ async fn epochs_go_on_from_the_store_after_a_restart() {
     let store = Memory::new();
     let (first, mut client) = coordinator(&store, 1).await;
     let mut views = client.watch_view(pb::WatchViewRequest {}).await.unwrap().into_inner();
-    let _member = join(&mut client, &puppet(false).await).await;
+    let _member = join(&mut client, &start_puppet(Puppet::Able).await).await;
     assert_eq!(next(&mut views).await, "1[0]");
     drop(first);
 
     let (_second, mut client) = coordinator(&store, 1).await;
     let mut views = client.watch_view(pb::WatchViewRequest {}).await.unwrap().into_inner();
-    let _member = join(&mut client, &puppet(false).await).await;
+    let _member = join(&mut client, &start_puppet(Puppet::Able).await).await;
     assert_eq!(next(&mut views).await, "2[0]");
 }
