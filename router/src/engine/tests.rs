@@ -96,6 +96,29 @@ async fn concurrent_streams_yield_what_each_yields_alone() {
 }
 
 #[tokio::test]
+async fn dropped_stream_is_computed_by_one_more_step_at_most() {
+    let cluster = Cluster::start(2).await;
+    cluster.publish(1, 2, 64);
+    let engine = start(config(&cluster));
+    let long = |n| Generate { tokens_max: 150, stop_tokens: vec![], ..generate(n) };
+    for round in 0..10_u64 {
+        // Steps go on after the other one has left.
+        let stays = engine.submit(long(1)).await.unwrap();
+        let mut leaves = engine.submit(long(2)).await.unwrap();
+        leaves.next().await.unwrap();
+        drop(leaves);
+        // A step later than the next one is planned after the client has left.
+        let last = cluster.script.last.load(Ordering::SeqCst);
+        until("it is gone", || engine.status_json()["streams"] == 1).await;
+        until("steps go on", || last + 4 < cluster.script.last.load(Ordering::SeqCst)).await;
+        let computed = cluster.script.computed.lock().unwrap()[&(2 * round + 1)];
+        assert!(computed <= last + 1, "step {computed} computed it, it left during {last}");
+        drop(stays);
+        until("idle", || engine.status_json()["streams"] == 0).await;
+    }
+}
+
+#[tokio::test]
 async fn scarce_memory_preempts_but_changes_no_token() {
     let cluster = Cluster::start(1).await;
     cluster.publish(1, 1, 20);

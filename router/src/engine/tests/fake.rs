@@ -45,6 +45,8 @@ pub(crate) struct Script {
     pub(crate) failed: AtomicU64,
     /// The last step of any rank.
     pub(crate) last: AtomicU64,
+    /// The last step that computed each sequence.
+    pub(crate) computed: Mutex<BTreeMap<u64, u64>>,
 }
 
 struct FakeWorker {
@@ -92,6 +94,9 @@ impl Worker for FakeWorker {
         let answers = request.into_inner().map(move |step| {
             let step = step?;
             script.last.fetch_max(step.step, Ordering::SeqCst);
+            for slice in &step.slices {
+                script.computed.lock().unwrap().insert(slice.sequence, step.step);
+            }
             let breaks = script.break_at.load(Ordering::SeqCst);
             if rank == 0 && breaks != 0 && breaks <= step.step {
                 script.break_at.store(0, Ordering::SeqCst);
