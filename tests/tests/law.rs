@@ -126,12 +126,12 @@ fn check_models(dtype: Dtype, all: Range<u64>) {
 
 #[test]
 fn no_sequence_can_tell_what_serves_it_in_f32() {
-    check_models(Dtype::F32, 0..120);
+    check_models(Dtype::F32, 0..150);
 }
 
 #[test]
 fn no_sequence_can_tell_what_serves_it_in_bf16() {
-    check_models(Dtype::Bf16, 1000..1120);
+    check_models(Dtype::Bf16, 1000..1150);
 }
 
 /// The same with weights that were trained: their logits are far from noise.
@@ -141,7 +141,7 @@ fn toy_maverick_cannot_tell_what_serves_it() {
     for dtype in [Dtype::F32, Dtype::Bf16] {
         let model = Model::open(&dir, dtype).unwrap();
         let mut evidence = Evidence::default();
-        let seeds = seeds(0..2);
+        let seeds = seeds(0..4);
         for &seed in &seeds {
             let _replay = Replay(seed);
             let mut rng = Rng::new(seed);

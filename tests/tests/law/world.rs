@@ -37,12 +37,14 @@ impl Client {
 /// Several sequences of up to so many prompt tokens.
 pub(crate) fn clients(rng: &mut Rng, config: &Config, prompt_max: u32) -> Vec<Client> {
     let vocab = u32::try_from(config.vocab).unwrap();
+    // Short prompts and long answers need blocks that nobody kept for them, and are preempted.
+    let talkers = rng.one_in(4);
+    let prompt_max = if talkers { 8 } else { prompt_max };
     (0..u64::from(rng.between(2, 6)))
         .map(|id| Client {
             id: SeqId(id),
             prompt: (0..rng.between(1, prompt_max)).map(|_| rng.below(vocab)).collect(),
-            // Sometimes enough to need more blocks than were free when it came.
-            tokens_max: if rng.one_in(3) { rng.between(20, 50) } else { rng.between(1, 8) },
+            tokens_max: if talkers { rng.between(20, 60) } else { rng.between(1, 12) },
             sampling: Sampling {
                 seed: rng.bits(),
                 temperature: rng.pick(&[0.0, 0.7, 1.3]),
@@ -98,7 +100,9 @@ impl World {
 
     /// Anything that is valid. Memory holds the longest sequence and little else.
     pub(crate) fn random(rng: &mut Rng, config: &Config, clients: &[Client]) -> Self {
-        let workers = rng.pick(&[1, 2, 3, 4, 8]);
+        // Everybody at once, where there is room for one and a little.
+        let crowded = rng.one_in(3);
+        let workers = if crowded { rng.pick(&[1, 2, 2]) } else { rng.pick(&[1, 2, 3, 4, 8]) };
         let (placement, targets) = match rng.one_in(4) {
             true => planned(rng, config, workers),
             false => placed(rng, config, workers),
@@ -107,10 +111,11 @@ impl World {
         let block = u32::try_from(BLOCK_TOKENS).unwrap();
         let blocks = longest.div_ceil(block);
         let window = config.chunk_tokens.map_or(0, |chunk| (chunk - 1).div_ceil(block) + 1);
-        let spare = rng.pick(&[1, 1, blocks, 2 * blocks]);
+        let spare = if crowded { 2 } else { rng.pick(&[1, blocks, 2 * blocks]) };
         let pool =
             |rng: &mut Rng| pools(config, blocks + rng.below(spare), window + rng.below(spare + 1));
-        let sequences_max = rng.between(1, 5);
+        let sequences_max = if crowded { 6 } else { rng.between(1, 5) };
+        let come = if crowded { 1 } else { 12 };
         Self {
             placement,
             targets,
@@ -122,7 +127,7 @@ impl World {
                 queue_max: 64,
                 context_tokens: config.context_tokens,
             },
-            arrivals: clients.iter().map(|_| u64::from(rng.below(12))).collect(),
+            arrivals: clients.iter().map(|_| u64::from(rng.below(come))).collect(),
             leaves: clients.iter().map(|_| rng.one_in(8).then(|| rng.index(4))).collect(),
             failing: rng.pick(&[0, 4, 10]),
             seed: rng.bits(),

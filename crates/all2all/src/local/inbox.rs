@@ -12,7 +12,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
 /// Looks before a rank gives its core away: about a microsecond, the time in which a peer that runs
-/// writes its parcel.
+/// writes its parcel. Small MoE layers on 2 cores took 7, 20 and 60 us with 2, 4 and 8 ranks; with 200
+/// looks it was 2, 57 and 115 us, since the ranks that look keep the others from writing; without any of
+/// this, and a wake per parcel, 17, 64 and 152 us.
 const SPINS: u32 = 32;
 
 /// Times a rank then gives its core to another rank before it sleeps. Often more ranks than cores live
