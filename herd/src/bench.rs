@@ -4,15 +4,16 @@
 //! Tokens are a fixed scattered sequence, the same for every engine that is compared, so that all of
 //! them visit the same number of experts; they are fed whatever the model would have said.
 
-use crate::ranks::Ranks;
+use crate::ranks::{RankStep, Ranks, RunStep, Wanted, batch, cluster};
 use anyhow::ensure;
 use ids::{SeqId, StepId};
+use kernels::Sampling;
 use placement::Shape;
 use rayon::prelude::*;
 use scheduler::{KvPools, NewSequence, Plan, Scheduler};
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::hint::black_box;
-use std::sync::Arc;
 use std::time::Instant;
 use worker::{KvBlocks, Model};
 
@@ -44,11 +45,7 @@ const BANDWIDTH_BYTES: usize = 1 << 30;
 /// # Errors
 ///
 /// If the model is too small for the cases, cannot be loaded, or a step fails.
-pub fn run(
-    model: &Arc<Model>,
-    options: Options,
-    report: &mut dyn FnMut(&Value),
-) -> anyhow::Result<()> {
+pub fn run(model: &Model, options: Options, report: &mut dyn FnMut(&Value)) -> anyhow::Result<()> {
     let context = model.config.context_tokens;
     let longest = options.prompt.max(CONTEXT + WARM_STEPS + options.decode) + 1;
     ensure!(
@@ -63,22 +60,49 @@ pub fn run(
 
     let shape =
         Shape { moe_layers: model.config.moe_layers().len(), experts: model.config.experts };
-    let placement = Arc::new(placement::plan(shape, options.workers, 0)?);
+    let placement = placement::plan(shape, options.workers, 0)?;
     let kv = KvBlocks::plan(&model.config, model.dtype, u64::MAX, 32)?;
-    let ranks = Ranks::start(model, &placement, options.threads, kv)?;
-    let bench = Bench { model, options, pools: pools(kv.pools(&model.config)), ranks, bandwidth };
-    bench.prefill(report)?;
-    for streams in [1, 8, 32] {
-        bench.decode(streams, report)?;
+    let target = |layer, expert, source| placement.target(layer, expert, source);
+    let threads = options.threads;
+    let ranks = Ranks { model, placement: &placement, target: &target, threads, kv };
+    cluster(&ranks, |run_step| {
+        let pools = pools(kv.pools(&model.config));
+        let weights = Weights::of(model)?;
+        let mut bench = Bench { model, options, pools, run_step, weights, bandwidth };
+        bench.prefill(report)?;
+        for streams in [1, 8, 32] {
+            bench.decode(streams, report)?;
+        }
+        Ok(())
+    })
+}
+
+/// Bytes that a step reads.
+struct Weights {
+    /// By every rank that has rows.
+    dense: u64,
+    /// Per expert that has rows.
+    expert: u64,
+}
+
+impl Weights {
+    fn of(model: &Model) -> anyhow::Result<Self> {
+        let layers = model.config.moe_layers().len();
+        let mut first = vec![Vec::new(); layers];
+        first.iter_mut().take(1).for_each(|experts| experts.push(0));
+        let experts = model.experts(&first)?;
+        let expert = experts.first().and_then(|layer| layer.slots.first());
+        let bytes = expert.map_or(0, |expert| expert.gate_up.bytes() + expert.down.bytes());
+        Ok(Self { dense: model.dense()?.step_bytes() as u64, expert: bytes as u64 })
     }
-    Ok(())
 }
 
 struct Bench<'a> {
     model: &'a Model,
     options: Options,
     pools: KvPools,
-    ranks: Ranks,
+    run_step: &'a mut RunStep<'a>,
+    weights: Weights,
     /// Bytes per second.
     bandwidth: f64,
 }
@@ -94,7 +118,7 @@ struct Sum {
 
 impl Bench<'_> {
     /// The prompt of one sequence from empty, twice; the second counts.
-    fn prefill(&self, report: &mut dyn FnMut(&Value)) -> anyhow::Result<()> {
+    fn prefill(&mut self, report: &mut dyn FnMut(&Value)) -> anyhow::Result<()> {
         let mut sum = Sum::default();
         for _ in 0..2 {
             let mut scheduler = self.scheduler()?;
@@ -109,7 +133,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    fn decode(&self, streams: u32, report: &mut dyn FnMut(&Value)) -> anyhow::Result<()> {
+    fn decode(&mut self, streams: u32, report: &mut dyn FnMut(&Value)) -> anyhow::Result<()> {
         let steps =
             if streams == 1 { self.options.decode } else { (self.options.decode / streams).max(8) };
         let mut scheduler = self.scheduler()?;
@@ -137,20 +161,22 @@ impl Bench<'_> {
 
     /// Plans, runs and commits one step; every sampling sequence is given its fixed next token.
     fn step(
-        &self,
+        &mut self,
         scheduler: &mut Scheduler,
         plan: &mut Plan,
         sum: &mut Sum,
         number: u32,
     ) -> anyhow::Result<()> {
         ensure!(scheduler.plan(StepId(u64::from(sum.steps)), plan), "there is nothing to do");
+        let of_rank = |slices: &Vec<_>| batch(slices, Wanted::Sampled, |_| Sampling::default());
+        let batches = plan.ranks.iter().map(of_rank).collect();
         let started = Instant::now();
-        let expert_bytes = self.ranks.step(plan)?;
+        let done = (self.run_step)(plan.step, batches)?;
         sum.seconds += started.elapsed().as_secs_f64();
         sum.steps += 1;
         let slices = plan.ranks.iter().flatten();
         let busy = plan.ranks.iter().filter(|slices| !slices.is_empty()).count() as u64;
-        sum.weight_bytes += expert_bytes + busy * self.model.dense()?.step_bytes() as u64;
+        sum.weight_bytes += busy * self.weights.dense + experts_read(&done) * self.weights.expert;
         sum.tokens += slices.clone().map(|slice| slice.tokens.len() as u64).sum::<u64>();
         let next = |id: SeqId| self.token(u64::from(number), 29 + 1009 * id.0);
         let sampled: Vec<(SeqId, u32)> = slices
@@ -204,6 +230,16 @@ impl Bench<'_> {
             "bandwidth_share": round(bytes_per_s / self.bandwidth),
         }));
     }
+}
+
+/// Experts of all layers that had rows of any rank.
+fn experts_read(done: &[RankStep]) -> u64 {
+    let layers = done.iter().map(|rank| rank.experts.len()).max().unwrap_or(0);
+    let of_layer = |layer: usize| {
+        let chosen = done.iter().filter_map(|rank| rank.experts.get(layer)).flatten();
+        chosen.collect::<BTreeSet<_>>().len() as u64
+    };
+    (0..layers).map(of_layer).sum()
 }
 
 fn round(value: f64) -> f64 {

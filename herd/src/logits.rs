@@ -2,26 +2,19 @@
 //! whose ranks are threads of this process.
 //!
 //! The scheduler cuts the prompt into chunks and places it on a rank as in service; the other ranks
-//! serve their experts. [`cluster`] runs any steps, of any number of sequences: tests drive it too.
+//! serve their experts.
 
+use crate::ranks::{Ranks, RunStep, Wanted, batch, cluster};
 use anyhow::{Context, bail, ensure};
 use half::bf16;
-use ids::{Epoch, ExpertId, Rank, SeqId, StepId};
-use kernels::{
-    BLOCK_TOKENS, Cpu, Route, Row, SampleRow, Sampled, Sampling, StepBatch, Table, Tensor,
-};
-use model::forward::Observer;
-use placement::{Placement, Shape};
+use ids::{SeqId, StepId};
+use kernels::{BLOCK_TOKENS, Sampling};
+use placement::Shape;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
-use scheduler::{KvPools, NewSequence, Plan, Scheduler, Slice};
+use scheduler::{KvPools, NewSequence, Plan, Scheduler};
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::mpsc;
-use std::time::{Duration, Instant};
-use worker::{Engine, KvBlocks, Model, Shard};
-
-/// No rank waits longer for the others within one step.
-const STEP_MAX: Duration = Duration::from_secs(600);
+use worker::{KvBlocks, Model};
 
 /// How to run.
 #[derive(Clone, Copy, Debug)]
@@ -174,40 +167,6 @@ pub fn run(model: &Model, prompt: &[u32], options: Options) -> anyhow::Result<Ou
     })
 }
 
-/// A cluster whose ranks are threads.
-pub struct Ranks<'a> {
-    pub model: &'a Model,
-    pub placement: &'a Placement,
-    /// (MoE layer, expert, source) to one of the expert's replicas.
-    pub target: &'a (dyn Fn(usize, ExpertId, Rank) -> Rank + Sync),
-    /// Of the device, per rank.
-    pub threads: usize,
-    pub kv: KvBlocks,
-}
-
-/// What came of one rank's part of a step; also what its tool looks at.
-#[derive(Debug, Default)]
-pub struct RankStep {
-    /// One per [`SampleRow`].
-    pub sampled: Vec<Sampled>,
-    /// `[samples, vocab]`
-    pub logits: Vec<f32>,
-    /// `[moe layers][rows]`
-    pub experts: Vec<Vec<u16>>,
-}
-
-impl Observer<Cpu> for RankStep {
-    fn routed(&mut self, _: usize, route: &Route) {
-        self.experts.push(route.experts().to_vec());
-    }
-    fn logits(&mut self, logits: &Tensor) {
-        self.logits = logits.data().to_vec();
-    }
-}
-
-/// Runs one step, one batch per rank, and returns each rank's part of it.
-pub type RunStep<'a> = dyn FnMut(StepId, Vec<StepBatch>) -> anyhow::Result<Vec<RankStep>> + 'a;
-
 /// Plans and runs steps until the prompt and the continuation are done.
 fn drive(
     scheduler: &mut Scheduler,
@@ -222,7 +181,8 @@ fn drive(
         let with_slice = plan.ranks.iter().position(|slices| !slices.is_empty());
         let rank = with_slice.context("a step without tokens")?;
         let slice = plan.ranks[rank][0].clone();
-        let batches = plan.ranks.iter().map(|slices| batch(slices, |_| Sampling::default()));
+        let batches =
+            plan.ranks.iter().map(|slices| batch(slices, Wanted::All, |_| Sampling::default()));
         let done = run_step(step, batches.collect())?.swap_remove(rank);
         if positions < prompt {
             outcome.logits.extend(done.logits);
@@ -242,102 +202,6 @@ fn drive(
         step = step.next();
     }
     Ok(())
-}
-
-type Answer = Result<RankStep, worker::EngineError>;
-
-/// Starts a rank per thread and gives `body` a function that runs one step on all of them.
-///
-/// # Errors
-///
-/// That of `body`, which sees it if a rank fails.
-pub fn cluster<T>(
-    ranks: &Ranks<'_>,
-    body: impl FnOnce(&mut RunStep<'_>) -> anyhow::Result<T>,
-) -> anyhow::Result<T> {
-    let hub = all2all::local::Hub::new();
-    let placement = ranks.placement;
-    let held: Vec<_> = (0..placement.moe_layers())
-        .map(|layer| {
-            let of = |rank| placement.local_experts(layer, Rank(rank));
-            (0..placement.ranks()).map(of).collect::<Vec<_>>()
-        })
-        .collect();
-    std::thread::scope(|scope| {
-        let mut threads = Vec::new();
-        for rank in (0..placement.ranks()).map(Rank) {
-            let (jobs, todo) = mpsc::channel::<(StepId, StepBatch)>();
-            let (answers, done) = mpsc::channel::<Answer>();
-            let (hub, held) = (&hub, &held);
-            scope.spawn(move || {
-                let target = |layer, expert| (ranks.target)(layer, expert, rank);
-                let (epoch, count) = (Epoch(1), placement.ranks());
-                let shard = Shard { epoch, rank, ranks: count, held, target: &target };
-                let engine = Engine::new(ranks.model, &shard, hub, ranks.threads, ranks.kv);
-                serve(engine, &todo, &answers);
-            });
-            threads.push((jobs, done));
-        }
-        body(&mut |step, batches| {
-            ensure!(batches.len() == threads.len(), "a step needs one batch per rank");
-            for ((jobs, _), batch) in threads.iter().zip(batches) {
-                // A rank that ended has left its error among its answers.
-                let _ended = jobs.send((step, batch));
-            }
-            let answer = |(_, done): &(_, mpsc::Receiver<Answer>)| {
-                Ok(done.recv().context("a rank ended without an answer")??)
-            };
-            threads.iter().map(answer).collect()
-        })
-    })
-}
-
-/// A rank's thread: steps until nobody asks for more.
-fn serve(
-    engine: Result<Engine, worker::EngineError>,
-    todo: &mpsc::Receiver<(StepId, StepBatch)>,
-    answers: &mpsc::Sender<Answer>,
-) {
-    let mut engine = match engine {
-        Ok(engine) => engine,
-        Err(error) => {
-            let _gone = answers.send(Err(error));
-            return;
-        }
-    };
-    while let Ok((step, batch)) = todo.recv() {
-        let mut done = RankStep::default();
-        let deadline = Instant::now() + STEP_MAX;
-        let answer = engine.step(step, &batch, deadline, &mut done);
-        let answer = answer.map(|sampled| RankStep { sampled, ..done });
-        if answers.send(answer).is_err() {
-            return;
-        }
-    }
-}
-
-/// A rank's slices in the device's form; every row's logits are wanted, and each row samples as its
-/// sequence does.
-///
-/// # Panics
-///
-/// If a step had 2^32 rows.
-#[must_use]
-pub fn batch(slices: &[Slice], sampling: impl Fn(SeqId) -> Sampling) -> StepBatch {
-    let mut batch = StepBatch::default();
-    for (table, slice) in (0..).zip(slices) {
-        for (position, &token) in (slice.start..).zip(&slice.tokens) {
-            let row = u32::try_from(batch.rows.len()).expect("a step has fewer than 2^32 rows");
-            batch.rows.push(Row { token, position, table });
-            batch.samples.push(SampleRow { row, sampling: sampling(slice.sequence) });
-        }
-        batch.tables.push(Table {
-            full: slice.full_blocks.iter().map(|b| b.0).collect(),
-            chunked: slice.chunked_blocks.iter().map(|b| b.0).collect(),
-            chunked_first: slice.chunked_first,
-        });
-    }
-    batch
 }
 
 /// Largest absolute difference of two rows of logits.

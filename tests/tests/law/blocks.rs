@@ -2,7 +2,7 @@
 
 use crate::serve::Logits;
 use crate::world::Client;
-use herd::logits::RankStep;
+use herd::ranks::RankStep;
 use herd_tests::rng::Rng;
 use ids::{Epoch, ExpertId, Rank, StepId};
 use kernels::{BLOCK_TOKENS, Row, SampleRow, Sampling, StepBatch, Table};

@@ -2,7 +2,7 @@
 //! sequence gets to hear.
 
 use crate::world::{Client, World};
-use herd::logits::{RankStep, Ranks, RunStep, batch, cluster};
+use herd::ranks::{RankStep, Ranks, RunStep, Wanted, batch, cluster};
 use herd_tests::rng::Rng;
 use ids::{ExpertId, Rank, SeqId, StepId};
 use scheduler::{Plan, Scheduler, Slice};
@@ -152,7 +152,8 @@ impl<'a> Service<'a> {
 
     fn step(&mut self, step: StepId, plan: &Plan, run_step: &mut RunStep<'_>) {
         let sampling = |id: SeqId| self.client(id).sampling.clone();
-        let batches = plan.ranks.iter().map(|slices| batch(slices, sampling)).collect();
+        let batches =
+            plan.ranks.iter().map(|slices| batch(slices, Wanted::All, sampling)).collect();
         let done = run_step(step, batches).unwrap();
         self.note(plan, &done);
         let failed = self.world.failing != 0 && self.rng.one_in(self.world.failing);
