@@ -98,10 +98,8 @@ fn emptiest(layer: &Layer, expert: usize) -> Option<usize> {
     };
     (0..layer.ranks())
         .filter(|&rank| 0 < layer.room(rank) && !layer.holds(rank, expert))
-        .map(|rank| (cost(rank), layer.held[rank].len(), rank))
-        .min_by(|left, right| {
-            left.0.total_cmp(&right.0).then((left.1, left.2).cmp(&(right.1, right.2)))
-        })
+        .map(|rank| (cost(rank), (layer.held[rank].len(), layer.turn(rank)), rank))
+        .min_by(|left, right| left.0.total_cmp(&right.0).then(left.1.cmp(&right.1)))
         .map(|(_, _, rank)| rank)
 }
 

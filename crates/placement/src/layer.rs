@@ -29,6 +29,8 @@ pub(crate) struct Layer {
     /// By rank, with its cost.
     load: Vec<(Lanes, f32)>,
     ranks: f32,
+    /// The rank that ties favour.
+    first: usize,
 }
 
 /// What a layer is planned for.
@@ -38,6 +40,8 @@ pub(crate) struct Terms<'a> {
     pub(crate) capacity: &'a [usize],
     pub(crate) copies_min: usize,
     pub(crate) weights: Lanes,
+    /// The rank that ties favour; another one in each layer, lest one gets all uneven rests.
+    pub(crate) first: usize,
 }
 
 impl Layer {
@@ -56,6 +60,7 @@ impl Layer {
             is_settled: vec![false; ranks],
             load: vec![(Lanes::default(), 0.0); ranks],
             ranks: single(ranks),
+            first: terms.first,
         };
         for (expert, holders) in current.iter().enumerate() {
             for &rank in holders {
@@ -114,6 +119,11 @@ impl Layer {
 
     pub(crate) fn load(&self, rank: usize) -> Lanes {
         self.load[rank].0
+    }
+
+    /// Place of a rank among equals.
+    pub(crate) fn turn(&self, rank: usize) -> usize {
+        (rank + self.ranks() - self.first) % self.ranks()
     }
 
     /// Experts that `rank` and the holders of `expert` both hold.

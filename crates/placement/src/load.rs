@@ -7,6 +7,7 @@
 //! fades while it does not come again.
 
 use crate::{Placement, PlacementError, Shape};
+use ids::ExpertId;
 
 /// Regimes that are remembered: as many as the planner's vectors have lanes.
 pub const REGIMES_MAX: usize = 8;
@@ -63,26 +64,29 @@ impl Window {
     /// If the placement is of another shape.
     #[must_use]
     pub fn balance(&self, placement: &Placement) -> f64 {
-        let shape = self.shape();
-        assert_eq!(
-            shape,
-            Shape { moe_layers: placement.moe_layers(), experts: placement.experts() }
-        );
-        let mut sum = 0.0;
-        for (layer, tokens) in self.layers().enumerate() {
-            let mut ranks = vec![0.0; usize::from(placement.ranks())];
-            for (expert, &tokens) in (0..).map(ids::ExpertId).zip(tokens) {
-                let replicas = placement.replicas(layer, expert);
-                for rank in replicas {
-                    ranks[rank.index()] += float(tokens) / float(replicas.len() as u64);
-                }
-            }
-            let (total, fullest) =
-                (ranks.iter().sum::<f64>(), ranks.iter().copied().fold(0.0, f64::max));
-            sum += if fullest == 0.0 { 1.0 } else { total / float(ranks.len() as u64) / fullest };
-        }
-        if shape.moe_layers == 0 { 1.0 } else { sum / float(shape.moe_layers as u64) }
+        let tokens: Vec<f64> = self.tokens.iter().map(|&tokens| float(tokens)).collect();
+        balance(&tokens, self.shape(), placement)
     }
+}
+
+/// See [`Window::balance`]; `loads` is `[moe layers][experts]`, flat.
+fn balance(loads: &[f64], shape: Shape, placement: &Placement) -> f64 {
+    let placed = Shape { moe_layers: placement.moe_layers(), experts: placement.experts() };
+    assert_eq!(shape, placed, "a placement is judged by the load of its own model");
+    let mut sum = 0.0;
+    for (layer, loads) in loads.chunks(shape.experts.max(1)).enumerate() {
+        let mut ranks = vec![0.0; usize::from(placement.ranks())];
+        for (expert, load) in (0..).map(ExpertId).zip(loads) {
+            let replicas = placement.replicas(layer, expert);
+            for rank in replicas {
+                ranks[rank.index()] += load / float(replicas.len() as u64);
+            }
+        }
+        let total: f64 = ranks.iter().sum();
+        let fullest = ranks.iter().copied().fold(0.0, f64::max);
+        sum += if fullest == 0.0 { 1.0 } else { total / float(ranks.len() as u64) / fullest };
+    }
+    if shape.moe_layers == 0 { 1.0 } else { sum / float(shape.moe_layers as u64) }
 }
 
 /// One kind of traffic.
@@ -162,6 +166,23 @@ impl Load {
     #[must_use]
     pub fn is_unknown(&self) -> bool {
         self.regimes.is_empty()
+    }
+
+    /// [`Window::balance`] as it can be expected: the weighted mean over the regimes, 1 if none is
+    /// known.
+    ///
+    /// # Panics
+    ///
+    /// If the placement is of another shape.
+    #[must_use]
+    pub fn balance(&self, placement: &Placement) -> f64 {
+        if self.is_unknown() {
+            return 1.0;
+        }
+        let weighted = self.regimes.iter().zip(self.weights()).map(|(regime, weight)| {
+            f64::from(weight) * balance(&regime.shares, self.shape, placement)
+        });
+        weighted.sum()
     }
 
     /// Weights of the regimes, which add up to 1. The newest one counts as much as all others: the

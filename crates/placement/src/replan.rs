@@ -108,7 +108,7 @@ pub fn replan(request: &Request<'_>) -> Result<Planned, PlacementError> {
     let shape = request.load.shape();
     let ranks = check(request, shape)?;
     let copies_min = copies_min(request, shape)?;
-    let terms = |weights| Terms { capacity: request.capacity, copies_min, weights };
+    let capacity = request.capacity;
     let mut layers = Vec::with_capacity(shape.moe_layers);
     for (moe_layer, current) in request.current.layers.iter().enumerate() {
         let current: Vec<Vec<usize>> = current
@@ -116,7 +116,9 @@ pub fn replan(request: &Request<'_>) -> Result<Planned, PlacementError> {
             .map(|holders| holders.iter().map(|rank| rank.index()).collect())
             .collect();
         let (weights, demand) = demand(request, moe_layer);
-        let mut layer = Layer::new(terms(weights), demand, &current);
+        let first = moe_layer % capacity.len();
+        let terms = Terms { capacity, copies_min, weights, first };
+        let mut layer = Layer::new(terms, demand, &current);
         match request.aim {
             Aim::Level if !request.load.is_unknown() => {
                 fill::fill(&mut layer, Free::FillNewcomers);
