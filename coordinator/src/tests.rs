@@ -6,7 +6,6 @@ use pb::worker_server::{Worker, WorkerServer};
 use std::time::Duration;
 use store::Memory;
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::{Channel, Server};
 use tonic::{Request, Response, Status, Streaming};
 
@@ -48,7 +47,7 @@ async fn start_puppet(puppet: Puppet) -> String {
     let address = listener.local_addr().unwrap().to_string();
     let server = Server::builder().add_service(WorkerServer::new(puppet));
     telemetry::spawn("puppet", async move {
-        server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
+        server.serve_with_incoming(proto::incoming(listener)).await.unwrap();
     });
     address
 }
@@ -63,7 +62,7 @@ async fn coordinator(store: &Memory, workers: u16) -> (Handle, CoordinatorClient
     let url = format!("http://{}", listener.local_addr().unwrap());
     let server = Server::builder().add_service(handle.service());
     telemetry::spawn("coordinator.server", async move {
-        server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
+        server.serve_with_incoming(proto::incoming(listener)).await.unwrap();
     });
     (handle, CoordinatorClient::connect(url).await.unwrap())
 }

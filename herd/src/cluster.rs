@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use store::Memory;
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
 use worker::{KvBlocks, Model, Worker};
 
 /// Workers of one process register within this time of each other, or something is wrong.
@@ -62,9 +61,8 @@ impl Cluster {
         let listener = loopback().await?;
         let coordinator = format!("http://{}", listener.local_addr()?);
         let server = tonic::transport::Server::builder()
-            .tcp_nodelay(true)
             .add_service(handle.service())
-            .serve_with_incoming(TcpListenerStream::new(listener));
+            .serve_with_incoming(proto::incoming(listener));
         telemetry::spawn("coordinator.server", async move {
             if let Err(error) = server.await {
                 tracing::error!(%error, "the coordinator's service ended");

@@ -17,7 +17,6 @@ use kernels::Level;
 use std::sync::Arc;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tokio_stream::wrappers::TcpListenerStream;
 
 pub use engine::{Engine, EngineError, Seat, Shard};
 pub use kv::{KvBlocks, KvTooSmall};
@@ -78,9 +77,8 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
     let (tell_id, id) = watch::channel(None);
     let ended = runner.ended();
     let server = tonic::transport::Server::builder()
-        .tcp_nodelay(true)
         .add_service(service.into_server())
-        .serve_with_incoming(TcpListenerStream::new(listener));
+        .serve_with_incoming(proto::incoming(listener));
     let register = registration::keep(config.coordinator, card, tell_id);
     telemetry::spawn("worker", async move {
         let mut thread = runner.ended();

@@ -17,7 +17,7 @@ use std::{
     },
 };
 use tokio::{net::TcpListener, sync::watch};
-use tokio_stream::wrappers::{TcpListenerStream, WatchStream};
+use tokio_stream::wrappers::WatchStream;
 use tonic::{Request, Response, Status, Streaming};
 
 pub(crate) const BLOCK_TOKENS: u32 = 4;
@@ -234,7 +234,7 @@ where
     let address = listener.local_addr().unwrap().to_string();
     let server = server.add_service(service);
     telemetry::spawn("fake", async move {
-        server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
+        server.serve_with_incoming(proto::incoming(listener)).await.unwrap();
     });
     address
 }
