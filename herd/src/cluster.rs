@@ -13,6 +13,9 @@ use worker::{KvBlocks, Model, Worker};
 /// Workers of one process register within this time of each other, or something is wrong.
 const ASSEMBLE_MAX: Duration = Duration::from_secs(60);
 
+/// A new store holds no view that could be adopted.
+const ADOPT_MAX: Duration = Duration::ZERO;
+
 /// What the cluster is made of.
 pub struct Config {
     pub model: Arc<Model>,
@@ -55,11 +58,17 @@ impl Cluster {
         let settings = Settings {
             workers_expected: config.workers,
             assemble_max: ASSEMBLE_MAX,
+            adopt_max: ADOPT_MAX,
             redundancy: config.redundancy,
         };
-        let handle = coordinator::start(settings, Arc::new(Memory::new()));
         let listener = loopback().await?;
         let coordinator = format!("http://{}", listener.local_addr()?);
+        let handle = coordinator::start(coordinator::Config {
+            settings,
+            store: Arc::new(Memory::new()),
+            url: coordinator.clone(),
+            store_urls: Vec::new(),
+        });
         let server = tonic::transport::Server::builder()
             .add_service(handle.service())
             .serve_with_incoming(proto::incoming(listener));

@@ -35,6 +35,7 @@ pub(crate) fn card(config: &Config, address: &str, incarnation: &str) -> pb::Reg
         experts: small(model.experts),
         kv: Some(proto::pools_to_wire(config.kv.pools(model))),
         context_tokens: model.context_tokens,
+        exchange: String::new(),
     }
 }
 

@@ -205,6 +205,7 @@ impl Cluster {
                 chunk_tokens: 8,
             }),
             context_tokens: 200,
+            exchange: String::new(),
         };
         let replicas = pb::Replicas { ranks: vec![0] };
         self.views.send_replace(Some(pb::View {
