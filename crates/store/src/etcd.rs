@@ -249,9 +249,10 @@ impl Shared {
                 let answer = tokio::time::timeout(CALL_MAX, client.authenticate(login)).await;
                 let answer = answer
                     .map_err(|_| StoreError::Unavailable("no answer to the login".into()))?
-                    .map_err(|status| match status.code() {
-                        Code::Unavailable => StoreError::Unavailable(status.message().into()),
-                        _ => StoreError::Refused(status.message().into()),
+                    .map_err(|status| match remedy(&status) {
+                        Remedy::Next => StoreError::Unavailable(status.message().into()),
+                        Remedy::Login => StoreError::Refused(status.message().into()),
+                        Remedy::Give(error) => error,
                     })?;
                 let token = answer.into_inner().token.parse::<MetadataValue<Ascii>>();
                 let token = token
