@@ -44,14 +44,8 @@ pub struct Config {
 pub fn start(config: Config) -> Handle {
     let (terms, term) = watch::channel(None);
     let store = Arc::clone(&config.store);
-    let (resign, mut resigned) = watch::channel(false);
-    telemetry::spawn("coordinator", async move {
-        tokio::select! {
-            () = stand(config, terms) => {}
-            // An error means that no handle is left, which ends `stand` too.
-            _ = resigned.wait_for(|resigned| *resigned) => {}
-        }
-    });
+    let (resign, resigned) = watch::channel(false);
+    telemetry::spawn("coordinator", stand(config, terms, resigned));
     Handle { term, store, resign: Arc::new(resign) }
 }
 
@@ -63,12 +57,18 @@ struct Term {
 }
 
 /// Stands for election, leads, and stands again.
-async fn stand(config: Config, terms: watch::Sender<Option<Term>>) {
+async fn stand(
+    config: Config,
+    terms: watch::Sender<Option<Term>>,
+    mut resigned: watch::Receiver<bool>,
+) {
     loop {
         let store = Arc::clone(&config.store);
         let mut leadership = tokio::select! {
             lead = store::campaign(store, LEADER_KEY, config.url.as_bytes(), LEASE) => lead,
             () = terms.closed() => return,
+            // An error means that no handle is left, as above.
+            _ = resigned.wait_for(|resigned| *resigned) => return,
         };
         tracing::info!(url = config.url, "leads");
         let (events, inbox) = mpsc::channel(EVENTS_MAX);
@@ -85,6 +85,11 @@ async fn stand(config: Config, terms: watch::Sender<Option<Term>>) {
             () = shell.run(config.settings) => {}
             () = leadership.lost() => {}
             () = terms.closed() => return,
+            // An error means that no handle is left, as above.
+            _ = resigned.wait_for(|resigned| *resigned) => {
+                leadership.resign().await;
+                return;
+            }
         }
         tracing::warn!(url = config.url, "does not lead any more");
         terms.send_replace(None);
@@ -100,9 +105,13 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Gives the lead up and stands no more, so that nobody has to wait for the lease to end.
-    pub fn resign(&self) {
+    /// Gives the lead up and stands no more, so that nobody has to wait for the lease to end. Returns
+    /// when the store knows, or does not answer.
+    pub async fn resign(&self) {
         self.resign.send_replace(true);
+        let mut term = self.term.clone();
+        // The task ends, and its sender with it.
+        while term.changed().await.is_ok() {}
     }
 
     /// The gRPC service, to be added to a server.

@@ -177,7 +177,7 @@ async fn standby_names_the_leader_and_takes_the_view_over_unchanged() {
     assert_eq!(member.message().await.unwrap().unwrap().worker, 0);
     assert_eq!(next(&mut views).await, "1[0]");
 
-    first.resign();
+    first.resign().await;
     // The worker and the router learn that they must look for the new leader.
     assert!(tokio::time::timeout(PATIENCE, member.message()).await.unwrap().is_err());
     leads(&second).await;
@@ -195,7 +195,7 @@ async fn epochs_go_on_from_the_store_after_a_restart() {
     let mut views = client.watch_view(pb::WatchViewRequest {}).await.unwrap().into_inner();
     let _member = join(&mut client, &start_puppet(Puppet::Able).await).await;
     assert_eq!(next(&mut views).await, "1[0]");
-    first.resign();
+    first.resign().await;
 
     let (second, mut client) = coordinator(&store, 1).await;
     leads(&second).await;

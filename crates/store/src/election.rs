@@ -17,7 +17,7 @@ const RETRY: Duration = Duration::from_millis(200);
 pub struct Leadership {
     guard: Guard,
     lost: watch::Receiver<bool>,
-    _keep: watch::Sender<()>,
+    keep: watch::Sender<()>,
 }
 
 impl Leadership {
@@ -25,6 +25,14 @@ impl Leadership {
     #[must_use]
     pub fn guard(&self) -> Guard {
         self.guard.clone()
+    }
+
+    /// Gives the lead up; returns when the store knows, or does not answer.
+    pub async fn resign(self) {
+        let Self { keep, mut lost, .. } = self;
+        drop(keep);
+        // The task ends, and its sender with it.
+        while lost.changed().await.is_ok() {}
     }
 
     /// Returns when somebody else may lead.
@@ -83,7 +91,7 @@ async fn attempt(
     let (keep, kept) = watch::channel(());
     let task = Keeper { store: Arc::clone(store), guard: guard.clone(), lease, ttl };
     telemetry::spawn("store.leadership", task.run(tell_lost, kept));
-    Ok(Some(Leadership { guard, lost, _keep: keep }))
+    Ok(Some(Leadership { guard, lost, keep }))
 }
 
 struct Keeper {
