@@ -67,8 +67,7 @@ async fn stand(
         let mut leadership = tokio::select! {
             lead = store::campaign(store, LEADER_KEY, config.url.as_bytes(), LEASE) => lead,
             () = terms.closed() => return,
-            // An error means that no handle is left, as above.
-            _ = resigned.wait_for(|resigned| *resigned) => return,
+            () = is_set(&mut resigned) => return,
         };
         tracing::info!(url = config.url, "leads");
         let (events, inbox) = mpsc::channel(EVENTS_MAX);
@@ -85,8 +84,7 @@ async fn stand(
             () = shell.run(config.settings) => {}
             () = leadership.lost() => {}
             () = terms.closed() => return,
-            // An error means that no handle is left, as above.
-            _ = resigned.wait_for(|resigned| *resigned) => {
+            () = is_set(&mut resigned) => {
                 leadership.resign().await;
                 return;
             }
@@ -94,6 +92,11 @@ async fn stand(
         tracing::warn!(url = config.url, "does not lead any more");
         terms.send_replace(None);
     }
+}
+
+/// Waits for the flag, or for the end of who could set it.
+async fn is_set(flag: &mut watch::Receiver<bool>) {
+    let _gone = flag.wait_for(|set| *set).await;
 }
 
 /// The services' end of the coordinator.

@@ -102,7 +102,7 @@ impl Cluster {
     pub async fn add_worker(&mut self) -> anyhow::Result<()> {
         let config = worker::Config {
             model: Arc::clone(&self.config.model),
-            hub: Arc::clone(&self.hub),
+            exchange: worker::Exchange::Local(Arc::clone(&self.hub)),
             threads: self.config.threads,
             kv: self.config.kv,
             coordinator: self.coordinator.clone(),

@@ -4,6 +4,7 @@
 //! costs a running epoch nothing, and the switch happens between two steps.
 
 use crate::engine::{Engine, EngineError, Seat};
+use crate::joined::Transport;
 use crate::{Config, step};
 use ids::{Epoch, StepId};
 use kernels::StepBatch;
@@ -28,11 +29,12 @@ pub(crate) struct Job {
 }
 
 /// The service's end of the thread.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Runner {
     jobs: mpsc::Sender<Job>,
     waiting: Waiting,
     ended: watch::Receiver<Option<String>>,
+    transport: Transport,
 }
 
 /// The seat that a step of its epoch takes.
@@ -46,12 +48,6 @@ impl Waiting {
     }
 }
 
-impl std::fmt::Debug for Waiting {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:?}", self.lock().as_ref().map(Seat::epoch))
-    }
-}
-
 impl Runner {
     pub(crate) fn jobs(&self) -> mpsc::Sender<Job> {
         self.jobs.clone()
@@ -59,6 +55,7 @@ impl Runner {
 
     /// Offers a seat; a newer one that waits already stays.
     pub(crate) fn offer(&self, seat: Seat) {
+        seat.connect(&self.transport);
         let mut waiting = self.waiting.lock();
         if waiting.as_ref().is_none_or(|other| other.epoch() <= seat.epoch()) {
             *waiting = Some(seat);
@@ -72,15 +69,16 @@ impl Runner {
 }
 
 /// Starts the thread; returns when the dense weights are loaded.
-pub(crate) async fn start(config: &Config) -> Result<Runner, EngineError> {
+pub(crate) async fn start(config: &Config, transport: Transport) -> Result<Runner, EngineError> {
     let (jobs, inbox) = mpsc::channel(STEPS_MAX);
     let (tell_ready, ready) = oneshot::channel();
     let (tell_end, ended) = watch::channel(None);
     let waiting = Waiting::default();
     let seats = waiting.clone();
-    let (model, hub) = (Arc::clone(&config.model), Arc::clone(&config.hub));
+    let model = Arc::clone(&config.model);
+    let connecting = transport.clone();
     let (threads, kv) = (config.threads, config.kv);
-    let body = move || match Engine::unseated(&model, &hub, threads, kv) {
+    let body = move || match Engine::unseated(&model, transport, threads, kv) {
         Ok(engine) => {
             // Nobody waits any more if the start was given up.
             let _given_up = tell_ready.send(Ok(()));
@@ -104,7 +102,7 @@ pub(crate) async fn start(config: &Config) -> Result<Runner, EngineError> {
         .map_err(|error| EngineError::Io(format!("cannot start the worker's thread: {error}")))?;
     let gone = |_| EngineError::Io("the worker's thread ended while it started".into());
     ready.await.map_err(gone)??;
-    Ok(Runner { jobs, waiting, ended })
+    Ok(Runner { jobs, waiting, ended, transport: connecting })
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {

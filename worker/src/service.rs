@@ -3,6 +3,7 @@
 use crate::engine::{EngineError, Seat, Shard};
 use crate::runner::{Job, Runner};
 use crate::weights::Model;
+use all2all::tcp::Peer;
 use ids::{Epoch, Rank};
 use pb::worker_server::WorkerServer;
 use placement::View;
@@ -129,7 +130,23 @@ fn seat(model: &Model, view: &View, rank: Rank) -> Result<Seat, EngineError> {
     let held: Vec<_> = (0..placement.moe_layers()).map(of_layer).collect();
     let target = |layer, expert| placement.target(layer, expert, rank);
     let (epoch, ranks) = (view.epoch, placement.ranks());
-    Seat::load(model, &Shard { epoch, rank, ranks, held: &held, target: &target })
+    let seat = Seat::load(model, &Shard { epoch, rank, ranks, held: &held, target: &target })?;
+    Ok(seat.with_peers(peers(view)?))
+}
+
+/// Where the members exchange rows; none if they are threads of one process.
+fn peers(view: &View) -> Result<Vec<Peer>, EngineError> {
+    if view.members.iter().all(|member| member.exchange.is_empty()) {
+        return Ok(Vec::new());
+    }
+    let peer = |member: &placement::Member| {
+        let address = member.exchange.parse().map_err(|_| {
+            let (worker, address) = (member.worker, &member.exchange);
+            EngineError::Io(format!("{worker} exchanges rows at {address:?}, no host:port"))
+        })?;
+        Ok(Peer { address, incarnation: member.incarnation.clone() })
+    };
+    view.members.iter().map(peer).collect()
 }
 
 /// Hands the steps of one router to the thread until either leaves.

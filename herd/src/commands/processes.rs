@@ -1,8 +1,9 @@
 //! `herd up --processes`: a real cluster of processes on this machine, supervised.
 //!
 //! etcd, two coordinators, a router and the workers. Each child's standard input is a pipe from here:
-//! when this process dies, however it dies, they end too (etcd is ended by the next start's empty data
-//! folder being its own). What dies is started again, unless the user wants it dead.
+//! when this process dies, however it dies, they end too. (etcd does not look at its input; it is only
+//! ended with this process if that has the time.) What dies is started again, unless the user wants it
+//! dead.
 
 use super::DtypeArg;
 use super::parts::{Signals, say};
@@ -13,7 +14,7 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStdin, Command};
 
 /// Coordinators: one leads, one stands by.
 const COORDINATORS: usize = 2;
@@ -29,13 +30,14 @@ struct Role {
     name: String,
     program: OsString,
     args: Vec<OsString>,
-    /// When it ended, unless it runs.
     child: Option<Child>,
+    /// Kept open: its end tells the child that this process is gone. (`Child::wait` would close it.)
+    stdin: Option<ChildStdin>,
 }
 
 impl Role {
     fn spawn(&mut self) -> anyhow::Result<()> {
-        let child = Command::new(&self.program)
+        let mut child = Command::new(&self.program)
             .args(&self.args)
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
@@ -43,6 +45,7 @@ impl Role {
             .spawn()
             .with_context(|| format!("cannot start {}", self.program.to_string_lossy()))?;
         say(&format!("{}: pid {}", self.name, child.id().unwrap_or(0)));
+        self.stdin = child.stdin.take();
         self.child = Some(child);
         Ok(())
     }
@@ -188,7 +191,10 @@ fn etcd(data: &Path) -> anyhow::Result<(Role, String)> {
     ] {
         args.push(arg.into());
     }
-    Ok((Role { name: "etcd".into(), program: "etcd".into(), args, child: None }, client))
+    Ok((
+        Role { name: "etcd".into(), program: "etcd".into(), args, child: None, stdin: None },
+        client,
+    ))
 }
 
 fn coordinators(
@@ -284,7 +290,7 @@ fn router(args: &Args, program: &OsString, urls: &str, (dir, address): (&Path, &
 fn role(name: String, program: &OsString, flags: &[&str]) -> Role {
     let mut args: Vec<OsString> = flags.iter().map(|flag| (*flag).into()).collect();
     args.push("--exit-with-parent".into());
-    Role { name, program: program.clone(), args, child: None }
+    Role { name, program: program.clone(), args, child: None, stdin: None }
 }
 
 /// A port that is free now. Somebody else may take it before the child does; then the child says so.

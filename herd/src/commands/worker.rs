@@ -34,8 +34,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         let config = worker::Config {
             threads: args.compute.threads(1),
             kv,
-            exchange: Exchange::between_processes(address.ip())
-                .context("cannot start the exchange")?,
+            exchange: Exchange::Processes(address.ip()),
             coordinator: args.coordinator.clone(),
             model,
         };
