@@ -26,6 +26,11 @@ use tokio::sync::{mpsc, oneshot, watch};
 const EVENTS_MAX: usize = 256;
 /// How long a dead leader is missed. Only membership waits meanwhile; etcd grants no less.
 const LEASE: Duration = Duration::from_secs(2);
+/// A worker that answers no ping is frozen or cut off, and its streams end. A dead process shows at
+/// once by its broken connection; this bounds how long the others wait for one that is not quite dead.
+/// A busy machine delays an answer by tens of milliseconds.
+const PING: Duration = Duration::from_millis(200);
+const PING_MAX: Duration = Duration::from_millis(500);
 /// The key that the leader holds; its value is the leader's address.
 const LEADER_KEY: &str = "/herd/leader";
 
@@ -117,9 +122,24 @@ impl Handle {
         while term.changed().await.is_ok() {}
     }
 
-    /// The gRPC service, to be added to a server.
-    #[must_use]
-    pub fn service(&self) -> pb::coordinator_server::CoordinatorServer<service::Service> {
+    /// Serves gRPC until the listener fails.
+    ///
+    /// # Errors
+    ///
+    /// Those of the listener.
+    pub async fn serve(
+        &self,
+        listener: tokio::net::TcpListener,
+    ) -> Result<(), tonic::transport::Error> {
+        tonic::transport::Server::builder()
+            .http2_keepalive_interval(Some(PING))
+            .http2_keepalive_timeout(Some(PING_MAX))
+            .add_service(self.service())
+            .serve_with_incoming(proto::incoming(listener))
+            .await
+    }
+
+    fn service(&self) -> pb::coordinator_server::CoordinatorServer<service::Service> {
         pb::coordinator_server::CoordinatorServer::new(service::Service::new(self.clone()))
             .max_decoding_message_size(proto::MESSAGE_BYTES_MAX)
             .max_encoding_message_size(proto::MESSAGE_BYTES_MAX)

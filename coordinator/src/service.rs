@@ -13,7 +13,7 @@ use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tonic::{Request, Response, Status};
 
 /// Implements `herd.v1.Coordinator`.
-pub struct Service {
+pub(crate) struct Service {
     handle: Handle,
 }
 
@@ -144,5 +144,6 @@ fn hello_from_wire(wire: pb::RegisterRequest) -> Result<Hello, Status> {
         kv: proto::pools_from_wire(kv),
         context_tokens: wire.context_tokens,
         exchange: wire.exchange,
+        epoch: Epoch(wire.epoch),
     })
 }

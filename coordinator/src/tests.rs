@@ -70,9 +70,9 @@ async fn coordinator(store: &Memory, workers: u16) -> (Handle, CoordinatorClient
         url: url.clone(),
         store_urls: vec![],
     });
-    let server = Server::builder().add_service(handle.service());
+    let server = handle.clone();
     telemetry::spawn("coordinator.server", async move {
-        server.serve_with_incoming(proto::incoming(listener)).await.unwrap();
+        server.serve(listener).await.unwrap();
     });
     (handle, CoordinatorClient::connect(url).await.unwrap())
 }

@@ -69,11 +69,9 @@ impl Cluster {
             url: coordinator.clone(),
             store_urls: Vec::new(),
         });
-        let server = tonic::transport::Server::builder()
-            .add_service(handle.service())
-            .serve_with_incoming(proto::incoming(listener));
+        let server = handle.clone();
         telemetry::spawn("coordinator.server", async move {
-            if let Err(error) = server.await {
+            if let Err(error) = server.serve(listener).await {
                 tracing::error!(%error, "the coordinator's service ended");
             }
         });

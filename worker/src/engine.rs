@@ -6,7 +6,7 @@ use crate::kv::KvBlocks;
 use crate::weights::{Model, ModelError};
 use all2all::local::Hub;
 use all2all::tcp::Peer;
-use all2all::{ExchangeError, Fault, Reason, Routes, StepOutcome, View};
+use all2all::{Aborter, ExchangeError, Fault, Reason, Routes, StepOutcome, View};
 use ids::{Epoch, ExpertId, Rank, StepId};
 use kernels::{Cache, Cpu, DeviceError, Experts, Level, Pool, Sampled, StepBatch};
 use model::forward::{Forward, ForwardError, Observer, Pass, pools, shape};
@@ -215,6 +215,11 @@ impl Engine {
     #[must_use]
     pub fn epoch(&self) -> Option<Epoch> {
         self.seated.as_ref().map(|seated| seated.joined.view().epoch)
+    }
+
+    /// Ends the running step of this rank from another thread.
+    pub(crate) fn aborter(&self) -> Option<Aborter> {
+        self.seated.as_ref().map(|seated| seated.joined.aborter())
     }
 
     /// Executes one step; `deadline` bounds every wait for the other ranks.

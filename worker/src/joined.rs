@@ -2,7 +2,7 @@
 
 use all2all::local::{Hub, Local};
 use all2all::tcp::{Identity, Mesh, Options, Peer, Tcp};
-use all2all::{AllToAll, ExchangeError, View};
+use all2all::{Aborter, AllToAll, ExchangeError, View};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -83,6 +83,13 @@ impl Joined {
         match self {
             Self::Local(local) => local.view(),
             Self::Tcp(tcp) => tcp.view(),
+        }
+    }
+
+    pub(crate) fn aborter(&self) -> Aborter {
+        match self {
+            Self::Local(local) => local.aborter(),
+            Self::Tcp(tcp) => tcp.aborter(),
         }
     }
 

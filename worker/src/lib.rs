@@ -82,10 +82,10 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
     let service = service::Service::new(model, &runner, identity, stopped.clone());
     let (tell_id, id) = watch::channel(None);
     let ended = runner.ended();
+    let register = registration::keep(config.coordinator, (card, service.epoch()), tell_id);
     let server = tonic::transport::Server::builder()
         .add_service(service.into_server())
         .serve_with_incoming(proto::incoming(listener));
-    let register = registration::keep(config.coordinator, card, tell_id);
     telemetry::spawn("worker", async move {
         let mut thread = runner.ended();
         tokio::select! {

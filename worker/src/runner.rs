@@ -6,6 +6,7 @@
 use crate::engine::{Engine, EngineError, Seat};
 use crate::joined::Transport;
 use crate::{Config, step};
+use all2all::{Aborter, Reason};
 use ids::{Epoch, StepId};
 use kernels::StepBatch;
 use model::forward::Unobserved;
@@ -37,13 +38,27 @@ pub(crate) struct Runner {
     transport: Transport,
 }
 
-/// The seat that a step of its epoch takes.
+/// What the service and the thread share.
 #[derive(Clone, Default)]
-struct Waiting(Arc<Mutex<Option<Seat>>>);
+struct Waiting(Arc<Mutex<Seats>>);
+
+#[derive(Default)]
+struct Seats {
+    /// Waits for a step of its epoch, with the incarnations of its view's members.
+    next: Option<(Seat, Vec<String>)>,
+    /// The view that is served.
+    current: Option<Current>,
+}
+
+struct Current {
+    epoch: Epoch,
+    incarnations: Vec<String>,
+    aborter: Aborter,
+}
 
 impl Waiting {
-    fn lock(&self) -> MutexGuard<'_, Option<Seat>> {
-        // A seat is put and taken whole.
+    fn lock(&self) -> MutexGuard<'_, Seats> {
+        // Seats are put and taken whole.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -53,12 +68,23 @@ impl Runner {
         self.jobs.clone()
     }
 
-    /// Offers a seat; a newer one that waits already stays.
-    pub(crate) fn offer(&self, seat: Seat) {
+    /// Ends the step of the view that is served if a coming view lacks one of its members: nobody
+    /// has to wait for the deadline of a step that a lost worker will never finish. A planned change
+    /// keeps all members, and lets the step end.
+    pub(crate) fn abort_without(&self, incarnations: &[String]) {
+        let seats = self.waiting.lock();
+        let Some(current) = &seats.current else { return };
+        if current.incarnations.iter().any(|member| !incarnations.contains(member)) {
+            current.aborter.abort(current.epoch, Reason::ViewChange);
+        }
+    }
+
+    /// Offers a seat in the view of these members; a newer one that waits already stays.
+    pub(crate) fn offer(&self, seat: Seat, incarnations: &[String]) {
         seat.connect(&self.transport);
-        let mut waiting = self.waiting.lock();
-        if waiting.as_ref().is_none_or(|other| other.epoch() <= seat.epoch()) {
-            *waiting = Some(seat);
+        let mut seats = self.waiting.lock();
+        if seats.next.as_ref().is_none_or(|(other, _)| other.epoch() <= seat.epoch()) {
+            seats.next = Some((seat, incarnations.to_vec()));
         }
     }
 
@@ -156,13 +182,13 @@ fn attempt(
 ) -> Result<(u32, Vec<pb::Sampled>), EngineError> {
     let wire = &job.step;
     let epoch = Epoch(wire.epoch);
-    let seat = {
-        let mut waiting = waiting.lock();
-        waiting.take_if(|seat| seat.epoch() == epoch)
-    };
-    if let Some(seat) = seat {
+    let next = waiting.lock().next.take_if(|(seat, _)| seat.epoch() == epoch);
+    if let Some((seat, incarnations)) = next {
         tracing::info!(%epoch, "takes its seat");
         engine.take(seat)?;
+        let aborter = engine.aborter();
+        let current = aborter.map(|aborter| Current { epoch, incarnations, aborter });
+        waiting.lock().current = current;
     }
     if engine.epoch() != Some(epoch) {
         return Err(EngineError::Epoch { got: epoch, serving: engine.epoch() });

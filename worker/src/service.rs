@@ -41,6 +41,11 @@ impl Service {
         Self { model, runner, incarnation, profile, epoch, stopped }
     }
 
+    /// The newest epoch it was asked to prepare.
+    pub(crate) fn epoch(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.epoch)
+    }
+
     pub(crate) fn into_server(self) -> WorkerServer<Self> {
         WorkerServer::new(self)
             .max_decoding_message_size(proto::MESSAGE_BYTES_MAX)
@@ -91,6 +96,9 @@ impl pb::worker_server::Worker for Service {
             .map_err(|_| Status::invalid_argument(format!("rank {rank} is beyond 65535")))?;
         self.check(&view, usize::from(rank))?;
         let (model, epoch) = (Arc::clone(&self.model), view.epoch);
+        let incarnations: Vec<String> =
+            view.members.iter().map(|member| member.incarnation.clone()).collect();
+        self.runner.abort_without(&incarnations);
         // Loading reads files: not on the runtime's threads.
         let loading = tokio::task::spawn_blocking(move || {
             // What an earlier view needed and no seat holds any more makes room first.
@@ -99,7 +107,7 @@ impl pb::worker_server::Worker for Service {
         });
         let loaded = loading.await.map_err(|error| Status::internal(error.to_string()))?;
         let seat = loaded.map_err(|error| Status::internal(error.to_string()))?;
-        self.runner.offer(seat);
+        self.runner.offer(seat, &incarnations);
         Ok(Response::new(pb::PrepareResponse { epoch: epoch.0 }))
     }
 

@@ -65,6 +65,8 @@ pub struct Hello {
     pub context_tokens: u32,
     /// `host:port` of its exchange between processes; empty if it exchanges within one only.
     pub exchange: String,
+    /// The newest epoch it knows. Epochs do not go back, even if the store has lost its data.
+    pub epoch: Epoch,
 }
 
 /// What happened.

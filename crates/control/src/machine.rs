@@ -148,6 +148,7 @@ impl Control {
         if let Some(reason) = self.refusal(&hello) {
             return vec![Output::Refuse { incarnation: hello.incarnation, reason }];
         }
+        self.epoch = self.epoch.max(hello.epoch);
         let worker = self.id_of(&hello);
         let mut outputs = vec![Output::Welcome { incarnation: hello.incarnation.clone(), worker }];
         self.members.insert(worker, hello);

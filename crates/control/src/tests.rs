@@ -26,6 +26,7 @@ fn hello(name: &str) -> Hello {
         kv: KvPools { block_tokens: 16, full_blocks: 8, chunked_blocks: 8, chunk_tokens: Some(64) },
         context_tokens: 128,
         exchange: String::new(),
+        epoch: Epoch(0),
     }
 }
 
@@ -315,6 +316,22 @@ fn new_leader_replaces_members_that_do_not_come() {
     let mut alone = Control::new(settings(2), Duration::from_secs(5), Some(stands()));
     check(&mut alone, vec![(8, Input::Tick), (9, Input::Hello(hello("d")))], &["welcome d as w2"]);
     assert_eq!(alone.status().phase, PhaseName::Assembling);
+}
+
+#[test]
+fn epochs_do_not_go_back_with_a_store_that_lost_its_data() {
+    let mut control = start(2);
+    let veteran = Hello { epoch: Epoch(40), ..hello("a") };
+    check(
+        &mut control,
+        vec![(0, Input::Hello(veteran)), (0, Input::Hello(hello("b")))],
+        &[
+            "welcome a as w0",
+            "welcome b as w1",
+            "prepare w0 as r0 of n41[w0 w1]",
+            "prepare w1 as r1 of n41[w0 w1]",
+        ],
+    );
 }
 
 #[test]

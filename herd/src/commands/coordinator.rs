@@ -73,13 +73,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
                 .map(str::to_owned)
                 .collect(),
         });
-        let server = tonic::transport::Server::builder()
-            .add_service(handle.service())
-            .serve_with_incoming(proto::incoming(listener));
         let mut signals = Signals::new()?;
         say(&format!("coordinator: {url}"));
         tokio::select! {
-            result = server => result.context("the coordinator's service ended"),
+            result = handle.serve(listener) => result.context("the coordinator's service ended"),
             () = args.child.parent_gone() => Ok(()),
             () = signals.next() => {
                 handle.resign().await;
