@@ -4,21 +4,24 @@ use control::{Change, MemberState, MemberStatus, PhaseName, Status};
 use serde_json::{Value, json};
 use std::time::Duration;
 
-pub(crate) fn json(status: &Status) -> Value {
+/// * `url`: of this coordinator, which leads
+/// * `store`: addresses of the store
+pub(crate) fn json(status: &Status, url: &str, store: &[String]) -> Value {
     let leader = std::process::id();
     json!({
         "epoch": status.epoch.map(|epoch| epoch.0),
         "phase": phase(status.phase),
         "leader": leader,
         "members": status.members.iter().map(member).collect::<Vec<_>>(),
-        "coordinators": [{ "pid": leader, "leader": true }],
-        "etcd": [],
+        "coordinators": [{ "pid": leader, "url": url, "leader": true }],
+        "etcd": store.iter().map(|url| json!({ "url": url })).collect::<Vec<_>>(),
         "changes": status.changes.iter().map(change).collect::<Vec<_>>(),
     })
 }
 
 fn phase(phase: PhaseName) -> &'static str {
     match phase {
+        PhaseName::Adopting => "adopting",
         PhaseName::Assembling => "assembling",
         PhaseName::Preparing => "preparing",
         PhaseName::Committing => "committing",

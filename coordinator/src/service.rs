@@ -1,7 +1,7 @@
 //! The gRPC face of the coordinator.
 
-use crate::Handle;
 use crate::shell::{Event, Registration};
+use crate::{Handle, Term};
 use control::{Hello, Input};
 use futures::StreamExt;
 use futures::stream::BoxStream;
@@ -13,8 +13,7 @@ use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tonic::{Request, Response, Status};
 
 /// Implements `herd.v1.Coordinator`.
-#[derive(Debug)]
-pub struct Service {
+pub(crate) struct Service {
     handle: Handle,
 }
 
@@ -23,13 +22,23 @@ impl Service {
         Self { handle }
     }
 
+    /// The term of this coordinator; an error that names the leader if it stands by.
+    async fn term(&self) -> Result<Term, Status> {
+        if let Some(term) = self.handle.term() {
+            return Ok(term);
+        }
+        let leader = self.handle.leader().await;
+        let leader = leader.unwrap_or_else(|| "nobody".into());
+        Err(Status::failed_precondition(format!("this coordinator stands by; {leader} leads")))
+    }
+
     async fn send(&self, event: Event) -> Result<(), Status> {
-        self.handle.events.send(event).await.map_err(|_| ended())
+        self.term().await?.events.send(event).await.map_err(|_| ended())
     }
 }
 
 fn ended() -> Status {
-    Status::unavailable("the coordinator ends")
+    Status::unavailable("the coordinator does not lead any more")
 }
 
 #[tonic::async_trait]
@@ -43,13 +52,14 @@ impl pb::coordinator_server::Coordinator for Service {
     ) -> Result<Response<Self::RegisterStream>, Status> {
         let hello = hello_from_wire(request.into_inner())?;
         let (reply, answer) = oneshot::channel();
-        self.send(Event::Register { hello, reply }).await?;
+        let events = self.term().await?.events;
+        events.send(Event::Register { hello, reply }).await.map_err(|_| ended())?;
         let registration =
             answer.await.map_err(|_| ended())?.map_err(Status::failed_precondition)?;
         let (sender, receiver) = mpsc::channel(1);
         let welcome = pb::RegisterEvent { worker: registration.worker.0 };
         sender.try_send(Ok(welcome)).expect("the channel is new and has room for one");
-        telemetry::spawn("coordinator.member", stay(registration, sender, self.handle.clone()));
+        telemetry::spawn("coordinator.member", stay(registration, sender, events.downgrade()));
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 
@@ -57,7 +67,7 @@ impl pb::coordinator_server::Coordinator for Service {
         &self,
         _request: Request<pb::WatchViewRequest>,
     ) -> Result<Response<Self::WatchViewStream>, Status> {
-        let views = WatchStream::new(self.handle.views());
+        let views = WatchStream::new(self.term().await?.views);
         let news =
             views.filter_map(|view| std::future::ready(view.map(|view| Ok((*view).clone()))));
         Ok(Response::new(news.boxed()))
@@ -87,6 +97,7 @@ impl pb::coordinator_server::Coordinator for Service {
         &self,
         _request: Request<pb::StatusRequest>,
     ) -> Result<Response<pb::StatusResponse>, Status> {
+        self.term().await?;
         let status = self.handle.status().await.ok_or_else(ended)?;
         Ok(Response::new(pb::StatusResponse { json: status.to_string() }))
     }
@@ -96,16 +107,18 @@ impl pb::coordinator_server::Coordinator for Service {
 async fn stay(
     registration: Registration,
     sender: mpsc::Sender<Result<pb::RegisterEvent, Status>>,
-    handle: Handle,
+    events: mpsc::WeakSender<Event>,
 ) {
     let Registration { worker, connection, dismissed } = registration;
     tokio::select! {
         () = sender.closed() => {
-            // Nobody listens: the coordinator ends.
-            let _ended = handle.events.send(Event::Gone { worker, connection }).await;
+            if let Some(events) = events.upgrade() {
+                // Nobody listens: the term is over.
+                let _ended = events.send(Event::Gone { worker, connection }).await;
+            }
         }
         reason = dismissed => {
-            let reason = reason.unwrap_or_else(|_| "another stream has taken its place".into());
+            let reason = reason.unwrap_or_else(|_| "another stream or another leader has taken its place".into());
             // The worker may be gone already.
             let _gone = sender.send(Err(Status::aborted(reason))).await;
         }
@@ -130,5 +143,7 @@ fn hello_from_wire(wire: pb::RegisterRequest) -> Result<Hello, Status> {
         model: wire.model,
         kv: proto::pools_from_wire(kv),
         context_tokens: wire.context_tokens,
+        exchange: wire.exchange,
+        epoch: Epoch(wire.epoch),
     })
 }

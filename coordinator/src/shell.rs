@@ -8,7 +8,7 @@ use proto::pb;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use store::{Revision, Store, StoreError};
+use store::{Guard, Revision, Store, StoreError};
 use tokio::sync::{mpsc, oneshot, watch};
 use tonic::transport::{Channel, Endpoint};
 use view_store::Written;
@@ -58,13 +58,24 @@ struct Peer {
     channel: Option<Channel>,
 }
 
+/// What a leader works with.
+pub(crate) struct Context {
+    pub(crate) store: Arc<dyn Store>,
+    /// Its fence.
+    pub(crate) guard: Guard,
+    pub(crate) store_urls: Vec<String>,
+    pub(crate) url: String,
+}
+
 pub(crate) struct Shell {
     /// Weak: the shell ends when nobody else can send any more.
     events: mpsc::WeakSender<Event>,
     inbox: mpsc::Receiver<Event>,
     publish: watch::Sender<Option<Arc<pb::View>>>,
-    store: Arc<dyn Store>,
+    context: Context,
     revision: Option<Revision>,
+    /// A write was fenced: somebody else leads.
+    is_fenced: bool,
     started: Instant,
     peers: BTreeMap<WorkerId, Peer>,
     connections: u64,
@@ -77,14 +88,15 @@ impl Shell {
         events: mpsc::WeakSender<Event>,
         inbox: mpsc::Receiver<Event>,
         publish: watch::Sender<Option<Arc<pb::View>>>,
-        store: Arc<dyn Store>,
+        context: Context,
     ) -> Self {
         Self {
             events,
             inbox,
             publish,
-            store,
+            context,
             revision: None,
+            is_fenced: false,
             started: Instant::now(),
             peers: BTreeMap::new(),
             connections: 0,
@@ -93,9 +105,9 @@ impl Shell {
     }
 
     pub(crate) async fn run(mut self, settings: Settings) {
-        let last = self.read_store().await;
-        let mut control = Control::new(settings, last);
-        loop {
+        let stands = self.read_store().await;
+        let mut control = Control::new(settings, self.started.elapsed(), stands);
+        while !self.is_fenced {
             let deadline = control.deadline().map(|at| self.started + at);
             let tick = async {
                 match deadline {
@@ -113,12 +125,12 @@ impl Shell {
         }
     }
 
-    async fn read_store(&mut self) -> Epoch {
+    async fn read_store(&mut self) -> Option<View> {
         loop {
-            match view_store::read(&*self.store).await {
-                Ok((epoch, revision)) => {
+            match view_store::read(&*self.context.store).await {
+                Ok((view, revision)) => {
                     self.revision = revision;
-                    return Epoch(epoch);
+                    return view;
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot read the view; will retry");
@@ -146,7 +158,8 @@ impl Shell {
             }
             Event::Status { reply } => {
                 // Whoever asked may have left.
-                let _left = reply.send(report::json(&control.status()));
+                let Context { url, store_urls, .. } = &self.context;
+                let _left = reply.send(report::json(&control.status(), url, store_urls));
             }
         }
     }
@@ -194,6 +207,10 @@ impl Shell {
             Ok(Written::Foreign { epoch, revision }) => {
                 self.revision = revision;
                 Input::Superseded { found: Epoch(epoch) }
+            }
+            Ok(Written::Fenced) => {
+                self.is_fenced = true;
+                Input::StoreFailed { epoch, text: "another coordinator leads".into() }
             }
             Err(error) => {
                 tracing::warn!(%epoch, %error, "cannot store the view; will retry");
@@ -259,10 +276,11 @@ impl Shell {
 
     fn store(&self, view: &View) {
         let Some(events) = self.events.upgrade() else { return };
-        let (store, revision) = (Arc::clone(&self.store), self.revision);
+        let (store, guard) = (Arc::clone(&self.context.store), self.context.guard.clone());
+        let revision = self.revision;
         let (epoch, wire) = (view.epoch, Arc::new(proto::view_to_wire(view)));
         telemetry::spawn("coordinator.store", async move {
-            let result = view_store::write(store, revision, wire).await;
+            let result = view_store::write(store, guard, revision, wire).await;
             // Nobody listens: the coordinator ends.
             let _ended = events.send(Event::Written { epoch, result }).await;
         });

@@ -6,7 +6,6 @@ use pb::worker_server::{Worker, WorkerServer};
 use std::time::Duration;
 use store::Memory;
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::{Channel, Server};
 use tonic::{Request, Response, Status, Streaming};
 
@@ -48,22 +47,32 @@ async fn start_puppet(puppet: Puppet) -> String {
     let address = listener.local_addr().unwrap().to_string();
     let server = Server::builder().add_service(WorkerServer::new(puppet));
     telemetry::spawn("puppet", async move {
-        server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
+        server.serve_with_incoming(proto::incoming(listener)).await.unwrap();
     });
     address
 }
 
 fn settings(workers_expected: u16) -> Settings {
-    Settings { workers_expected, assemble_max: Duration::from_secs(600), redundancy: 0 }
+    Settings {
+        workers_expected,
+        assemble_max: Duration::from_secs(600),
+        adopt_max: Duration::from_millis(500),
+        redundancy: 0,
+    }
 }
 
 async fn coordinator(store: &Memory, workers: u16) -> (Handle, CoordinatorClient<Channel>) {
-    let handle = start(settings(workers), Arc::new(store.clone()));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
-    let server = Server::builder().add_service(handle.service());
+    let handle = start(Config {
+        settings: settings(workers),
+        store: Arc::new(store.clone()),
+        url: url.clone(),
+        store_urls: vec![],
+    });
+    let server = handle.clone();
     telemetry::spawn("coordinator.server", async move {
-        server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
+        server.serve(listener).await.unwrap();
     });
     (handle, CoordinatorClient::connect(url).await.unwrap())
 }
@@ -100,6 +109,7 @@ async fn next(views: &mut Streaming<pb::View>) -> String {
 async fn members_come_and_go_and_every_watcher_sees_the_views() {
     let store = Memory::new();
     let (handle, mut client) = coordinator(&store, 2).await;
+    leads(&handle).await;
     let mut views = client.watch_view(pb::WatchViewRequest {}).await.unwrap().into_inner();
     let a = join(&mut client, &start_puppet(Puppet::Able).await).await;
     let mut b = join(&mut client, &start_puppet(Puppet::Able).await).await;
@@ -130,7 +140,8 @@ async fn members_come_and_go_and_every_watcher_sees_the_views() {
 #[tokio::test]
 async fn worker_that_cannot_prepare_is_dismissed_with_the_reason() {
     let store = Memory::new();
-    let (_handle, mut client) = coordinator(&store, 2).await;
+    let (handle, mut client) = coordinator(&store, 2).await;
+    leads(&handle).await;
     let mut views = client.watch_view(pb::WatchViewRequest {}).await.unwrap().into_inner();
     let _good = join(&mut client, &start_puppet(Puppet::Able).await).await;
     let mut bad = join(&mut client, &start_puppet(Puppet::Unable).await).await;
@@ -140,17 +151,55 @@ async fn worker_that_cannot_prepare_is_dismissed_with_the_reason() {
     assert!(reason.message().contains("disk on fire"), "{reason}");
 }
 
+/// Leads within the lease of a leader that has died, and as soon as the lead is free.
+async fn leads(handle: &Handle) {
+    let wait = async {
+        while handle.status().await.is_none() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, wait).await.expect("it is elected");
+}
+
+#[tokio::test]
+async fn standby_names_the_leader_and_takes_the_view_over_unchanged() {
+    let store = Memory::new();
+    let (first, mut client) = coordinator(&store, 1).await;
+    leads(&first).await;
+    let (second, mut standby) = coordinator(&store, 1).await;
+    let worker = start_puppet(Puppet::Able).await;
+    let refused = standby.register(request(&worker, "f32")).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
+    assert!(refused.message().contains("stands by; http://127.0.0.1:"), "{refused}");
+
+    let mut views = client.watch_view(pb::WatchViewRequest {}).await.unwrap().into_inner();
+    let mut member = join(&mut client, &worker).await;
+    assert_eq!(member.message().await.unwrap().unwrap().worker, 0);
+    assert_eq!(next(&mut views).await, "1[0]");
+
+    first.resign().await;
+    // The worker and the router learn that they must look for the new leader.
+    assert!(tokio::time::timeout(PATIENCE, member.message()).await.unwrap().is_err());
+    leads(&second).await;
+    let mut views = standby.watch_view(pb::WatchViewRequest {}).await.unwrap().into_inner();
+    let mut member = join(&mut standby, &worker).await;
+    assert_eq!(member.message().await.unwrap().unwrap().worker, 0);
+    assert_eq!(next(&mut views).await, "1[0]");
+}
+
 #[tokio::test]
 async fn epochs_go_on_from_the_store_after_a_restart() {
     let store = Memory::new();
     let (first, mut client) = coordinator(&store, 1).await;
+    leads(&first).await;
     let mut views = client.watch_view(pb::WatchViewRequest {}).await.unwrap().into_inner();
     let _member = join(&mut client, &start_puppet(Puppet::Able).await).await;
     assert_eq!(next(&mut views).await, "1[0]");
-    drop(first);
+    first.resign().await;
 
-    let (_second, mut client) = coordinator(&store, 1).await;
+    let (second, mut client) = coordinator(&store, 1).await;
+    leads(&second).await;
     let mut views = client.watch_view(pb::WatchViewRequest {}).await.unwrap().into_inner();
     let _member = join(&mut client, &start_puppet(Puppet::Able).await).await;
-    assert_eq!(next(&mut views).await, "2[0]");
+    assert_eq!(next(&mut views).await, "2[1]");
 }

@@ -1,9 +1,10 @@
 //! The view in the store: one key, written by compare-and-swap.
 
+use placement::View;
 use prost::Message;
 use proto::pb;
 use std::sync::Arc;
-use store::{Entry, Revision, Store, StoreError, Swap};
+use store::{Entry, Guard, Revision, Store, StoreError, Swap, Write};
 
 const KEY: &str = "/herd/view";
 
@@ -14,21 +15,35 @@ pub(crate) enum Written {
     Stands(Revision),
     /// It holds another one, with this epoch.
     Foreign { epoch: u64, revision: Option<Revision> },
+    /// The writer does not lead any more.
+    Fenced,
 }
 
-/// The epoch and revision of the view that stands; epoch 0 and `None` in an empty store.
-pub(crate) async fn read(store: &dyn Store) -> Result<(u64, Option<Revision>), StoreError> {
-    let entry = store.get(KEY).await?;
-    Ok(entry.map_or((0, None), |entry| (epoch(&entry), Some(entry.revision))))
+/// The view that stands and its revision. What is no view counts as none, and may be overwritten.
+pub(crate) async fn read(
+    store: &dyn Store,
+) -> Result<(Option<View>, Option<Revision>), StoreError> {
+    let Some(entry) = store.get(KEY).await? else { return Ok((None, None)) };
+    let view = pb::View::decode(entry.value.as_slice()).ok();
+    let view = view.and_then(|view| proto::view_from_wire(view).ok());
+    Ok((view, Some(entry.revision)))
 }
 
-/// Writes `view` over the one with revision `expected`.
+/// Writes `view` over the one with revision `expected`, if the writer still leads.
 pub(crate) async fn write(
     store: Arc<dyn Store>,
+    guard: Guard,
     expected: Option<Revision>,
     view: Arc<pb::View>,
 ) -> Result<Written, StoreError> {
-    match store.swap(KEY, expected, view.encode_to_vec()).await? {
+    let write = Write {
+        key: KEY.into(),
+        expected,
+        value: view.encode_to_vec(),
+        lease: None,
+        guard: Some(guard),
+    };
+    match store.swap(write).await? {
         Swap::Done(revision) => Ok(Written::Stands(revision)),
         // An earlier attempt whose answer was lost has done it.
         Swap::Lost(Some(entry)) if epoch(&entry) == view.epoch && decodes_to(&entry, &view) => {
@@ -38,6 +53,7 @@ pub(crate) async fn write(
             epoch: entry.as_ref().map_or(0, epoch),
             revision: entry.map(|entry| entry.revision),
         }),
+        Swap::Fenced => Ok(Written::Fenced),
     }
 }
 
@@ -53,6 +69,7 @@ fn epoch(entry: &Entry) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
     use store::Memory;
 
     fn view(epoch: u64) -> Arc<pb::View> {
@@ -62,16 +79,17 @@ mod tests {
     #[tokio::test]
     async fn repeated_write_is_recognised_and_a_foreign_view_is_named() {
         let store: Arc<dyn Store> = Arc::new(Memory::new());
-        assert!(matches!(read(&*store).await, Ok((0, None))));
-        let Ok(Written::Stands(first)) = write(store.clone(), None, view(3)).await else {
-            panic!()
-        };
-        let Ok(Written::Stands(again)) = write(store.clone(), None, view(3)).await else {
-            panic!()
-        };
+        let lead = store::campaign(store.clone(), "/lead", b"", Duration::from_secs(60)).await;
+        let write = |expected, epoch| write(store.clone(), lead.guard(), expected, view(epoch));
+        assert!(matches!(read(&*store).await, Ok((None, None))));
+        let Ok(Written::Stands(first)) = write(None, 3).await else { panic!() };
+        let Ok(Written::Stands(again)) = write(None, 3).await else { panic!() };
         assert_eq!(first, again);
-        let foreign = write(store.clone(), None, view(4)).await;
+        let foreign = write(None, 4).await;
         let Ok(Written::Foreign { epoch: 3, revision: Some(found) }) = foreign else { panic!() };
-        assert!(matches!(write(store, Some(found), view(4)).await, Ok(Written::Stands(_))));
+        assert!(matches!(write(Some(found), 4).await, Ok(Written::Stands(_))));
+        let guard = Guard { created: found, ..lead.guard() };
+        let fenced = super::write(store.clone(), guard, Some(found), view(5)).await;
+        assert!(matches!(fenced, Ok(Written::Fenced)), "{fenced:?}");
     }
 }

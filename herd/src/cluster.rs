@@ -8,11 +8,13 @@ use std::sync::Arc;
 use std::time::Duration;
 use store::Memory;
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
 use worker::{KvBlocks, Model, Worker};
 
 /// Workers of one process register within this time of each other, or something is wrong.
 const ASSEMBLE_MAX: Duration = Duration::from_secs(60);
+
+/// A new store holds no view that could be adopted.
+const ADOPT_MAX: Duration = Duration::ZERO;
 
 /// What the cluster is made of.
 pub struct Config {
@@ -56,17 +58,20 @@ impl Cluster {
         let settings = Settings {
             workers_expected: config.workers,
             assemble_max: ASSEMBLE_MAX,
+            adopt_max: ADOPT_MAX,
             redundancy: config.redundancy,
         };
-        let handle = coordinator::start(settings, Arc::new(Memory::new()));
         let listener = loopback().await?;
         let coordinator = format!("http://{}", listener.local_addr()?);
-        let server = tonic::transport::Server::builder()
-            .tcp_nodelay(true)
-            .add_service(handle.service())
-            .serve_with_incoming(TcpListenerStream::new(listener));
+        let handle = coordinator::start(coordinator::Config {
+            settings,
+            store: Arc::new(Memory::new()),
+            url: coordinator.clone(),
+            store_urls: Vec::new(),
+        });
+        let server = handle.clone();
         telemetry::spawn("coordinator.server", async move {
-            if let Err(error) = server.await {
+            if let Err(error) = server.serve(listener).await {
                 tracing::error!(%error, "the coordinator's service ended");
             }
         });
@@ -95,7 +100,7 @@ impl Cluster {
     pub async fn add_worker(&mut self) -> anyhow::Result<()> {
         let config = worker::Config {
             model: Arc::clone(&self.config.model),
-            hub: Arc::clone(&self.hub),
+            exchange: worker::Exchange::Local(Arc::clone(&self.hub)),
             threads: self.config.threads,
             kv: self.config.kv,
             coordinator: self.coordinator.clone(),

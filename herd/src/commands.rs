@@ -2,10 +2,15 @@
 
 pub(crate) mod bench;
 pub(crate) mod chat;
+pub(crate) mod coordinator;
 pub(crate) mod logits;
+mod parts;
+mod processes;
+pub(crate) mod router;
 pub(crate) mod status;
 pub(crate) mod synth;
 pub(crate) mod up;
+pub(crate) mod worker;
 
 use kernels::Dtype;
 

@@ -3,7 +3,7 @@
 mod commands;
 
 use clap::{Args, Command as Parser, CommandFactory, FromArgMatches};
-use commands::{BadInput, bench, chat, logits, status, synth, up};
+use commands::{BadInput, bench, chat, coordinator, logits, router, status, synth, up, worker};
 use model::checkpoint::CheckpointError;
 use std::process::ExitCode;
 
@@ -22,6 +22,12 @@ struct Cli {
 enum Command {
     /// Serves a checkpoint with a whole cluster on this machine.
     Up(up::Args),
+    /// One coordinator of a cluster: who is a member, and where the experts are.
+    Coordinator(coordinator::Args),
+    /// The router of a cluster: HTTP, and which tokens run next.
+    Router(router::Args),
+    /// One worker of a cluster.
+    Worker(worker::Args),
     /// Talks to a served model in the terminal.
     Chat(chat::Args),
     /// Shows members, epoch, placement and load of a running cluster.
@@ -41,6 +47,9 @@ fn main() -> ExitCode {
     let command = cli.command.unwrap_or_else(|| Command::Up(up_by_default()));
     let result = match &command {
         Command::Up(args) => up::run(args),
+        Command::Coordinator(args) => coordinator::run(args),
+        Command::Router(args) => router::run(args),
+        Command::Worker(args) => worker::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Status(args) => status::run(args),
         Command::Logits(args) => logits::run(args),
@@ -72,7 +81,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             cause.is::<CheckpointError>()
                 || cause.is::<BadInput>()
                 || cause.is::<model::config::ConfigError>()
-                || cause.is::<worker::ModelError>()
+                || cause.is::<::worker::ModelError>()
                 || cause.is::<model::synth::SynthError>()
                 || cause.is::<safetensors::SafeTensorError>()
         });

@@ -28,6 +28,7 @@ fn member_to_wire(member: &Member) -> pb::Member {
         device: member.device.clone(),
         kv: Some(pools_to_wire(member.kv)),
         context_tokens: member.context_tokens,
+        exchange: member.exchange.clone(),
     }
 }
 
@@ -86,6 +87,7 @@ pub fn view_from_wire(wire: pb::View) -> Result<View, WireError> {
             device: member.device,
             kv: pools_from_wire(member.kv.ok_or(WireError::Missing { field: "member.kv" })?),
             context_tokens: member.context_tokens,
+            exchange: member.exchange,
         });
     }
     let ranks = u16::try_from(members.len()).map_err(|_| WireError::TooLarge {
@@ -127,6 +129,7 @@ mod tests {
             device: "cpu".into(),
             kv: KvPools { block_tokens: 16, full_blocks: 4, chunked_blocks: 5, chunk_tokens: None },
             context_tokens: 64,
+            exchange: format!("127.0.0.1:9{rank}"),
         };
         let layers = vec![vec![vec![Rank(0)], vec![Rank(1), Rank(0)]]];
         View {

@@ -1,19 +1,18 @@
 //! One rank's steps: device, weights, KV cache and exchange of a view.
 
-use crate::exchange::StepExchange;
+use crate::exchange::{HostExchange, StepExchange};
+use crate::joined::{Joined, Transport};
 use crate::kv::KvBlocks;
 use crate::weights::{Model, ModelError};
-use all2all::local::{Hub, Local};
-use all2all::{AllToAll, ExchangeError, Fault, Reason, Routes, StepOutcome, View};
+use all2all::local::Hub;
+use all2all::tcp::Peer;
+use all2all::{Aborter, ExchangeError, Fault, Reason, Routes, StepOutcome, View};
 use ids::{Epoch, ExpertId, Rank, StepId};
 use kernels::{Cache, Cpu, DeviceError, Experts, Level, Pool, Sampled, StepBatch};
 use model::forward::{Forward, ForwardError, Observer, Pass, pools, shape};
 use model::weights::Dense;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-/// Longest time that a transport may take to move to a prepared view.
-const RECONFIGURE_MAX: Duration = Duration::from_secs(2);
+use std::time::Instant;
 
 /// Why a rank cannot start, or a step failed.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +71,8 @@ pub struct Shard<'a> {
 pub struct Seat {
     experts: Vec<Experts>,
     view: View,
+    /// `[ranks]`; empty within one process.
+    peers: Vec<Peer>,
 }
 
 impl Seat {
@@ -95,7 +96,19 @@ impl Seat {
                 active: vec![true; usize::from(shard.ranks)],
                 routes: Arc::new(routes),
             },
+            peers: Vec::new(),
         })
+    }
+
+    /// Between processes: where the ranks of its view are reached.
+    #[must_use]
+    pub fn with_peers(self, peers: Vec<Peer>) -> Self {
+        Self { peers, ..self }
+    }
+
+    /// Begins to connect to them.
+    pub(crate) fn connect(&self, transport: &Transport) {
+        transport.prepare(&self.view, &self.peers);
     }
 
     /// The epoch of its view.
@@ -112,13 +125,13 @@ pub struct Engine {
     cache: Cache,
     forward: Forward<Cpu>,
     row_bytes: usize,
-    hub: Arc<Hub>,
+    transport: Transport,
     seated: Option<Seated>,
 }
 
 struct Seated {
     experts: Vec<Experts>,
-    exchange: Local,
+    joined: Joined,
 }
 
 impl Engine {
@@ -127,9 +140,9 @@ impl Engine {
     /// # Errors
     ///
     /// [`EngineError`] if weights cannot be loaded or memory is refused.
-    pub fn unseated(
+    pub(crate) fn unseated(
         model: &Model,
-        hub: &Arc<Hub>,
+        transport: Transport,
         threads: usize,
         kv: KvBlocks,
     ) -> Result<Self, EngineError> {
@@ -149,7 +162,7 @@ impl Engine {
             device,
             dense,
             cache,
-            hub: Arc::clone(hub),
+            transport,
             seated: None,
         })
     }
@@ -166,7 +179,8 @@ impl Engine {
         threads: usize,
         kv: KvBlocks,
     ) -> Result<Self, EngineError> {
-        let mut engine = Self::unseated(model, hub, threads, kv)?;
+        let transport = Transport::Local(Arc::clone(hub));
+        let mut engine = Self::unseated(model, transport, threads, kv)?;
         engine.take(Seat::load(model, shard)?)?;
         Ok(engine)
     }
@@ -177,13 +191,16 @@ impl Engine {
     ///
     /// [`EngineError::Exchange`]; the engine then serves what it served before.
     pub fn take(&mut self, seat: Seat) -> Result<(), EngineError> {
-        let Seat { experts, view } = seat;
+        let Seat { experts, view, peers } = seat;
         match &mut self.seated {
             Some(seated) => {
-                seated.exchange.reconfigure(view, RECONFIGURE_MAX)?;
+                seated.joined.reconfigure(view)?;
                 seated.experts = experts;
             }
-            None => self.seated = Some(Seated { experts, exchange: self.hub.join(view)? }),
+            None => {
+                let joined = self.transport.join(view, &peers)?;
+                self.seated = Some(Seated { experts, joined });
+            }
         }
         Ok(())
     }
@@ -191,13 +208,18 @@ impl Engine {
     /// Its rank in the view it serves; 0 before the first.
     #[must_use]
     pub fn rank(&self) -> Rank {
-        self.seated.as_ref().map_or(Rank(0), |seated| seated.exchange.view().me)
+        self.seated.as_ref().map_or(Rank(0), |seated| seated.joined.view().me)
     }
 
     /// The epoch it serves.
     #[must_use]
     pub fn epoch(&self) -> Option<Epoch> {
-        self.seated.as_ref().map(|seated| seated.exchange.view().epoch)
+        self.seated.as_ref().map(|seated| seated.joined.view().epoch)
+    }
+
+    /// Ends the running step of this rank from another thread.
+    pub(crate) fn aborter(&self) -> Option<Aborter> {
+        self.seated.as_ref().map(|seated| seated.joined.aborter())
     }
 
     /// Executes one step; `deadline` bounds every wait for the other ranks.
@@ -212,13 +234,41 @@ impl Engine {
         deadline: Instant,
         observer: &mut impl Observer<Cpu>,
     ) -> Result<Vec<Sampled>, EngineError> {
-        let Seated { experts, exchange: all2all } =
-            self.seated.as_mut().ok_or(EngineError::Unseated)?;
+        let Seated { experts, joined } = self.seated.as_mut().ok_or(EngineError::Unseated)?;
+        let rank = RankStep {
+            device: &mut self.device,
+            forward: &mut self.forward,
+            row_bytes: self.row_bytes,
+            deadline,
+        };
+        let pass = Pass { dense: &self.dense, experts, cache: &mut self.cache, step: batch };
+        match joined {
+            Joined::Local(local) => rank.run(step, pass, local, observer),
+            Joined::Tcp(tcp) => rank.run(step, pass, tcp, observer),
+        }
+    }
+}
+
+/// What a rank's step needs besides its operands.
+struct RankStep<'a> {
+    device: &'a mut Cpu,
+    forward: &'a mut Forward<Cpu>,
+    row_bytes: usize,
+    deadline: Instant,
+}
+
+impl RankStep<'_> {
+    fn run<A: HostExchange>(
+        self,
+        step: StepId,
+        mut pass: Pass<'_, Cpu>,
+        all2all: &mut A,
+        observer: &mut impl Observer<Cpu>,
+    ) -> Result<Vec<Sampled>, EngineError> {
         let epoch = all2all.view().epoch;
-        all2all.begin_step(epoch, step, deadline)?;
+        all2all.begin_step(epoch, step, self.deadline)?;
         let mut exchange = StepExchange::new(all2all, step, self.row_bytes);
-        let mut pass = Pass { dense: &self.dense, experts, cache: &mut self.cache, step: batch };
-        let result = self.forward.run(&mut self.device, &mut pass, &mut exchange, observer);
+        let result = self.forward.run(self.device, &mut pass, &mut exchange, observer);
         let sampled = match result {
             Ok(sampled) => sampled,
             Err(ForwardError::Exchange(error)) => {

@@ -29,15 +29,28 @@ impl<'a, A> StepExchange<'a, A> {
     }
 }
 
-impl<A> MoeExchange<Cpu> for StepExchange<'_, A>
-where
+/// An all-to-all of rows in host memory.
+pub(crate) trait HostExchange:
+    for<'r> AllToAll<
+        Rows<'r> = HostRows<'r>,
+        RowsMut<'r> = &'r mut [u8],
+        Experts<'r> = &'r [u16],
+        Offsets = [u32],
+    >
+{
+}
+
+impl<A> HostExchange for A where
     A: for<'r> AllToAll<
             Rows<'r> = HostRows<'r>,
             RowsMut<'r> = &'r mut [u8],
             Experts<'r> = &'r [u16],
             Offsets = [u32],
-        >,
+        >
 {
+}
+
+impl<A: HostExchange> MoeExchange<Cpu> for StepExchange<'_, A> {
     type Error = ExchangeError;
 
     fn dispatch(&mut self, layer: usize, rows: &Wire, route: &Route) -> Result<(), ExchangeError> {

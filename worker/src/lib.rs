@@ -5,6 +5,7 @@
 
 mod engine;
 mod exchange;
+mod joined;
 mod kv;
 mod registration;
 mod runner;
@@ -13,13 +14,14 @@ mod step;
 mod weights;
 
 use ids::WorkerId;
+use joined::Transport;
 use kernels::Level;
 use std::sync::Arc;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tokio_stream::wrappers::TcpListenerStream;
 
 pub use engine::{Engine, EngineError, Seat, Shard};
+pub use joined::Exchange;
 pub use kv::{KvBlocks, KvTooSmall};
 pub use weights::{Model, ModelError};
 
@@ -27,8 +29,7 @@ pub use weights::{Model, ModelError};
 pub struct Config {
     /// Shared by the workers of a process.
     pub model: Arc<Model>,
-    /// Where the ranks of this process exchange rows.
-    pub hub: Arc<all2all::local::Hub>,
+    pub exchange: Exchange,
     /// Threads of its device.
     pub threads: usize,
     pub kv: KvBlocks,
@@ -68,20 +69,23 @@ impl Worker {
 pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, EngineError> {
     let address = listener.local_addr().map_err(|error| EngineError::Io(error.to_string()))?;
     let incarnation = uuid::Uuid::new_v4().to_string();
-    let card = registration::card(&config, &address.to_string(), &incarnation);
+    let cluster = config.model.config.fingerprint();
+    let transport = Transport::open(&config.exchange, &cluster, &incarnation)
+        .map_err(|error| EngineError::Io(format!("cannot start the exchange: {error}")))?;
+    let mut card = registration::card(&config, &address.to_string(), &incarnation);
+    card.exchange = transport.address();
     let profile = Level::detect().profile(config.model.dtype);
-    let runner = runner::start(&config).await?;
+    let runner = runner::start(&config, transport).await?;
     let (stop, mut stopped) = watch::channel(());
     let model = Arc::clone(&config.model);
     let identity = (incarnation, profile);
     let service = service::Service::new(model, &runner, identity, stopped.clone());
     let (tell_id, id) = watch::channel(None);
     let ended = runner.ended();
+    let register = registration::keep(config.coordinator, (card, service.epoch()), tell_id);
     let server = tonic::transport::Server::builder()
-        .tcp_nodelay(true)
         .add_service(service.into_server())
-        .serve_with_incoming(TcpListenerStream::new(listener));
-    let register = registration::keep(config.coordinator, card, tell_id);
+        .serve_with_incoming(proto::incoming(listener));
     telemetry::spawn("worker", async move {
         let mut thread = runner.ended();
         tokio::select! {

@@ -6,6 +6,8 @@ use crate::Config;
 use ids::WorkerId;
 use kernels::Level;
 use proto::pb;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::watch;
 use tonic::transport::Endpoint;
@@ -35,20 +37,23 @@ pub(crate) fn card(config: &Config, address: &str, incarnation: &str) -> pb::Reg
         experts: small(model.experts),
         kv: Some(proto::pools_to_wire(config.kv.pools(model))),
         context_tokens: model.context_tokens,
+        exchange: String::new(),
+        epoch: 0,
     }
 }
 
-/// Stays registered for ever.
+/// Stays registered for ever. `epoch`: the newest that the worker was asked to prepare.
 pub(crate) async fn keep(
     coordinators: String,
-    card: pb::RegisterRequest,
+    (card, epoch): (pb::RegisterRequest, Arc<AtomicU64>),
     id: watch::Sender<Option<WorkerId>>,
 ) {
     let mut backoff = BACKOFF_FIRST;
     let coordinators: Vec<&str> = coordinators.split(',').collect();
     for coordinator in coordinators.iter().cycle() {
         let before = *id.borrow();
-        match register(coordinator, &card, &id).await {
+        let card = pb::RegisterRequest { epoch: epoch.load(Ordering::SeqCst), ..card.clone() };
+        match register(coordinator, card, &id).await {
             Ok(()) => tracing::info!(coordinator, "the coordinator ended the registration"),
             Err(error) => tracing::warn!(coordinator, error = %chain(&*error), "not registered"),
         }
@@ -60,7 +65,7 @@ pub(crate) async fn keep(
 
 async fn register(
     coordinator: &str,
-    card: &pb::RegisterRequest,
+    card: pb::RegisterRequest,
     id: &watch::Sender<Option<WorkerId>>,
 ) -> Result<(), Error> {
     let endpoint = Endpoint::from_shared(coordinator.to_owned())?
@@ -71,7 +76,7 @@ async fn register(
         .keep_alive_while_idle(true);
     let channel = endpoint.connect().await?;
     let mut client = pb::coordinator_client::CoordinatorClient::new(channel);
-    let mut events = client.register(card.clone()).await?.into_inner();
+    let mut events = client.register(card).await?.into_inner();
     while let Some(event) = events.message().await? {
         tracing::info!(worker = event.worker, coordinator, "registered");
         id.send_replace(Some(WorkerId(event.worker)));

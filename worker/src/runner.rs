@@ -4,7 +4,9 @@
 //! costs a running epoch nothing, and the switch happens between two steps.
 
 use crate::engine::{Engine, EngineError, Seat};
+use crate::joined::Transport;
 use crate::{Config, step};
+use all2all::{Aborter, Reason};
 use ids::{Epoch, StepId};
 use kernels::StepBatch;
 use model::forward::Unobserved;
@@ -28,27 +30,36 @@ pub(crate) struct Job {
 }
 
 /// The service's end of the thread.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Runner {
     jobs: mpsc::Sender<Job>,
     waiting: Waiting,
     ended: watch::Receiver<Option<String>>,
+    transport: Transport,
 }
 
-/// The seat that a step of its epoch takes.
+/// What the service and the thread share.
 #[derive(Clone, Default)]
-struct Waiting(Arc<Mutex<Option<Seat>>>);
+struct Waiting(Arc<Mutex<Seats>>);
+
+#[derive(Default)]
+struct Seats {
+    /// Waits for a step of its epoch, with the incarnations of its view's members.
+    next: Option<(Seat, Vec<String>)>,
+    /// The view that is served.
+    current: Option<Current>,
+}
+
+struct Current {
+    epoch: Epoch,
+    incarnations: Vec<String>,
+    aborter: Aborter,
+}
 
 impl Waiting {
-    fn lock(&self) -> MutexGuard<'_, Option<Seat>> {
-        // A seat is put and taken whole.
+    fn lock(&self) -> MutexGuard<'_, Seats> {
+        // Seats are put and taken whole.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl std::fmt::Debug for Waiting {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:?}", self.lock().as_ref().map(Seat::epoch))
     }
 }
 
@@ -57,11 +68,23 @@ impl Runner {
         self.jobs.clone()
     }
 
-    /// Offers a seat; a newer one that waits already stays.
-    pub(crate) fn offer(&self, seat: Seat) {
-        let mut waiting = self.waiting.lock();
-        if waiting.as_ref().is_none_or(|other| other.epoch() <= seat.epoch()) {
-            *waiting = Some(seat);
+    /// Ends the step of the view that is served if a coming view lacks one of its members: nobody
+    /// has to wait for the deadline of a step that a lost worker will never finish. A planned change
+    /// keeps all members, and lets the step end.
+    pub(crate) fn abort_without(&self, incarnations: &[String]) {
+        let seats = self.waiting.lock();
+        let Some(current) = &seats.current else { return };
+        if current.incarnations.iter().any(|member| !incarnations.contains(member)) {
+            current.aborter.abort(current.epoch, Reason::ViewChange);
+        }
+    }
+
+    /// Offers a seat in the view of these members; a newer one that waits already stays.
+    pub(crate) fn offer(&self, seat: Seat, incarnations: &[String]) {
+        seat.connect(&self.transport);
+        let mut seats = self.waiting.lock();
+        if seats.next.as_ref().is_none_or(|(other, _)| other.epoch() <= seat.epoch()) {
+            seats.next = Some((seat, incarnations.to_vec()));
         }
     }
 
@@ -72,15 +95,16 @@ impl Runner {
 }
 
 /// Starts the thread; returns when the dense weights are loaded.
-pub(crate) async fn start(config: &Config) -> Result<Runner, EngineError> {
+pub(crate) async fn start(config: &Config, transport: Transport) -> Result<Runner, EngineError> {
     let (jobs, inbox) = mpsc::channel(STEPS_MAX);
     let (tell_ready, ready) = oneshot::channel();
     let (tell_end, ended) = watch::channel(None);
     let waiting = Waiting::default();
     let seats = waiting.clone();
-    let (model, hub) = (Arc::clone(&config.model), Arc::clone(&config.hub));
+    let model = Arc::clone(&config.model);
+    let connecting = transport.clone();
     let (threads, kv) = (config.threads, config.kv);
-    let body = move || match Engine::unseated(&model, &hub, threads, kv) {
+    let body = move || match Engine::unseated(&model, transport, threads, kv) {
         Ok(engine) => {
             // Nobody waits any more if the start was given up.
             let _given_up = tell_ready.send(Ok(()));
@@ -104,7 +128,7 @@ pub(crate) async fn start(config: &Config) -> Result<Runner, EngineError> {
         .map_err(|error| EngineError::Io(format!("cannot start the worker's thread: {error}")))?;
     let gone = |_| EngineError::Io("the worker's thread ended while it started".into());
     ready.await.map_err(gone)??;
-    Ok(Runner { jobs, waiting, ended })
+    Ok(Runner { jobs, waiting, ended, transport: connecting })
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
@@ -158,13 +182,13 @@ fn attempt(
 ) -> Result<(u32, Vec<pb::Sampled>), EngineError> {
     let wire = &job.step;
     let epoch = Epoch(wire.epoch);
-    let seat = {
-        let mut waiting = waiting.lock();
-        waiting.take_if(|seat| seat.epoch() == epoch)
-    };
-    if let Some(seat) = seat {
+    let next = waiting.lock().next.take_if(|(seat, _)| seat.epoch() == epoch);
+    if let Some((seat, incarnations)) = next {
         tracing::info!(%epoch, "takes its seat");
         engine.take(seat)?;
+        let aborter = engine.aborter();
+        let current = aborter.map(|aborter| Current { epoch, incarnations, aborter });
+        waiting.lock().current = current;
     }
     if engine.epoch() != Some(epoch) {
         return Err(EngineError::Epoch { got: epoch, serving: engine.epoch() });

@@ -3,6 +3,7 @@
 use crate::engine::{EngineError, Seat, Shard};
 use crate::runner::{Job, Runner};
 use crate::weights::Model;
+use all2all::tcp::Peer;
 use ids::{Epoch, Rank};
 use pb::worker_server::WorkerServer;
 use placement::View;
@@ -38,6 +39,11 @@ impl Service {
     ) -> Self {
         let (runner, epoch) = (runner.clone(), Arc::default());
         Self { model, runner, incarnation, profile, epoch, stopped }
+    }
+
+    /// The newest epoch it was asked to prepare.
+    pub(crate) fn epoch(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.epoch)
     }
 
     pub(crate) fn into_server(self) -> WorkerServer<Self> {
@@ -90,6 +96,9 @@ impl pb::worker_server::Worker for Service {
             .map_err(|_| Status::invalid_argument(format!("rank {rank} is beyond 65535")))?;
         self.check(&view, usize::from(rank))?;
         let (model, epoch) = (Arc::clone(&self.model), view.epoch);
+        let incarnations: Vec<String> =
+            view.members.iter().map(|member| member.incarnation.clone()).collect();
+        self.runner.abort_without(&incarnations);
         // Loading reads files: not on the runtime's threads.
         let loading = tokio::task::spawn_blocking(move || {
             // What an earlier view needed and no seat holds any more makes room first.
@@ -98,7 +107,7 @@ impl pb::worker_server::Worker for Service {
         });
         let loaded = loading.await.map_err(|error| Status::internal(error.to_string()))?;
         let seat = loaded.map_err(|error| Status::internal(error.to_string()))?;
-        self.runner.offer(seat);
+        self.runner.offer(seat, &incarnations);
         Ok(Response::new(pb::PrepareResponse { epoch: epoch.0 }))
     }
 
@@ -129,7 +138,23 @@ fn seat(model: &Model, view: &View, rank: Rank) -> Result<Seat, EngineError> {
     let held: Vec<_> = (0..placement.moe_layers()).map(of_layer).collect();
     let target = |layer, expert| placement.target(layer, expert, rank);
     let (epoch, ranks) = (view.epoch, placement.ranks());
-    Seat::load(model, &Shard { epoch, rank, ranks, held: &held, target: &target })
+    let seat = Seat::load(model, &Shard { epoch, rank, ranks, held: &held, target: &target })?;
+    Ok(seat.with_peers(peers(view)?))
+}
+
+/// Where the members exchange rows; none if they are threads of one process.
+fn peers(view: &View) -> Result<Vec<Peer>, EngineError> {
+    if view.members.iter().all(|member| member.exchange.is_empty()) {
+        return Ok(Vec::new());
+    }
+    let peer = |member: &placement::Member| {
+        let address = member.exchange.parse().map_err(|_| {
+            let (worker, address) = (member.worker, &member.exchange);
+            EngineError::Io(format!("{worker} exchanges rows at {address:?}, no host:port"))
+        })?;
+        Ok(Peer { address, incarnation: member.incarnation.clone() })
+    };
+    view.members.iter().map(peer).collect()
 }
 
 /// Hands the steps of one router to the thread until either leaves.

@@ -10,12 +10,14 @@ pub mod conformance;
 mod error;
 pub mod local;
 mod routes;
+mod step;
+pub mod tcp;
 
 pub use error::{ExchangeError, Fault, FaultKind, Phase, Reason};
 pub use routes::{Routes, RoutesError, View};
 
 use ids::{Epoch, Rank, StepId};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// One MoE layer of one step.
@@ -200,4 +202,9 @@ impl HostRows<'_> {
 /// Which ranks take part: all of a view but the masked ones.
 pub(crate) fn active_ranks(view: &View) -> impl Iterator<Item = Rank> + '_ {
     (0..view.ranks).map(Rank).filter(|rank| view.active[rank.index()])
+}
+
+/// A thread that panicked while it held one of the locks here left whole values behind.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

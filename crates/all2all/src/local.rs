@@ -7,18 +7,12 @@
 //!
 //! One slot per phase is enough: a rank sends layer `l + 1` only after it has all results of layer `l`,
 //! and its peer sent those only after it had emptied the slot.
-//!
-//! ```text
-//!           begin_step                 dispatch_send ... combine_recv
-//!   idle ───────────────▶ step, between layers ◀──────▶ step, in a layer
-//!    ▲                          │                             │
-//!    └──────── end_step ────────┘                             │  end_step, begin_step
-//!   any of them ── fault, abort, call out of order ──▶ faulted ◀┘  (until reconfigure)
-//! ```
 
 use crate::error::{ExchangeError, Fault, FaultKind, Phase, Reason};
+use crate::step::{At, Halt, State, Step};
 use crate::{
     Aborter, AllToAll, Arrived, HostRows, LayerKey, Pending, Sent, StepOutcome, View, active_ranks,
+    lock,
 };
 use ids::{Epoch, Rank, StepId};
 use std::collections::BTreeMap;
@@ -28,7 +22,7 @@ use std::time::{Duration, Instant};
 mod inbox;
 mod layer;
 
-use inbox::{Group, Parcel, Stop, lock};
+use inbox::{Group, Parcel, Stop};
 use layer::Layer;
 
 /// Where the ranks of a process find each other.
@@ -127,38 +121,6 @@ pub struct Local {
     layer: Layer,
 }
 
-enum State {
-    Idle,
-    Step(Step),
-    /// A fault stays until the next view.
-    Faulted(Fault),
-}
-
-/// The step that is open.
-#[derive(Clone, Copy)]
-struct Step {
-    id: StepId,
-    deadline: Instant,
-    at: At,
-}
-
-/// Where a step stands.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum At {
-    /// After so many MoE layers, or rather after this one.
-    Between(u16),
-    Layer(u16, Phase),
-}
-
-impl Step {
-    fn place(&self) -> (u16, Phase) {
-        match self.at {
-            At::Between(layer) => (layer, Phase::Combine),
-            At::Layer(layer, phase) => (layer, phase),
-        }
-    }
-}
-
 impl Local {
     /// Records the fault of the step and tells the peers, so that none waits for its deadline.
     fn fault(
@@ -184,23 +146,12 @@ impl Local {
 
     /// The step that is open and stands where this call belongs; any other call abandons it.
     fn running(&mut self, key: LayerKey, at: Option<At>) -> Result<Step, ExchangeError> {
-        match &self.state {
-            State::Faulted(fault) => Err(ExchangeError::Faulted(fault.clone())),
-            State::Step(step)
-                if step.id == key.step
-                    && at.map_or(matches!(step.at, At::Between(_)), |at| at == step.at) =>
-            {
-                Ok(*step)
+        self.state.running(key, at).map_err(|halt| match halt {
+            Halt::Faulted(fault) => ExchangeError::Faulted(fault),
+            Halt::Abandoned(place) => {
+                self.faulted(FaultKind::Aborted(Reason::Abandoned), vec![], place)
             }
-            State::Step(step) => {
-                let place = step.place();
-                Err(self.faulted(FaultKind::Aborted(Reason::Abandoned), vec![], place))
-            }
-            State::Idle => {
-                let place = (key.layer, Phase::Dispatch);
-                Err(self.faulted(FaultKind::Aborted(Reason::Abandoned), vec![], place))
-            }
-        }
+        })
     }
 
     /// Swaps the packed parcels into the slots of their destinations.

@@ -12,6 +12,9 @@
 //!                                               └── lost, joined or faulty step ────┘
 //! ```
 //!
+//! A new leader starts in `Adopting`: the view that stands in the store goes on as it is once its
+//! members have registered again.
+//!
 //! A view is tried under a new epoch each time, so what belongs to an abandoned attempt is known by
 //! its epoch and changes nothing. Preparing is also how a suspect is confirmed: whoever fails to
 //! prepare is no member any more.
@@ -42,6 +45,8 @@ pub struct Settings {
     pub workers_expected: u16,
     /// Longest wait for them, from the first registration on; then those present must do.
     pub assemble_max: Duration,
+    /// How long a new leader waits for the members of the view that stands.
+    pub adopt_max: Duration,
     /// Copies of every expert beyond the first, as far as there are ranks for them.
     pub redundancy: u16,
 }
@@ -62,6 +67,10 @@ pub struct Hello {
     pub shape: Shape,
     pub kv: KvPools,
     pub context_tokens: u32,
+    /// `host:port` of its exchange between processes; empty if it exchanges within one only.
+    pub exchange: String,
+    /// The newest epoch it knows. Epochs do not go back, even if the store has lost its data.
+    pub epoch: Epoch,
 }
 
 /// What happened.

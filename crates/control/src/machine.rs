@@ -2,7 +2,7 @@
 
 use crate::{Cause, Change, Hello, Input, Output, Settings};
 use ids::{Epoch, WorkerId};
-use placement::{Load, View, Window};
+use placement::{Load, Member, View, Window};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +15,11 @@ const STORE_RETRY: Duration = Duration::from_millis(500);
 /// Where the machine stands.
 #[derive(Debug)]
 pub(crate) enum Phase {
+    /// A view stands in the store from before: its members are waited for until then.
+    Adopting {
+        view: Arc<View>,
+        until: Duration,
+    },
     /// Waits for workers; `since` the first one came.
     Assembling {
         since: Option<Duration>,
@@ -52,15 +57,25 @@ pub struct Control {
 }
 
 impl Control {
-    /// `last` is the epoch that stands in the store; epochs go on from there.
+    /// `stands` is the view that the store holds. If its members register again in time it goes on as
+    /// it is: a new leader changes nothing that works.
     #[must_use]
-    pub fn new(settings: Settings, last: Epoch) -> Self {
+    pub fn new(settings: Settings, now: Duration, stands: Option<View>) -> Self {
+        let (epoch, phase, next_worker) = match stands {
+            Some(view) => {
+                let ids = view.members.iter().map(|member| member.worker.0 + 1);
+                let next_worker = ids.max().unwrap_or(0);
+                let until = now + settings.adopt_max;
+                (view.epoch, Phase::Adopting { view: Arc::new(view), until }, next_worker)
+            }
+            None => (Epoch(0), Phase::Assembling { since: None }, 0),
+        };
         Self {
             settings,
-            epoch: last,
-            next_worker: 0,
+            epoch,
+            next_worker,
             members: BTreeMap::new(),
-            phase: Phase::Assembling { since: None },
+            phase,
             committed: None,
             overtaken: None,
             draining: BTreeSet::new(),
@@ -73,6 +88,7 @@ impl Control {
     #[must_use]
     pub fn deadline(&self) -> Option<Duration> {
         match &self.phase {
+            Phase::Adopting { until, .. } => Some(*until),
             Phase::Assembling { since } => since.map(|since| since + self.settings.assemble_max),
             Phase::Committing { retry, .. } => *retry,
             Phase::Preparing { .. } | Phase::Serving => None,
@@ -104,6 +120,7 @@ impl Control {
                     Phase::Serving if is_current => self.plan(now, Cause::Fault { text, suspects }),
                     // A newer view is on its way already, or the news is old.
                     Phase::Serving
+                    | Phase::Adopting { .. }
                     | Phase::Assembling { .. }
                     | Phase::Preparing { .. }
                     | Phase::Committing { .. } => Vec::new(),
@@ -138,11 +155,12 @@ impl Control {
         if let Some(reason) = self.refusal(&hello) {
             return vec![Output::Refuse { incarnation: hello.incarnation, reason }];
         }
-        let worker = WorkerId(self.next_worker);
-        self.next_worker += 1;
+        self.epoch = self.epoch.max(hello.epoch);
+        let worker = self.id_of(&hello);
         let mut outputs = vec![Output::Welcome { incarnation: hello.incarnation.clone(), worker }];
         self.members.insert(worker, hello);
         match &mut self.phase {
+            Phase::Adopting { .. } => outputs.extend(self.adopt(now)),
             Phase::Assembling { since } => {
                 since.get_or_insert(now);
                 outputs.extend(self.assemble(now));
@@ -151,6 +169,43 @@ impl Control {
             Phase::Preparing { .. } | Phase::Committing { .. } => {
                 self.overtaken.get_or_insert(Cause::Joined(worker));
             }
+        }
+        outputs
+    }
+
+    /// A member of the view that is being adopted keeps its id.
+    fn id_of(&mut self, hello: &Hello) -> WorkerId {
+        if let Phase::Adopting { view, .. } = &self.phase {
+            let known = view.members.iter().find(|m| m.incarnation == hello.incarnation);
+            if let Some(member) = known {
+                return member.worker;
+            }
+        }
+        let worker = WorkerId(self.next_worker);
+        self.next_worker += 1;
+        worker
+    }
+
+    /// Goes on with the view that stands as soon as all its members are here; when the time is over,
+    /// with those that are.
+    fn adopt(&mut self, now: Duration) -> Vec<Output> {
+        let Phase::Adopting { view, until } = &self.phase else { return Vec::new() };
+        let (view, until) = (Arc::clone(view), *until);
+        let is_here = |member: &&Member| self.members.contains_key(&member.worker);
+        let missing = view.members.iter().find(|member| !is_here(member)).map(|m| m.worker);
+        if missing.is_some() && now < until {
+            return Vec::new();
+        }
+        self.committed = Some(Arc::clone(&view));
+        if let Some(worker) = missing {
+            let evidence = "it did not register with the new leader in time".into();
+            return self.plan(now, Cause::Lost { worker, evidence });
+        }
+        self.phase = Phase::Serving;
+        let mut outputs = vec![Output::Publish { view: Arc::clone(&view) }];
+        let newcomer = self.members.keys().find(|worker| !has(&view, **worker)).copied();
+        if let Some(worker) = newcomer {
+            outputs.extend(self.plan(now, Cause::Joined(worker)));
         }
         outputs
     }
@@ -187,6 +242,8 @@ impl Control {
                 }
                 return Vec::new();
             }
+            // It may come back in time, under the same id.
+            Phase::Adopting { .. } => return Vec::new(),
             Phase::Preparing { view, .. } => has(view, worker),
             Phase::Committing { view, .. } => {
                 // The write is on its way; the next view follows its answer.
@@ -253,12 +310,16 @@ impl Control {
         self.epoch = self.epoch.max(found);
         match &self.phase {
             Phase::Committing { .. } => self.plan(now, Cause::Superseded),
-            Phase::Assembling { .. } | Phase::Preparing { .. } | Phase::Serving => Vec::new(),
+            Phase::Adopting { .. }
+            | Phase::Assembling { .. }
+            | Phase::Preparing { .. }
+            | Phase::Serving => Vec::new(),
         }
     }
 
     fn tick(&mut self, now: Duration) -> Vec<Output> {
         match &mut self.phase {
+            Phase::Adopting { .. } => self.adopt(now),
             Phase::Assembling { .. } => self.assemble(now),
             Phase::Committing { view, retry } if retry.is_some_and(|at| at <= now) => {
                 *retry = None;
@@ -277,7 +338,7 @@ impl Control {
             return Vec::new();
         }
         match &self.phase {
-            Phase::Assembling { .. } => self.dismiss_drained(),
+            Phase::Adopting { .. } | Phase::Assembling { .. } => self.dismiss_drained(),
             Phase::Serving => self.plan(now, Cause::Drained(worker)),
             Phase::Preparing { .. } | Phase::Committing { .. } => {
                 self.overtaken.get_or_insert(Cause::Drained(worker));
@@ -289,6 +350,9 @@ impl Control {
     fn drain_refusal(&self, worker: WorkerId) -> Option<String> {
         if !self.members.contains_key(&worker) {
             return Some(format!("{worker} is no member"));
+        }
+        if let Phase::Adopting { .. } = self.phase {
+            return Some("a new leader is waiting for the members; try again".into());
         }
         let stays = |other: &&WorkerId| **other != worker && !self.draining.contains(other);
         match self.members.keys().find(stays) {

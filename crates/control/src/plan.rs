@@ -79,6 +79,7 @@ impl Control {
             device: hello.device.clone(),
             kv: hello.kv,
             context_tokens: hello.context_tokens,
+            exchange: hello.exchange.clone(),
         };
         let first = order.first().expect("a view has members").1;
         let (shape, profile, model) = (first.shape, first.profile.clone(), first.model.clone());

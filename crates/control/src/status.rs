@@ -7,6 +7,7 @@ use ids::{Epoch, Rank, WorkerId};
 /// Which phase, without its data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PhaseName {
+    Adopting,
     Assembling,
     Preparing,
     Committing,
@@ -56,6 +57,7 @@ impl Control {
     #[must_use]
     pub fn status(&self) -> Status {
         let phase = match &self.phase {
+            Phase::Adopting { .. } => PhaseName::Adopting,
             Phase::Assembling { .. } => PhaseName::Assembling,
             Phase::Preparing { .. } => PhaseName::Preparing,
             Phase::Committing { .. } => PhaseName::Committing,
@@ -79,7 +81,10 @@ impl Control {
         });
         let is_waited_for = match &self.phase {
             Phase::Preparing { waiting, .. } => waiting.contains(&worker),
-            Phase::Assembling { .. } | Phase::Committing { .. } | Phase::Serving => false,
+            Phase::Adopting { .. }
+            | Phase::Assembling { .. }
+            | Phase::Committing { .. }
+            | Phase::Serving => false,
         };
         let state = match (is_waited_for, placed) {
             _ if self.draining.contains(&worker) => MemberState::Draining,

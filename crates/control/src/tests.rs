@@ -8,7 +8,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 fn settings(workers_expected: u16) -> Settings {
-    Settings { workers_expected, assemble_max: Duration::from_secs(10), redundancy: 1 }
+    Settings {
+        workers_expected,
+        assemble_max: Duration::from_secs(10),
+        adopt_max: Duration::from_secs(3),
+        redundancy: 1,
+    }
 }
 
 fn hello(name: &str) -> Hello {
@@ -22,7 +27,13 @@ fn hello(name: &str) -> Hello {
         shape: Shape { moe_layers: 2, experts: 4 },
         kv: KvPools { block_tokens: 16, full_blocks: 8, chunked_blocks: 8, chunk_tokens: Some(64) },
         context_tokens: 128,
+        exchange: String::new(),
+        epoch: Epoch(0),
     }
+}
+
+fn start(workers_expected: u16) -> Control {
+    Control::new(settings(workers_expected), Duration::ZERO, None)
 }
 
 /// `w0 r0 of n3[w0 w1]`: short enough to read many of them.
@@ -68,7 +79,7 @@ fn serving() -> Control {
 }
 
 fn serving_with(settings: Settings) -> Control {
-    let mut control = Control::new(settings, Epoch(0));
+    let mut control = Control::new(settings, Duration::ZERO, None);
     for input in [
         Input::Hello(hello("a")),
         Input::Hello(hello("b")),
@@ -84,25 +95,25 @@ fn serving_with(settings: Settings) -> Control {
 
 #[test]
 fn first_view_waits_for_all_then_counts_once_stored() {
-    let mut control = Control::new(settings(2), Epoch(7));
+    let mut control = start(2);
     check(
         &mut control,
         vec![
             (0, Input::Hello(hello("a"))),
             (1, Input::Hello(hello("b"))),
-            (2, prepared(8, 1)),
-            (2, prepared(8, 1)),
-            (3, prepared(8, 0)),
-            (4, Input::Stored { epoch: Epoch(8) }),
-            (9, Input::FirstToken { epoch: Epoch(8) }),
+            (2, prepared(1, 1)),
+            (2, prepared(1, 1)),
+            (3, prepared(1, 0)),
+            (4, Input::Stored { epoch: Epoch(1) }),
+            (9, Input::FirstToken { epoch: Epoch(1) }),
         ],
         &[
             "welcome a as w0",
             "welcome b as w1",
-            "prepare w0 as r0 of n8[w0 w1]",
-            "prepare w1 as r1 of n8[w0 w1]",
-            "store n8[w0 w1]",
-            "publish n8[w0 w1]",
+            "prepare w0 as r0 of n1[w0 w1]",
+            "prepare w1 as r1 of n1[w0 w1]",
+            "store n1[w0 w1]",
+            "publish n1[w0 w1]",
         ],
     );
     let status = control.status();
@@ -112,13 +123,13 @@ fn first_view_waits_for_all_then_counts_once_stored() {
         let (prepare, commit, first) = (s(c.prepare), s(c.commit), s(c.first_token));
         write!(line, "{} {} {prepare} {commit} {first}", c.epoch, c.cause).unwrap();
     }
-    assert_eq!(line, "n8 start 2 1 8");
+    assert_eq!(line, "n1 start 2 1 8");
     assert_eq!(status.members.iter().map(|m| m.experts).collect::<Vec<_>>(), [8, 8]);
 }
 
 #[test]
 fn late_workers_are_not_waited_for_for_ever() {
-    let mut control = Control::new(settings(3), Epoch(0));
+    let mut control = start(3);
     check(
         &mut control,
         vec![(5, Input::Hello(hello("a"))), (14, Input::Tick)],
@@ -273,6 +284,63 @@ fn registering_again_keeps_the_id() {
     check(&mut serving(), vec![(5, Input::Hello(hello("b")))], &["welcome b as w1"]);
 }
 
+/// The view of `serving`, as the store holds it.
+fn stands() -> View {
+    (**serving().committed.as_ref().unwrap()).clone()
+}
+
+#[test]
+fn new_leader_goes_on_with_the_view_that_stands() {
+    let mut control = Control::new(settings(2), Duration::from_secs(5), Some(stands()));
+    assert_eq!(control.deadline(), Some(Duration::from_secs(8)));
+    check(
+        &mut control,
+        vec![
+            (6, Input::Hello(hello("b"))),
+            (6, Input::Hello(hello("c"))),
+            (7, Input::Hello(hello("a"))),
+        ],
+        &[
+            "welcome b as w1",
+            "welcome c as w2",
+            "welcome a as w0",
+            "publish n1[w0 w1]",
+            "prepare w0 as r0 of n2[w0 w1 w2]",
+            "prepare w1 as r1 of n2[w0 w1 w2]",
+            "prepare w2 as r2 of n2[w0 w1 w2]",
+        ],
+    );
+}
+
+#[test]
+fn new_leader_replaces_members_that_do_not_come() {
+    let mut control = Control::new(settings(2), Duration::from_secs(5), Some(stands()));
+    check(
+        &mut control,
+        vec![(6, Input::Hello(hello("b"))), (7, Input::Tick), (8, Input::Tick)],
+        &["welcome b as w1", "prepare w1 as r0 of n2[w1]"],
+    );
+    let mut alone = Control::new(settings(2), Duration::from_secs(5), Some(stands()));
+    check(&mut alone, vec![(8, Input::Tick), (9, Input::Hello(hello("d")))], &["welcome d as w2"]);
+    assert_eq!(alone.status().phase, PhaseName::Assembling);
+}
+
+#[test]
+fn epochs_do_not_go_back_with_a_store_that_lost_its_data() {
+    let mut control = start(2);
+    let veteran = Hello { epoch: Epoch(40), ..hello("a") };
+    check(
+        &mut control,
+        vec![(0, Input::Hello(veteran)), (0, Input::Hello(hello("b")))],
+        &[
+            "welcome a as w0",
+            "welcome b as w1",
+            "prepare w0 as r0 of n41[w0 w1]",
+            "prepare w1 as r1 of n41[w0 w1]",
+        ],
+    );
+}
+
 #[test]
 fn last_worker_lost_waits_for_workers() {
     let mut control = serving();
@@ -380,7 +448,7 @@ proptest! {
         dice in proptest::collection::vec(any::<u32>(), 1..200),
     ) {
         let (mut world, mut now) = (World::default(), Duration::ZERO);
-        let mut control = Control::new(settings(3), Epoch(0));
+        let mut control = start(3);
         for dice in dice {
             now += Duration::from_millis(u64::from(dice % 1000));
             world.random(&mut control, now, dice);

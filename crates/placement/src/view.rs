@@ -30,6 +30,8 @@ pub struct Member {
     pub kv: KvPools,
     /// Longest sequence it can hold.
     pub context_tokens: u32,
+    /// `host:port` of its exchange between processes; empty if it exchanges within one only.
+    pub exchange: String,
 }
 
 /// Epoch, ranks, placement and numeric profile; immutable, replaced whole.

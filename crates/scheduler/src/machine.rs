@@ -63,6 +63,63 @@ impl Scheduler {
         })
     }
 
+    /// Moves to the ranks of another view. `kept[new]` names the old rank whose KV memory rank `new`
+    /// still has, blocks and all: its sequences go on where they are. Those of ranks that nobody
+    /// kept wait at the front of the queue, oldest first, and are computed again from their tokens.
+    ///
+    /// If the longest possible sequence changes, no sequence is taken over: submit them again, as
+    /// far as [`Self::has`] does not know them.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`] as for [`Self::new`].
+    ///
+    /// # Panics
+    ///
+    /// If a step is in flight, or `kept` does not fit the ranks.
+    pub fn reconfigure(
+        mut self,
+        config: Config,
+        kept: &[Option<usize>],
+    ) -> Result<Self, ConfigError> {
+        assert!(self.in_flight.is_none(), "ranks change while a step is in flight");
+        assert_eq!(kept.len(), config.pools.len(), "one entry per new rank");
+        let mut next = Self::new(config)?;
+        next.preemptions = self.preemptions;
+        if next.context_tokens != self.context_tokens {
+            return Ok(next);
+        }
+        next.arrivals = self.arrivals;
+        let mut old: Vec<Option<RankState>> = self.ranks.drain(..).map(Some).collect();
+        for (rank, kept) in next.ranks.iter_mut().zip(kept) {
+            let Some(kept) = kept else { continue };
+            let state = old[*kept].take_if(|state| state.kv() == rank.kv());
+            if let Some(state) = state {
+                *rank = state;
+            }
+        }
+        let mut homeless: Vec<Sequence> =
+            old.into_iter().flatten().flat_map(RankState::into_waiting).collect();
+        homeless.sort_by_key(|sequence| sequence.born);
+        next.queue.extend(homeless);
+        next.queue.append(&mut self.queue);
+        Ok(next)
+    }
+
+    /// Ends every sequence that is not wanted any more. Only while no step is in flight.
+    pub fn retain(&mut self, wanted: impl Fn(SeqId) -> bool) {
+        self.queue.retain(|sequence| wanted(sequence.id));
+        for rank in &mut self.ranks {
+            rank.retain(&wanted);
+        }
+    }
+
+    /// Whether the sequence is here, running or waiting.
+    #[must_use]
+    pub fn has(&self, id: SeqId) -> bool {
+        self.queue.iter().any(|s| s.id == id) || self.ranks.iter().any(|rank| rank.has(id))
+    }
+
     /// The longest sequence, prompt and output: the model's context or what the smallest rank can
     /// hold. Nothing is scheduled beyond it.
     #[must_use]
@@ -205,9 +262,5 @@ impl Scheduler {
 
     fn queued(&self) -> u32 {
         u32::try_from(self.queue.len()).expect("the queue is bounded")
-    }
-
-    fn has(&self, id: SeqId) -> bool {
-        self.queue.iter().any(|s| s.id == id) || self.ranks.iter().any(|rank| rank.has(id))
     }
 }

@@ -239,6 +239,19 @@ impl RankState {
         self.drop_running(|sequence| sequence.id == id);
     }
 
+    /// Ends the running sequences that are not wanted. Only while no step is in flight.
+    pub(crate) fn retain(&mut self, wanted: impl Fn(SeqId) -> bool) {
+        self.drop_running(|sequence| !wanted(sequence.id));
+    }
+
+    /// Its sequences, without their blocks: the rank is gone.
+    pub(crate) fn into_waiting(mut self) -> impl Iterator<Item = Sequence> {
+        for sequence in &mut self.running {
+            sequence.release(&mut self.full, &mut self.chunked);
+        }
+        self.running.into_iter()
+    }
+
     /// Marks a running sequence, which then ends with the step in flight.
     pub(crate) fn doom(&mut self, id: SeqId) {
         for sequence in self.running.iter_mut().filter(|sequence| sequence.id == id) {

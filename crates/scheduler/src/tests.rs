@@ -272,3 +272,55 @@ fn second_step_in_flight_is_a_bug_of_the_caller() {
     assert!(scheduler.plan(StepId(0), &mut Plan::new()));
     scheduler.plan(StepId(1), &mut Plan::new());
 }
+
+/// Plans and commits until the scheduler has nothing to do; every sampled token is 7.
+fn finish(scheduler: &mut Scheduler) -> Vec<String> {
+    let (mut plan, mut lines) = (Plan::new(), Vec::new());
+    while scheduler.plan(StepId(lines.len() as u64), &mut plan) {
+        lines.push(text(&plan));
+        let slices = plan.ranks.iter().flatten().filter(|slice| slice.samples);
+        let sampled: Vec<_> = slices.map(|slice| (slice.sequence, 7)).collect();
+        scheduler.commit(&sampled);
+    }
+    lines
+}
+
+#[test]
+fn lost_rank_s_sequences_start_over_and_the_others_go_on() {
+    let ranks = [pools(16, 8), pools(16, 8)];
+    let mut scheduler = Scheduler::new(config(&ranks, 16)).unwrap();
+    for id in 1..=3 {
+        scheduler.submit(sequence(id, 6, 3)).unwrap();
+    }
+    let mut plan = Plan::new();
+    assert!(scheduler.plan(StepId(0), &mut plan));
+    scheduler.commit(&[(SeqId(1), 7), (SeqId(2), 7), (SeqId(3), 7)]);
+    assert!(scheduler.plan(StepId(1), &mut plan));
+    let before = text(&plan);
+    assert_eq!(
+        before,
+        "r0: q1 6..7 b0 b2 | 0: b0 b2 *, q3 6..7 b1 b3 | 0: b1 b3 *; r1: q2 6..7 b0 b1 | 0: b0 b1 *"
+    );
+    scheduler.abort();
+
+    // Old rank 1 becomes rank 0, old rank 0 is gone, rank 1 is new.
+    let mut next = scheduler.reconfigure(config(&ranks, 16), &[Some(1), None]).unwrap();
+    assert!(next.plan(StepId(2), &mut plan));
+    // q1 and q3 have 6 prompt tokens and the sampled one to compute again.
+    assert_eq!(
+        text(&plan),
+        "r0: q2 6..7 b0 b1 | 0: b0 b1 *, q3 0..7 b2 b3 | 0: b2 b3 *; r1: q1 0..7 b0 b1 | 0: b0 b1 *"
+    );
+    next.abort();
+    next.retain(|id| id != SeqId(3));
+    assert!(next.has(SeqId(1)) && !next.has(SeqId(3)));
+    assert_eq!(finish(&mut next).len(), 2);
+}
+
+#[test]
+fn another_context_takes_no_sequence_over() {
+    let mut scheduler = Scheduler::new(config(&[pools(8, 4)], 16)).unwrap();
+    scheduler.submit(sequence(1, 6, 3)).unwrap();
+    let next = scheduler.reconfigure(config(&[pools(6, 4)], 16), &[Some(0)]).unwrap();
+    assert!(!next.has(SeqId(1)));
+}

@@ -1,109 +1,151 @@
 //! The store of a cluster that lives in one process: gone with it.
 
-use crate::{BoxFuture, Entry, Revision, Store, StoreError, Swap, VALUE_BYTES_MAX};
+use crate::{
+    BoxFuture, BoxStream, Entry, LeaseId, Revision, Store, StoreError, Swap, VALUE_BYTES_MAX, Write,
+};
 use std::collections::BTreeMap;
+use std::future::ready;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::watch;
+
+/// How long a watcher sleeps at most before it looks for expired leases.
+const EXPIRY_LOOK: Duration = Duration::from_millis(100);
 
 /// An in-memory store; clones share it.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Memory {
     state: Arc<Mutex<State>>,
+    changed: watch::Sender<u64>,
 }
 
 #[derive(Debug, Default)]
 struct State {
     revision: u64,
-    entries: BTreeMap<String, Entry>,
+    entries: BTreeMap<String, (Entry, Option<LeaseId>)>,
+    leases: BTreeMap<LeaseId, (Duration, Instant)>,
+    next_lease: i64,
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Memory {
     /// An empty store.
     #[must_use]
     pub fn new() -> Self {
-        Self::default()
+        Self { state: Arc::default(), changed: watch::channel(0).0 }
     }
 
-    fn swap_now(
-        &self,
-        key: &str,
-        expected: Option<Revision>,
-        value: Vec<u8>,
-    ) -> Result<Swap, StoreError> {
-        if VALUE_BYTES_MAX < value.len() {
-            return Err(StoreError::TooLarge { key: key.to_owned(), bytes: value.len() });
+    /// Works on the state after expired leases are gone, and wakes the watchers of what changed.
+    fn with<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
+        // Every change is one insert or removal, so a panic elsewhere leaves nothing half done.
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = state.revision;
+        state.expire(Instant::now());
+        let result = work(&mut state);
+        let after = state.revision;
+        drop(state);
+        if before != after {
+            self.changed.send_replace(after);
         }
-        let mut state = self.lock();
-        let found = state.entries.get(key);
+        result
+    }
+}
+
+impl State {
+    fn expire(&mut self, now: Instant) {
+        let gone: Vec<LeaseId> =
+            self.leases.iter().filter(|(_, (_, end))| *end <= now).map(|(id, _)| *id).collect();
+        for lease in gone {
+            self.end(lease);
+        }
+    }
+
+    fn end(&mut self, lease: LeaseId) {
+        self.leases.remove(&lease);
+        let before = self.entries.len();
+        self.entries.retain(|_, (_, held)| *held != Some(lease));
+        if self.entries.len() != before {
+            self.revision += 1;
+        }
+    }
+
+    fn swap(&mut self, write: Write) -> Result<Swap, StoreError> {
+        let Write { key, expected, value, lease, guard } = write;
+        if VALUE_BYTES_MAX < value.len() {
+            return Err(StoreError::TooLarge { key, bytes: value.len() });
+        }
+        if lease.is_some_and(|lease| !self.leases.contains_key(&lease)) {
+            return Err(StoreError::LeaseGone);
+        }
+        let created = |key: &str| self.entries.get(key).map(|(entry, _)| entry.created);
+        if guard.is_some_and(|guard| created(&guard.key) != Some(guard.created)) {
+            return Ok(Swap::Fenced);
+        }
+        let found = self.entries.get(&key).map(|(entry, _)| entry);
         if found.map(|entry| entry.revision) != expected {
             return Ok(Swap::Lost(found.cloned()));
         }
-        state.revision += 1;
-        let revision = Revision(state.revision);
-        state.entries.insert(key.to_owned(), Entry { value, revision });
+        self.revision += 1;
+        let revision = Revision(self.revision);
+        let created = found.map_or(revision, |entry| entry.created);
+        self.entries.insert(key, (Entry { value, revision, created }, lease));
         Ok(Swap::Done(revision))
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
-        // Every change is one insert, so a panic elsewhere leaves nothing half done.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Store for Memory {
     fn get(&self, key: &str) -> BoxFuture<'_, Result<Option<Entry>, StoreError>> {
-        let entry = self.lock().entries.get(key).cloned();
-        Box::pin(std::future::ready(Ok(entry)))
+        let entry = self.with(|state| state.entries.get(key).map(|(entry, _)| entry.clone()));
+        Box::pin(ready(Ok(entry)))
     }
 
-    fn swap(
-        &self,
-        key: &str,
-        expected: Option<Revision>,
-        value: Vec<u8>,
-    ) -> BoxFuture<'_, Result<Swap, StoreError>> {
-        Box::pin(std::future::ready(self.swap_now(key, expected, value)))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn only_one_of_two_writers_wins() {
-        let store = Memory::new();
-        assert_eq!(store.get("/view").await, Ok(None));
-        let Ok(Swap::Done(first)) = store.swap("/view", None, vec![1]).await else {
-            panic!("nobody else writes")
-        };
-        let stands = Entry { value: vec![1], revision: first };
-        assert_eq!(store.swap("/view", None, vec![2]).await, Ok(Swap::Lost(Some(stands.clone()))));
-        assert_eq!(store.get("/view").await, Ok(Some(stands)));
-
-        let Ok(Swap::Done(second)) = store.swap("/view", Some(first), vec![3]).await else {
-            panic!("the revision is the one that stands")
-        };
-        assert!(first < second);
-        let late = store.swap("/view", Some(first), vec![4]).await;
-        assert_eq!(late, Ok(Swap::Lost(Some(Entry { value: vec![3], revision: second }))));
+    fn swap(&self, write: Write) -> BoxFuture<'_, Result<Swap, StoreError>> {
+        Box::pin(ready(self.with(|state| state.swap(write))))
     }
 
-    #[tokio::test]
-    async fn revisions_of_different_keys_never_match_by_accident() {
-        let store = Memory::new();
-        let Ok(Swap::Done(a)) = store.swap("/a", None, vec![]).await else { panic!() };
-        let Ok(Swap::Done(b)) = store.swap("/b", None, vec![]).await else { panic!() };
-        assert_ne!(a, b);
+    fn grant(&self, ttl: Duration) -> BoxFuture<'_, Result<(LeaseId, Duration), StoreError>> {
+        let lease = self.with(|state| {
+            state.next_lease += 1;
+            let lease = LeaseId(state.next_lease);
+            state.leases.insert(lease, (ttl, Instant::now() + ttl));
+            lease
+        });
+        Box::pin(ready(Ok((lease, ttl))))
     }
 
-    #[tokio::test]
-    async fn value_too_large_is_refused_by_name() {
-        let store = Memory::new();
-        let error = store.swap("/view", None, vec![0; VALUE_BYTES_MAX + 1]).await.unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "the value of /view has 1048577 bytes, a store takes 1048576"
-        );
-        assert_eq!(store.get("/view").await, Ok(None));
+    fn keep_alive(&self, lease: LeaseId) -> BoxFuture<'_, Result<(), StoreError>> {
+        let result = self.with(|state| match state.leases.get_mut(&lease) {
+            Some((ttl, end)) => {
+                *end = Instant::now() + *ttl;
+                Ok(())
+            }
+            None => Err(StoreError::LeaseGone),
+        });
+        Box::pin(ready(result))
+    }
+
+    fn revoke(&self, lease: LeaseId) -> BoxFuture<'_, Result<(), StoreError>> {
+        self.with(|state| state.end(lease));
+        Box::pin(ready(Ok(())))
+    }
+
+    fn watch(&self, key: &str) -> BoxStream<'static, Option<Entry>> {
+        let seen = (self.clone(), self.changed.subscribe(), key.to_owned(), None);
+        Box::pin(futures::stream::unfold(seen, |(store, mut changed, key, last)| async move {
+            loop {
+                changed.mark_unchanged();
+                let now = store.with(|state| state.entries.get(&key).map(|(e, _)| e.clone()));
+                if last.as_ref() != Some(&now) {
+                    return Some((now.clone(), (store, changed, key, Some(now))));
+                }
+                // Both a change and the end of the time are reasons to look again.
+                let _look = tokio::time::timeout(EXPIRY_LOOK, changed.changed()).await;
+            }
+        }))
     }
 }

@@ -6,7 +6,7 @@ use super::{
     journal::Record,
     link::{Links, Remedy, StepFailure},
     report::{self, Reporter},
-    watch::Target,
+    watch::{Peer, Target},
 };
 use ids::{SeqId, StepId};
 use metrics::{counter, gauge, histogram};
@@ -52,6 +52,8 @@ pub(super) struct Engine {
     reporter: Reporter,
     shared: Arc<Shared>,
     live: BTreeMap<SeqId, Live>,
+    /// What the last session left behind: whose KV memory holds what.
+    left: Option<(Target, Scheduler)>,
     next_sequence: SeqId,
     next_step: StepId,
     retry_pause: Duration,
@@ -72,6 +74,7 @@ impl Engine {
             views,
             shared,
             live: BTreeMap::new(),
+            left: None,
             next_sequence: SeqId(0),
             next_step: StepId(1),
             retry_pause: RETRY_FIRST,
@@ -84,6 +87,7 @@ impl Engine {
                 self.shared.ready.store(true, Ordering::SeqCst);
                 self.serve(&mut session).await;
                 self.shared.ready.store(false, Ordering::SeqCst);
+                self.left = Some((session.target, session.scheduler));
             }
         }
     }
@@ -112,8 +116,25 @@ impl Engine {
         }
     }
 
-    /// A scheduler over the view's pools, with every live sequence of the journal.
+    /// A session with every live sequence of the journal. Those whose rank still holds their KV
+    /// memory go on, the others are prefilled again.
     fn session(&mut self, target: Target, links: Links) -> Result<Session, String> {
+        let scheduler = self
+            .scheduler(&target)
+            .map_err(|error| format!("the view {} cannot be served: {error}", target.epoch))?;
+        self.shared.context_tokens.store(scheduler.context_tokens(), Ordering::SeqCst);
+        self.shared.epoch.store(target.epoch.0, Ordering::SeqCst);
+        let preemptions = scheduler.stats().preemptions;
+        let kept = scheduler.stats().running;
+        let plan = Plan::new();
+        let mut session = Session { target, links, scheduler, plan, preemptions, committed: 0 };
+        self.resubmit(&mut session.scheduler);
+        let epoch = session.target.epoch;
+        tracing::info!(%epoch, sequences = self.live.len(), kept, "serving");
+        Ok(session)
+    }
+
+    fn scheduler(&mut self, target: &Target) -> Result<Scheduler, scheduler::ConfigError> {
         let config = Config {
             pools: target.peers.iter().map(|peer| peer.kv).collect(),
             step_tokens: self.config.step_tokens,
@@ -122,20 +143,21 @@ impl Engine {
             queue_max: u32::MAX,
             context_tokens: target.context_tokens,
         };
-        let scheduler = Scheduler::new(config)
-            .map_err(|error| format!("the view {} cannot be served: {error}", target.epoch))?;
-        self.shared.context_tokens.store(scheduler.context_tokens(), Ordering::SeqCst);
-        self.shared.epoch.store(target.epoch.0, Ordering::SeqCst);
-        tracing::info!(epoch = %target.epoch, sequences = self.live.len(), "serving");
-        let plan = Plan::new();
-        let mut session = Session { target, links, scheduler, plan, preemptions: 0, committed: 0 };
-        self.resubmit(&mut session.scheduler);
-        Ok(session)
+        let Some((before, scheduler)) = self.left.take() else { return Scheduler::new(config) };
+        let old_rank = |peer: &Peer| before.peers.iter().position(|old| old.is_same_process(peer));
+        let kept: Vec<Option<usize>> = target.peers.iter().map(old_rank).collect();
+        let mut scheduler = scheduler.reconfigure(config, &kept)?;
+        // Clients may have left while no view was served.
+        scheduler.retain(|id| self.live.contains_key(&id));
+        Ok(scheduler)
     }
 
     fn resubmit(&mut self, scheduler: &mut Scheduler) {
         let mut lost = Vec::new();
         for (&id, live) in &self.live {
+            if scheduler.has(id) {
+                continue;
+            }
             if let Err(error) = scheduler.submit(live.record.resume(id)) {
                 lost.push((id, error.to_string()));
             }

@@ -119,6 +119,34 @@ async fn dropped_stream_is_computed_by_one_more_step_at_most() {
 }
 
 #[tokio::test]
+async fn ranks_that_stay_compute_nothing_twice() {
+    let cluster = Cluster::start(2).await;
+    cluster.publish(1, 2, 512);
+    let engine = start(config(&cluster));
+    let mut positions = 0;
+    let mut streams = Vec::new();
+    for n in 0..12 {
+        let generate = Generate { tokens_max: 150, stop_tokens: vec![], ..generate(n) };
+        let (tokens, finish) = alone(&generate);
+        let stop = usize::from(matches!(finish, Finish::Stop { .. }));
+        // The last token is sampled but never computed.
+        positions += (generate.prompt.len() + tokens.len() + stop - 1) as u64;
+        streams.push(((tokens, finish), engine.submit(generate).await.unwrap()));
+    }
+    for epoch in 2..4 {
+        cluster.publish(epoch, 2, 512);
+        until("the view is served", || engine.status_json()["epoch"] == epoch).await;
+        assert_ne!(engine.status_json()["streams"], 0, "the view changes under load");
+        let last = cluster.script.last.load(Ordering::SeqCst);
+        until("steps go on", || last < cluster.script.last.load(Ordering::SeqCst)).await;
+    }
+    for (want, stream) in streams {
+        assert_eq!(collect(stream).await, want);
+    }
+    assert_eq!(cluster.script.tokens.load(Ordering::SeqCst), positions);
+}
+
+#[tokio::test]
 async fn scarce_memory_preempts_but_changes_no_token() {
     let cluster = Cluster::start(1).await;
     cluster.publish(1, 1, 20);

@@ -29,7 +29,16 @@ pub(super) struct Target {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Peer {
     pub(super) address: String,
+    /// Random per process start.
+    pub(super) incarnation: String,
     pub(super) kv: KvPools,
+}
+
+impl Peer {
+    /// Whether the other one's KV memory is this one's.
+    pub(super) fn is_same_process(&self, other: &Self) -> bool {
+        self.incarnation == other.incarnation && self.address == other.address
+    }
 }
 
 /// Follows the views in a task of its own, which ends with the receiver.
@@ -103,6 +112,7 @@ fn target_from_wire(wire: pb::View) -> Result<Target, proto::WireError> {
             .into_iter()
             .map(|member| Peer {
                 address: member.address,
+                incarnation: member.incarnation,
                 kv: KvPools {
                     block_tokens: member.kv.block_tokens,
                     full_blocks: member.kv.full_blocks,

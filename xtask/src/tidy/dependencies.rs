@@ -49,7 +49,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("proto", &["placement", "scheduler"]),
     ("router", &["model", "openai", "placement", "proto", "scheduler", "store", "telemetry"]),
     ("scheduler", &[]),
-    ("store", &[]),
+    ("store", &["telemetry"]),
     ("telemetry", &[]),
     ("worker", &["all2all", "kernels", "model", "placement", "proto", "store", "telemetry"]),
     ("xtask", &[]),

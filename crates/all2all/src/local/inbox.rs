@@ -5,10 +5,10 @@
 //! except to describe a fault.
 
 use crate::error::{FaultKind, Phase, Reason};
-use crate::{LayerKey, View, active_ranks};
+use crate::{LayerKey, View, active_ranks, lock};
 use ids::{Epoch, Rank};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::time::Instant;
 
 /// Looks before a rank gives its core away: about a microsecond, the time in which a peer that runs
@@ -264,9 +264,4 @@ impl Stop {
         inbox.written.fetch_add(1, Ordering::Release);
         inbox.news.notify_all();
     }
-}
-
-/// A thread that panicked while it held one of these locks left whole values behind: swaps and flags.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

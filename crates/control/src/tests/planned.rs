@@ -114,7 +114,7 @@ fn rebalance_changes_the_view_only_if_it_gains() {
 
 #[test]
 fn loss_moves_only_what_was_lost() {
-    let mut control = Control::new(Settings { redundancy: 1, ..settings(4) }, Epoch(0));
+    let mut control = start(4);
     for name in ["a", "b", "c", "d"] {
         control.step(Duration::from_secs(1), Input::Hello(hello(name)));
     }

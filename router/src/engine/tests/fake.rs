@@ -17,7 +17,7 @@ use std::{
     },
 };
 use tokio::{net::TcpListener, sync::watch};
-use tokio_stream::wrappers::{TcpListenerStream, WatchStream};
+use tokio_stream::wrappers::WatchStream;
 use tonic::{Request, Response, Status, Streaming};
 
 pub(crate) const BLOCK_TOKENS: u32 = 4;
@@ -45,6 +45,8 @@ pub(crate) struct Script {
     pub(crate) failed: AtomicU64,
     /// The last step of any rank.
     pub(crate) last: AtomicU64,
+    /// Positions computed by all ranks, repeated ones included.
+    pub(crate) tokens: AtomicU64,
     /// The last step that computed each sequence.
     pub(crate) computed: Mutex<BTreeMap<u64, u64>>,
 }
@@ -52,6 +54,8 @@ pub(crate) struct Script {
 struct FakeWorker {
     rank: u32,
     script: Arc<Script>,
+    /// Outlives its streams, as a process does.
+    memory: Arc<Mutex<Memory>>,
 }
 
 #[derive(Default)]
@@ -90,19 +94,22 @@ impl Worker for FakeWorker {
         request: Request<Streaming<pb::Step>>,
     ) -> Result<Response<Self::StepsStream>, Status> {
         let (rank, script) = (self.rank, self.script.clone());
-        let mut memory = Memory::default();
+        let memory = self.memory.clone();
         let answers = request.into_inner().map(move |step| {
             let step = step?;
             script.last.fetch_max(step.step, Ordering::SeqCst);
             for slice in &step.slices {
                 script.computed.lock().unwrap().insert(slice.sequence, step.step);
+                script.tokens.fetch_add(slice.tokens.len() as u64, Ordering::SeqCst);
             }
             let breaks = script.break_at.load(Ordering::SeqCst);
             if rank == 0 && breaks != 0 && breaks <= step.step {
                 script.break_at.store(0, Ordering::SeqCst);
                 return Err(Status::aborted("the stream breaks"));
             }
+            let mut memory = memory.lock().unwrap();
             let sampled = step.slices.iter().filter_map(|slice| memory.run(slice)).collect();
+            drop(memory);
             let mut result = pb::StepResult {
                 epoch: step.epoch,
                 step: step.step,
@@ -171,7 +178,7 @@ impl Cluster {
         let script = Arc::new(Script::default());
         let mut workers = Vec::new();
         for rank in 0..ranks {
-            let fake = FakeWorker { rank, script: script.clone() };
+            let fake = FakeWorker { rank, script: script.clone(), memory: Arc::default() };
             let server = tonic::transport::Server::builder();
             workers.push(serve(server, worker::WorkerServer::new(fake)).await);
         }
@@ -198,6 +205,7 @@ impl Cluster {
                 chunk_tokens: 8,
             }),
             context_tokens: 200,
+            exchange: String::new(),
         };
         let replicas = pb::Replicas { ranks: vec![0] };
         self.views.send_replace(Some(pb::View {
@@ -227,7 +235,7 @@ where
     let address = listener.local_addr().unwrap().to_string();
     let server = server.add_service(service);
     telemetry::spawn("fake", async move {
-        server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
+        server.serve_with_incoming(proto::incoming(listener)).await.unwrap();
     });
     address
 }

@@ -1,0 +1,163 @@
+//! The rows of one layer on their way: which go to whom, where they come to lie, and back.
+//!
+//! A lane holds what concerns one rank. The rows for it and the results from it stand at the same places of
+//! the caller's buffers, and so do the rows from it and the results for it; so one pair of run lists serves
+//! both halves of a layer. The lane of this rank itself has no connection, and its rows are copied.
+
+use super::inbound::Inbound;
+use super::link::{Link, Streams};
+use super::outbound::Outbound;
+use super::runs::{Runs, gather, scatter, transfer};
+use crate::{HostRows, View, active_ranks};
+use ids::Rank;
+use std::sync::Arc;
+
+/// What concerns one rank.
+#[derive(Default)]
+pub(super) struct Lane {
+    pub(super) wire: Option<Wire>,
+    /// Rows for that rank, in the caller's rows; and their slots there.
+    pub(super) own: Runs,
+    pub(super) own_slots: Vec<u16>,
+    /// Rows from that rank, among the arrived ones.
+    pub(super) theirs: Runs,
+}
+
+/// A connection in use.
+pub(super) struct Wire {
+    pub(super) link: Arc<Link>,
+    pub(super) inbound: Inbound,
+    pub(super) outbound: Outbound,
+}
+
+impl Wire {
+    pub(super) fn take(link: Arc<Link>) -> Option<Self> {
+        let Streams { inbound, outbound } = link.take_streams()?;
+        Some(Self { link, inbound, outbound })
+    }
+
+    /// Leaves the connection to the next epoch, or the next exchange.
+    pub(super) fn give_back(mut self) {
+        self.outbound.abandon();
+        let streams = Streams { inbound: self.inbound, outbound: self.outbound };
+        self.link.give_back(streams);
+    }
+}
+
+/// Buffers and bookkeeping of one layer; reused by the next.
+#[derive(Default)]
+pub(super) struct Layer {
+    pub(super) row_bytes: usize,
+    /// Arrived rows, sorted by local expert, source and row.
+    pub(super) rows: Vec<u8>,
+    /// `[local experts + 1]`
+    pub(super) offsets: Vec<u32>,
+    /// Next free position of every expert while sorting.
+    cursors: Vec<u32>,
+    /// Whether it is known where every row comes to lie.
+    pub(super) laid_out: bool,
+    /// Rows or results of this rank for itself, while the caller lends them no longer.
+    own: Vec<u8>,
+    own_staged: bool,
+}
+
+impl Layer {
+    /// Finds out which rows go to whom.
+    pub(super) fn plan(
+        &mut self,
+        (view, layer): (&View, u16),
+        (rows, experts): (HostRows<'_>, &[u16]),
+        lanes: &mut [Lane],
+    ) {
+        assert_eq!(rows.len(), experts.len(), "one expert per row");
+        self.row_bytes = rows.row_bytes;
+        (self.laid_out, self.own_staged) = (false, false);
+        for lane in &mut *lanes {
+            lane.own.clear(experts.len());
+            lane.own_slots.clear();
+            lane.own_slots.reserve(experts.len());
+        }
+        for (row, &expert) in experts.iter().enumerate() {
+            let (to, slot) = view.routes.target(layer, expert);
+            let lane = &mut lanes[to.index()];
+            lane.own.push(row * rows.row_bytes, rows.row_bytes);
+            lane.own_slots.push(slot);
+        }
+    }
+
+    /// Gives every row its place, once all slots are known.
+    ///
+    /// Errors with the rank that names an expert that is not here.
+    pub(super) fn lay_out(
+        &mut self,
+        view: &View,
+        local_experts: usize,
+        lanes: &mut [Lane],
+    ) -> Result<(), Rank> {
+        self.offsets.clear();
+        self.offsets.resize(local_experts + 1, 0);
+        for from in active_ranks(view) {
+            for &slot in lanes[from.index()].slots() {
+                *self.offsets[1..].get_mut(usize::from(slot)).ok_or(from)? += 1;
+            }
+        }
+        for expert in 0..local_experts {
+            self.offsets[expert + 1] += self.offsets[expert];
+        }
+        self.cursors.clear();
+        self.cursors.extend_from_slice(&self.offsets);
+        self.rows.resize(self.offsets[local_experts] as usize * self.row_bytes, 0);
+        for from in active_ranks(view) {
+            let Lane { wire, own_slots, theirs, .. } = &mut lanes[from.index()];
+            let slots = slots_of(wire.as_ref(), own_slots);
+            theirs.clear(slots.len());
+            for &slot in slots {
+                let cursor = &mut self.cursors[usize::from(slot)];
+                theirs.push(*cursor as usize * self.row_bytes, self.row_bytes);
+                *cursor += 1;
+            }
+        }
+        self.laid_out = true;
+        Ok(())
+    }
+
+    /// Brings the own rows to their places.
+    pub(super) fn keep_own(&mut self, rows: &[u8], lane: &Lane) {
+        if self.own_staged {
+            scatter(&self.own, &mut self.rows, &lane.theirs);
+        } else {
+            transfer((rows, &lane.own), (&mut self.rows, &lane.theirs));
+        }
+    }
+
+    /// Copies the own rows, if they are not in their places yet.
+    pub(super) fn stage_own(&mut self, rows: &[u8], lane: &Lane) {
+        if !self.laid_out {
+            gather(rows, &lane.own, &mut self.own);
+            self.own_staged = true;
+        }
+    }
+
+    /// Copies the results of the own rows.
+    pub(super) fn stage_results(&mut self, results: &[u8], lane: &Lane) {
+        assert_eq!(results.len(), self.rows.len(), "one result per arrived row");
+        gather(results, &lane.theirs, &mut self.own);
+    }
+
+    /// Brings the results of the own rows to their places.
+    pub(super) fn keep_results(&self, out: &mut [u8], lane: &Lane) {
+        scatter(&self.own, out, &lane.own);
+    }
+}
+
+impl Lane {
+    /// The slots of the rows from that rank, as far as they are known.
+    fn slots(&self) -> &[u16] {
+        slots_of(self.wire.as_ref(), &self.own_slots)
+    }
+}
+
+/// A rank knows its own slots without a connection.
+fn slots_of<'a>(wire: Option<&'a Wire>, own: &'a [u16]) -> &'a [u16] {
+    wire.map_or(own, |wire| wire.inbound.slots().unwrap_or_default())
+}

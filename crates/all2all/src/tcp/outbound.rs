@@ -1,0 +1,206 @@
+//! The frames that go out on one connection, written piece by piece and never waited for.
+//!
+//! Rows are sent from where the caller has them. What the connection does not take while the caller lends
+//! them is staged: copied once, and sent later. A frame that its step does not wait for any more is sent to
+//! its end all the same, before the next one: the peer skips it, and the connection stays in order.
+
+use super::frame::{Head, Sum, TRAILER};
+use super::inbound::{SUM_BYTES, Trouble};
+use super::runs::{Place, Runs};
+use super::socket::{self, PIECES};
+use std::io::IoSlice;
+use std::net::TcpStream;
+
+#[derive(Default)]
+pub(super) struct Outbound {
+    /// The rest of a frame of an old epoch. There is never more than one: the next one is begun behind it.
+    old: Vec<u8>,
+    old_sent: usize,
+    /// Whether a frame is under way.
+    open: bool,
+    /// Head and slots of the frame.
+    front: Vec<u8>,
+    front_sent: usize,
+    /// How far the rows are sent, and how far they are summed.
+    place: Place,
+    summed: Place,
+    sum: Sum,
+    trailer_sent: usize,
+    /// The rows that are still to be sent, if they are no longer lent.
+    stage: Vec<u8>,
+    staged: Runs,
+    lent: bool,
+    /// Frames that were begun, and those that have gone out whole.
+    begun: u64,
+    frames: u64,
+}
+
+impl Outbound {
+    /// Begins a frame of the rows that `push` will be given.
+    pub(super) fn begin(&mut self, head: Head, slots: &[u16]) {
+        assert!(!self.open, "the last frame is sent or abandoned");
+        let head = Head { sequence: self.begun, ..head };
+        self.front.clear();
+        self.front.extend_from_slice(&head.encode());
+        self.sum = Sum::default();
+        if 0 < head.slot_bytes() {
+            self.front.extend(slots.iter().flat_map(|slot| slot.to_le_bytes()));
+            self.sum.add(&self.front[head.encode().len()..]);
+        }
+        (self.front_sent, self.trailer_sent) = (0, 0);
+        (self.place, self.summed) = (Place::default(), Place::default());
+        (self.open, self.lent) = (true, true);
+        self.begun += 1;
+    }
+
+    /// Whether everything has gone out.
+    pub(super) fn done(&self) -> bool {
+        !self.open && self.old.is_empty()
+    }
+
+    /// Frames that have gone out whole.
+    pub(super) fn frames(&self) -> u64 {
+        self.frames
+    }
+
+    /// Bytes of `runs` that staging would copy.
+    pub(super) fn unsent(&self, runs: &Runs) -> usize {
+        if self.open && self.lent { runs.bytes() - self.place.at } else { 0 }
+    }
+
+    /// Sends until nothing is left or the connection is full. Returns whether anything went out.
+    pub(super) fn push(
+        &mut self,
+        stream: &TcpStream,
+        (rows, runs): (&[u8], &Runs),
+    ) -> Result<bool, Trouble> {
+        let staged = std::mem::take(&mut self.staged);
+        let stage = std::mem::take(&mut self.stage);
+        let source = if self.lent { (rows, runs) } else { (&stage[..], &staged) };
+        let mut moved = false;
+        let result = loop {
+            if self.done() {
+                break Ok(moved);
+            }
+            match self.send(stream, source) {
+                Ok(true) => moved = true,
+                Ok(false) => break Ok(moved),
+                Err(trouble) => break Err(trouble),
+            }
+        };
+        (self.staged, self.stage) = (staged, stage);
+        result
+    }
+
+    /// One call of the system.
+    fn send(&mut self, stream: &TcpStream, (rows, runs): (&[u8], &Runs)) -> Result<bool, Trouble> {
+        if self.open && self.place.at == self.summed.at {
+            self.sum_on(rows, runs);
+        }
+        let trailer = self.sum.trailer();
+        let mut pieces = [IoSlice::new(&[]); PIECES];
+        let mut count = 0;
+        let mut add = |piece| {
+            pieces[count] = IoSlice::new(piece);
+            count += 1;
+        };
+        add(&self.old[self.old_sent..]);
+        if self.open {
+            add(&self.front[self.front_sent..]);
+            let mut ahead = self.place;
+            for _ in 0..PIECES - 3 {
+                let run = runs.piece(ahead, self.summed.at - ahead.at);
+                add(&rows[run.start..][..run.bytes]);
+                runs.step(&mut ahead, run.bytes);
+                if ahead.at == self.summed.at {
+                    break;
+                }
+            }
+            if ahead.at == runs.bytes() {
+                add(&trailer[self.trailer_sent..]);
+            }
+        }
+        match socket::send(stream, &pieces[..count]) {
+            Ok(Some(sent)) => {
+                self.went(sent, runs);
+                Ok(true)
+            }
+            Ok(None) => Ok(false),
+            Err(_) => Err(Trouble::Closed),
+        }
+    }
+
+    fn sum_on(&mut self, rows: &[u8], runs: &Runs) {
+        let bytes = SUM_BYTES.min(runs.bytes() - self.summed.at);
+        let sum = &mut self.sum;
+        runs.walk(&mut self.summed, bytes, |run| sum.add(&rows[run.start..][..run.bytes]));
+    }
+
+    /// So many bytes of what was to be sent are sent.
+    fn went(&mut self, sent: usize, runs: &Runs) {
+        let mut rest = sent;
+        let mut part = |bytes: usize| {
+            let part = rest.min(bytes);
+            rest -= part;
+            part
+        };
+        self.old_sent += part(self.old.len() - self.old_sent);
+        if self.old_sent == self.old.len() && 0 < self.old_sent {
+            (self.old_sent, self.frames) = (0, self.frames + 1);
+            self.old.clear();
+        }
+        if !self.open {
+            return;
+        }
+        self.front_sent += part(self.front.len() - self.front_sent);
+        let rows = part(self.summed.at - self.place.at);
+        runs.walk(&mut self.place, rows, |_| {});
+        self.trailer_sent += rest;
+        if self.trailer_sent == TRAILER {
+            (self.open, self.frames) = (false, self.frames + 1);
+        }
+    }
+
+    /// Makes room, so that staging these rows later allocates nothing. Costs no memory until then.
+    pub(super) fn reserve(&mut self, runs: &Runs) {
+        self.stage.clear();
+        self.stage.reserve(runs.bytes());
+        self.old.reserve(self.front.len() + runs.bytes() + TRAILER);
+    }
+
+    /// Copies what is not sent, since the rows are lent no longer.
+    pub(super) fn stage(&mut self, (rows, runs): (&[u8], &Runs)) {
+        if self.unsent(runs) == 0 {
+            return;
+        }
+        let (bytes, summed) = (self.unsent(runs), self.summed.at - self.place.at);
+        self.stage.clear();
+        let stage = &mut self.stage;
+        runs.walk(&mut self.place, bytes, |run| {
+            stage.extend_from_slice(&rows[run.start..][..run.bytes]);
+        });
+        self.staged.clear(1);
+        self.staged.push(0, bytes);
+        (self.place, self.summed) = (Place::default(), Place::default());
+        self.staged.walk(&mut self.summed, summed, |_| {});
+        self.lent = false;
+    }
+
+    /// Gives up a frame of a step that has failed; its rows are staged.
+    pub(super) fn abandon(&mut self) {
+        if !std::mem::take(&mut self.open) {
+            return;
+        }
+        if self.front_sent == 0 {
+            self.begun -= 1;
+            return;
+        }
+        assert!(self.old.is_empty(), "a frame goes out behind the one before it");
+        self.old.extend_from_slice(&self.front[self.front_sent..]);
+        if !self.lent {
+            self.sum.add(&self.stage[self.summed.at..]);
+            self.old.extend_from_slice(&self.stage[self.place.at..]);
+        }
+        self.old.extend_from_slice(&self.sum.trailer()[self.trailer_sent..]);
+    }
+}

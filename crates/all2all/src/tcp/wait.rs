@@ -1,0 +1,359 @@
+//! How a rank moves its frames along and waits for those of its peers.
+//!
+//! It goes round all connections, writing and reading what they take and give. When a round moves nothing
+//! it looks a few more times, lets another thread run, and then sleeps until a connection is ready, the
+//! mesh has news, or the deadline passes.
+
+use super::Tcp;
+use super::inbound::Trouble;
+use super::lanes::{Lane, Wire};
+use super::link::Told;
+use super::socket::{poll, watch};
+use crate::error::{FaultKind, Reason};
+use crate::{View, active_ranks};
+use ids::Rank;
+use std::time::{Duration, Instant};
+
+/// What went wrong, and whose doing it may be.
+pub(super) type Blame = (FaultKind, Vec<Rank>);
+
+/// Rounds before a rank lets others run, if every rank can have a core: some 30 microseconds, in
+/// which a peer that runs has written a small frame. Going to sleep and being woken takes as long.
+const ROUNDS: u32 = 64;
+
+/// Times a rank then gives its core away before it sleeps.
+const YIELDS: u32 = 8;
+
+/// Bytes that a core copies per nanosecond, about. Waiting for a connection for as long as copying what it
+/// does not take would last costs at most twice the better choice.
+const COPY_BYTES_PER_NS: u64 = 8;
+
+/// What a rank waits for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Goal {
+    /// The rows for the experts of this rank, in this MoE layer.
+    Arrived(u16),
+    /// The results of its rows.
+    Returned,
+}
+
+/// Buffers and bookkeeping of waiting.
+pub(super) struct Waiting {
+    entries: Vec<libc::pollfd>,
+    rounds: u32,
+    /// The news that have been looked at.
+    seen: Option<u64>,
+}
+
+impl Waiting {
+    pub(super) fn new(view: &View) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let rounds = if active_ranks(view).count() <= cores { ROUNDS } else { 0 };
+        let entries = Vec::with_capacity(usize::from(view.ranks) + 1);
+        Self { entries, rounds, seen: None }
+    }
+}
+
+impl Tcp {
+    /// Waits until all active peers are connected.
+    pub(super) fn connect(&mut self, deadline: Instant) -> Result<(), Blame> {
+        loop {
+            let seen = self.core.news();
+            // Between steps of an epoch all are, and nothing is looked up.
+            if self.pick_up()? {
+                return Ok(());
+            }
+            self.deserted()?;
+            let missing =
+                |rank: &Rank| *rank != self.view.me && self.lanes[rank.index()].wire.is_none();
+            let now = Instant::now();
+            if deadline <= now {
+                let suspects = active_ranks(&self.view).filter(missing).collect();
+                return Err((FaultKind::Deadline, suspects));
+            }
+            if self.core.news() == seen {
+                self.waiting.entries.clear();
+                self.waiting.entries.push(self.core.rank.entry());
+                poll(&mut self.waiting.entries, Some(deadline - now));
+                self.core.rank.hush();
+            }
+        }
+    }
+
+    /// Sends rows while the caller lends them; stages what is left.
+    pub(super) fn lend(&mut self, goal: Goal, rows: &[u8], deadline: Instant) -> Result<(), Blame> {
+        let result = self.lent(goal, rows, deadline);
+        let me = self.view.me;
+        for rank in active_ranks(&self.view) {
+            let lane = &mut self.lanes[rank.index()];
+            if let Some(wire) = &mut lane.wire {
+                wire.outbound.stage((rows, sending(goal, &lane.own, &lane.theirs)));
+            } else if rank == me && goal != Goal::Returned {
+                self.layer.stage_own(rows, lane);
+            }
+        }
+        result
+    }
+
+    fn lent(&mut self, goal: Goal, rows: &[u8], deadline: Instant) -> Result<(), Blame> {
+        let mut stalled = None;
+        self.waiting.seen = None;
+        self.stopped()?;
+        loop {
+            if self.round(goal, rows, &mut [])? {
+                stalled = None;
+            }
+            let staging = self.staging(goal);
+            if staging == 0 || goal == Goal::Returned {
+                return Ok(());
+            }
+            let now = Instant::now();
+            let stalled = *stalled.get_or_insert(now);
+            let patience = Duration::from_nanos(staging as u64 / COPY_BYTES_PER_NS);
+            if patience <= now.duration_since(stalled) || deadline <= now {
+                return Ok(());
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    /// Bytes that would have to be staged now.
+    fn staging(&self, goal: Goal) -> usize {
+        let own = match goal {
+            Goal::Arrived(_) if !self.layer.laid_out => {
+                self.lanes[self.view.me.index()].own.bytes()
+            }
+            Goal::Arrived(_) | Goal::Returned => 0,
+        };
+        let unsent = |lane: &Lane| {
+            let wire = lane.wire.as_ref();
+            wire.map_or(0, |w| w.outbound.unsent(sending(goal, &lane.own, &lane.theirs)))
+        };
+        own + self.lanes.iter().map(unsent).sum::<usize>()
+    }
+
+    /// Waits until everything is sent and everything is here.
+    pub(super) fn finish(
+        &mut self,
+        goal: Goal,
+        out: &mut [u8],
+        deadline: Instant,
+    ) -> Result<(), Blame> {
+        let mut idle = 0;
+        self.waiting.seen = None;
+        // An own abort ends even a step whose rows are here: the control plane wants it over.
+        self.stopped()?;
+        loop {
+            if self.round(goal, &[], out)? {
+                (idle, self.waiting.seen) = (0, None);
+            }
+            if self.reached(goal) {
+                return Ok(());
+            }
+            let now = Instant::now();
+            if deadline <= now {
+                return Err((FaultKind::Deadline, self.missing(goal)));
+            }
+            let news = self.core.news();
+            if self.waiting.seen != Some(news) {
+                self.stopped()?;
+                self.hopeless(goal)?;
+                self.waiting.seen = Some(news);
+                continue;
+            }
+            idle += 1;
+            if idle <= self.waiting.rounds {
+                std::hint::spin_loop();
+            } else if idle <= self.waiting.rounds + YIELDS {
+                std::thread::yield_now();
+            } else {
+                self.sleep(goal, deadline - now);
+            }
+        }
+    }
+
+    /// Writes and reads once on every connection; whether anything moved.
+    fn round(&mut self, goal: Goal, rows: &[u8], out: &mut [u8]) -> Result<bool, Blame> {
+        let me = self.view.me;
+        let mut moved = false;
+        let mut slots = true;
+        for rank in active_ranks(&self.view).filter(|rank| *rank != me) {
+            let Lane { wire, own, theirs, .. } = &mut self.lanes[rank.index()];
+            let Some(wire) = wire else { unreachable!("connected before the first frame") };
+            let Wire { link, inbound, outbound } = wire;
+            let mut step = || {
+                let mut any = false;
+                if !outbound.done() {
+                    any |= outbound.push(&link.data, (rows, sending(goal, own, theirs)))?;
+                    link.sent(outbound.frames());
+                }
+                any |= match goal {
+                    Goal::Arrived(_) if !self.layer.laid_out => inbound.read_slots(&link.data)?,
+                    Goal::Arrived(_) => {
+                        inbound.read_rows(&link.data, (&mut self.layer.rows, theirs))?
+                    }
+                    // Nowhere to put the results yet.
+                    Goal::Returned if out.len() < own.bytes() => false,
+                    Goal::Returned => inbound.read_rows(&link.data, (out, own))?,
+                };
+                Ok(any)
+            };
+            match step() {
+                Ok(any) => moved |= any,
+                Err(trouble) => return Err(blame(trouble, rank, wire, &self.view)),
+            }
+            slots &= !wire.inbound.wants_slots();
+        }
+        if let (Goal::Arrived(layer), true, false) = (goal, slots, self.layer.laid_out) {
+            let local = self.view.routes.local_experts(layer);
+            let laid_out = self.layer.lay_out(&self.view, local, &mut self.lanes);
+            laid_out.map_err(|from| (FaultKind::Corrupt, vec![from]))?;
+            self.layer.keep_own(rows, &self.lanes[me.index()]);
+            moved = true;
+        }
+        Ok(moved)
+    }
+
+    fn reached(&self, goal: Goal) -> bool {
+        let laid_out = goal == Goal::Returned || self.layer.laid_out;
+        laid_out && self.wires().all(|(_, wire)| wire.inbound.done() && wire.outbound.done())
+    }
+
+    fn wires(&self) -> impl Iterator<Item = (Rank, &Wire)> {
+        let wire = |rank: Rank| Some((rank, self.lanes[rank.index()].wire.as_ref()?));
+        active_ranks(&self.view).filter_map(wire)
+    }
+
+    /// Who is waited for: first for its slots, then for the rest.
+    fn missing(&self, goal: Goal) -> Vec<Rank> {
+        let slots = |wire: &Wire| goal != Goal::Returned && wire.inbound.wants_slots();
+        let rest = |wire: &Wire| !wire.inbound.done() || !wire.outbound.done();
+        let which = |is: &dyn Fn(&Wire) -> bool| -> Vec<Rank> {
+            self.wires().filter(|(_, wire)| is(wire)).map(|(rank, _)| rank).collect()
+        };
+        let first = which(&slots);
+        if first.is_empty() { which(&rest) } else { first }
+    }
+
+    /// Whether this process was told to stop.
+    fn stopped(&self) -> Result<(), Blame> {
+        match self.core.stop.reason(self.view.epoch) {
+            Some(reason) => Err((FaultKind::Aborted(reason), vec![])),
+            None => Ok(()),
+        }
+    }
+
+    /// Why no step of this epoch can be begun.
+    pub(super) fn over(&self) -> Option<Blame> {
+        let failed = |(rank, wire): (Rank, &Wire)| {
+            let faulted = wire.link.told().faulted;
+            faulted.is_some_and(|(epoch, _)| epoch == self.view.epoch).then_some(rank)
+        };
+        let told = |by| (FaultKind::Aborted(Reason::PeerFaulted), vec![by]);
+        self.stopped().err().or_else(|| self.wires().find_map(failed).map(told))
+    }
+
+    /// Whether a peer has failed or left before this rank could begin.
+    fn deserted(&self) -> Result<(), Blame> {
+        if let Some(blame) = self.over() {
+            return Err(blame);
+        }
+        let left =
+            |wire: &Wire| wire.link.told().over.is_some_and(|(before, _)| self.view.epoch < before);
+        match self.wires().find(|(_, wire)| left(wire)) {
+            Some((rank, _)) => Err((FaultKind::PeerClosed, vec![rank])),
+            None => Ok(()),
+        }
+    }
+
+    /// Why the layer will never be complete. Masked ranks are not looked at, whatever they say.
+    ///
+    /// What a failing peer sent before it failed is whole, so frames that it has sent are waited for. A peer
+    /// that failed and then moved on is not a suspect.
+    fn hopeless(&self, goal: Goal) -> Result<(), Blame> {
+        let (mut gone, mut faulted) = (Vec::new(), Vec::new());
+        for (rank, wire) in self.wires() {
+            match lost(wire, goal, &self.view) {
+                Some(FaultKind::PeerClosed) => gone.push(rank),
+                Some(_) => faulted.push(rank),
+                None => {}
+            }
+        }
+        if !gone.is_empty() {
+            Err((FaultKind::PeerClosed, gone))
+        } else if !faulted.is_empty() {
+            Err((FaultKind::Aborted(Reason::PeerFaulted), faulted))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Sleeps until there is something to do.
+    fn sleep(&mut self, goal: Goal, at_most: Duration) {
+        let Self { core, view, lanes, layer, waiting, .. } = self;
+        waiting.entries.clear();
+        waiting.entries.push(core.rank.entry());
+        for rank in active_ranks(view) {
+            let Some(wire) = &lanes[rank.index()].wire else { continue };
+            let reads = match goal {
+                Goal::Arrived(_) if !layer.laid_out => wire.inbound.wants_slots(),
+                Goal::Arrived(_) | Goal::Returned => !wire.inbound.done(),
+            };
+            let reads = if reads { libc::POLLIN } else { 0 };
+            let writes = if wire.outbound.done() { 0 } else { libc::POLLOUT };
+            if reads | writes != 0 {
+                waiting.entries.push(watch(&wire.link.data, reads | writes));
+            }
+        }
+        if core.news() == waiting.seen.unwrap_or_default() {
+            poll(&mut waiting.entries, Some(at_most));
+        }
+        core.rank.hush();
+    }
+}
+
+/// What a rank sends towards a goal.
+fn sending<'a, T>(goal: Goal, own: &'a T, theirs: &'a T) -> &'a T {
+    match goal {
+        Goal::Arrived(_) => own,
+        Goal::Returned => theirs,
+    }
+}
+
+/// Why what the layer needs of a peer does not come, if so.
+fn lost(wire: &Wire, goal: Goal, view: &View) -> Option<FaultKind> {
+    let here = u64::from(wire.inbound.done());
+    // Rows, and then results.
+    let needed = match goal {
+        Goal::Arrived(_) => 2 - here,
+        Goal::Returned => 1 - here,
+    };
+    let Told { faulted, over } = wire.link.told();
+    let short = |frames: u64| frames < wire.inbound.frames + needed;
+    let failed = faulted.filter(|&(epoch, _)| view.epoch <= epoch);
+    let left = over.filter(|&(before, _)| view.epoch < before);
+    match (failed, left) {
+        (Some((_, frames)), _) => short(frames).then_some(FaultKind::Aborted(Reason::PeerFaulted)),
+        (None, Some((_, frames))) => short(frames).then_some(FaultKind::PeerClosed),
+        (None, None) => {
+            let waits = 0 < needed || !wire.outbound.done();
+            (waits && wire.link.dead()).then_some(FaultKind::PeerClosed)
+        }
+    }
+}
+
+/// What trouble on a connection means for the step.
+fn blame(trouble: Trouble, rank: Rank, wire: &Wire, view: &View) -> Blame {
+    let kind = match trouble {
+        Trouble::Closed | Trouble::Moved => {
+            let failed = wire.link.told().faulted.is_some_and(|(epoch, _)| view.epoch <= epoch);
+            if failed { FaultKind::Aborted(Reason::PeerFaulted) } else { FaultKind::PeerClosed }
+        }
+        Trouble::Corrupt => FaultKind::Corrupt,
+        Trouble::Garbled => {
+            wire.link.close();
+            FaultKind::Corrupt
+        }
+    };
+    (kind, vec![rank])
+}

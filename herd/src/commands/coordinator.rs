@@ -1,0 +1,98 @@
+//! `herd coordinator`: the control plane of a cluster, as a process of its own.
+
+use super::BadInput;
+use super::parts::{ChildArgs, Signals, block_on, say};
+use anyhow::Context;
+use control::Settings;
+use std::sync::Arc;
+use std::time::Duration;
+use store::{Etcd, EtcdConfig, Memory, Store};
+use tokio::net::TcpListener;
+
+/// Registration again with a new leader takes a worker a second at most.
+const ADOPT_MAX: Duration = Duration::from_secs(5);
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Where to serve gRPC.
+    #[arg(long, default_value = "127.0.0.1:7070")]
+    listen: String,
+    /// Under which address others reach it, if not under that of --listen.
+    #[arg(long)]
+    advertise: Option<String>,
+    /// etcd, `http://host:port`; several members separated by commas. Without it the cluster's state
+    /// lives and dies with this process, and there can be no standby.
+    #[arg(long, env = "HERD_ETCD")]
+    etcd: Option<String>,
+    /// User of etcd.
+    #[arg(long, requires = "etcd", env = "HERD_ETCD_USER")]
+    etcd_user: Option<String>,
+    /// Password of the user.
+    #[arg(long, requires = "etcd_user", env = "HERD_ETCD_PASSWORD", hide_env_values = true)]
+    etcd_password: Option<String>,
+    #[command(flatten)]
+    settings: SettingsArgs,
+    #[command(flatten)]
+    child: ChildArgs,
+}
+
+/// How views are made.
+#[derive(clap::Args)]
+pub(crate) struct SettingsArgs {
+    /// Workers that the first view waits for.
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) workers: u16,
+    /// Longest wait for them, in seconds, from the first one on.
+    #[arg(long, default_value_t = 60)]
+    pub(crate) assemble_max_s: u64,
+    /// Copies of every expert beyond the first, so that a lost worker needs no loading.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) redundancy: u16,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    block_on(async {
+        let listener = TcpListener::bind(&args.listen)
+            .await
+            .with_context(|| format!("cannot listen on {}; give another --listen", args.listen))?;
+        let address = listener.local_addr()?.to_string();
+        let url = format!("http://{}", args.advertise.as_ref().unwrap_or(&address));
+        let handle = coordinator::start(coordinator::Config {
+            settings: Settings {
+                workers_expected: args.settings.workers,
+                assemble_max: Duration::from_secs(args.settings.assemble_max_s),
+                adopt_max: ADOPT_MAX,
+                redundancy: args.settings.redundancy,
+            },
+            store: args.store()?,
+            url: url.clone(),
+            store_urls: args
+                .etcd
+                .iter()
+                .flat_map(|urls| urls.split(','))
+                .map(str::to_owned)
+                .collect(),
+        });
+        let mut signals = Signals::new()?;
+        say(&format!("coordinator: {url}"));
+        tokio::select! {
+            result = handle.serve(listener) => result.context("the coordinator's service ended"),
+            () = args.child.parent_gone() => Ok(()),
+            () = signals.next() => {
+                handle.resign().await;
+                say("stopped");
+                Ok(())
+            }
+        }
+    })
+}
+
+impl Args {
+    fn store(&self) -> anyhow::Result<Arc<dyn Store>> {
+        let Some(urls) = &self.etcd else { return Ok(Arc::new(Memory::new())) };
+        let user = self.etcd_user.clone().zip(self.etcd_password.clone());
+        let etcd = Etcd::new(&EtcdConfig { urls: urls.clone(), user })
+            .with_context(|| BadInput("bad --etcd".into()))?;
+        Ok(Arc::new(etcd))
+    }
+}

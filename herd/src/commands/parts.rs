@@ -1,0 +1,182 @@
+//! What several commands share: flags of a role, signals, output.
+
+use super::{BadInput, DEFAULT_LISTEN, DEFAULT_MODEL, DtypeArg};
+use anyhow::{Context, ensure};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::io::AsyncReadExt;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use worker::{KvBlocks, Model};
+
+/// Of the memory that is free before the weights are loaded, the part that the KV cache may take.
+const KV_MEMORY_SHARE: u64 = 4;
+/// Where the machine does not tell how much is free.
+const KV_BYTES_UNKNOWN: u64 = 1 << 30;
+
+#[derive(clap::Args)]
+pub(crate) struct ModelArgs {
+    /// Folder of the checkpoint.
+    #[arg(long, default_value = DEFAULT_MODEL, env = "HERD_MODEL")]
+    pub(crate) model: PathBuf,
+}
+
+impl ModelArgs {
+    /// The folder, if it looks like a checkpoint.
+    pub(crate) fn dir(&self) -> anyhow::Result<PathBuf> {
+        let dir = &self.model;
+        ensure!(
+            dir.join("config.json").is_file(),
+            BadInput(format!(
+                "there is no config.json in {}; give --model DIR, the folder of a Llama 4 \
+                 checkpoint (models/toy-maverick in herd's repository is a small one)",
+                dir.display()
+            ))
+        );
+        // The name of `.` or `..` is that of the folder it stands for.
+        std::fs::canonicalize(dir).with_context(|| dir.display().to_string())
+    }
+}
+
+/// How a worker computes.
+#[derive(clap::Args)]
+pub(crate) struct ComputeArgs {
+    /// Threads of a worker; by default the processors are shared evenly by the workers of this
+    /// command.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
+    /// Arithmetic of the activations; equal on all workers of a cluster.
+    #[arg(long, value_enum, default_value = "bf16")]
+    pub(crate) dtype: DtypeArg,
+    /// Memory for the KV cache of a worker, in MiB; by default a quarter of what is free is shared by
+    /// the workers of this command, and no more is taken than the sequences can use.
+    #[arg(long)]
+    pub(crate) kv_mib: Option<u64>,
+    /// Most sequences that run at once on one worker; the others wait.
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) sequences: u32,
+}
+
+impl ComputeArgs {
+    pub(crate) fn threads(&self, workers: u16) -> usize {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        self.threads.map_or((cores / usize::from(workers)).max(1), usize::from)
+    }
+
+    pub(crate) fn kv(&self, model: &Model, workers: u16) -> anyhow::Result<KvBlocks> {
+        let bytes = match self.kv_mib {
+            Some(mib) => mib.saturating_mul(1 << 20),
+            None => {
+                memory_available().unwrap_or(KV_BYTES_UNKNOWN)
+                    / KV_MEMORY_SHARE
+                    / u64::from(workers)
+            }
+        };
+        KvBlocks::plan(&model.config, model.dtype, bytes, self.sequences)
+            .with_context(|| BadInput("--kv-mib is too small for this model".into()))
+    }
+}
+
+/// How a router serves.
+#[derive(clap::Args)]
+pub(crate) struct ServeArgs {
+    /// What clients call the model; the folder's name if not given.
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Where to serve HTTP; port 0 takes a free one.
+    #[arg(long, default_value = DEFAULT_LISTEN, env = "HERD_LISTEN")]
+    pub(crate) listen: String,
+    /// Most tokens that a worker computes in one step. More: faster prefill, longer gaps between the
+    /// tokens of running streams.
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) step_tokens: u32,
+    /// Most sequences that wait; the next one is told to come back later (429).
+    #[arg(long, default_value_t = 256)]
+    pub(crate) queue: u32,
+    /// Longest that one step may take, in seconds, before it counts as failed.
+    #[arg(long, default_value_t = 60.0, value_parser = seconds)]
+    pub(crate) step_max_s: f64,
+    /// Longest that running requests may go on after Ctrl-C, in seconds.
+    #[arg(long, default_value_t = 15)]
+    pub(crate) drain_max_s: u64,
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    let value: f64 = text.parse().map_err(|_| "a number of seconds".to_owned())?;
+    if (0.001..=3600.0).contains(&value) { Ok(value) } else { Err("from 0.001 to 3600".into()) }
+}
+
+impl ServeArgs {
+    pub(crate) fn step_deadline(&self) -> Duration {
+        Duration::from_secs_f64(self.step_max_s)
+    }
+
+    pub(crate) fn model_name(&self, dir: &Path) -> String {
+        let folder = || dir.file_name().map(|name| name.to_string_lossy().into_owned());
+        self.name.clone().or_else(folder).unwrap_or_else(|| "llama4".into())
+    }
+}
+
+/// For roles that another process of this program started.
+#[derive(clap::Args)]
+pub(crate) struct ChildArgs {
+    /// End when standard input ends, that is with the process that holds its other side.
+    #[arg(long, hide = true)]
+    pub(crate) exit_with_parent: bool,
+}
+
+impl ChildArgs {
+    /// Waits for the parent's end, or for ever.
+    pub(crate) async fn parent_gone(&self) {
+        if !self.exit_with_parent {
+            return std::future::pending().await;
+        }
+        let (mut stdin, mut buffer) = (tokio::io::stdin(), [0; 64]);
+        // An error says as much as the end does.
+        while matches!(stdin.read(&mut buffer).await, Ok(n) if 0 < n) {}
+    }
+}
+
+/// Ctrl-C and SIGTERM.
+pub(crate) struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    pub(crate) fn new() -> anyhow::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt()).context("cannot watch for Ctrl-C")?,
+            terminate: signal(SignalKind::terminate()).context("cannot watch for SIGTERM")?,
+        })
+    }
+
+    pub(crate) async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
+
+/// Runs a command's future; what it left running ends with it.
+pub(crate) fn block_on<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
+    let result = runtime.block_on(future);
+    runtime.shutdown_background();
+    result
+}
+
+/// To stdout; nobody may be reading any more.
+pub(crate) fn say(text: &str) {
+    let mut stdout = std::io::stdout();
+    let _closed = writeln!(stdout, "{text}").and_then(|()| stdout.flush());
+}
+
+/// Bytes that can be had without swapping, as Linux estimates it.
+fn memory_available() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}

@@ -1,0 +1,300 @@
+//! `herd up --processes`: a real cluster of processes on this machine, supervised.
+//!
+//! etcd, two coordinators, a router and the workers. Each child's standard input is a pipe from here:
+//! when this process dies, however it dies, they end too. (etcd does not look at its input; it is only
+//! ended with this process if that has the time.) What dies is started again, unless the user wants it
+//! dead.
+
+use super::DtypeArg;
+use super::parts::{Signals, say};
+use super::up::{Args, how_to_try};
+use anyhow::{Context, bail};
+use std::ffi::OsString;
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+use tokio::process::{Child, ChildStdin, Command};
+
+/// Coordinators: one leads, one stands by.
+const COORDINATORS: usize = 2;
+/// Between a child's end and its successor.
+const RESTART_PAUSE: Duration = Duration::from_millis(200);
+/// Longest wait for a child to end by itself.
+const STOP_MAX: Duration = Duration::from_secs(5);
+/// Longest wait for the cluster to serve.
+const READY_POLL: Duration = Duration::from_millis(50);
+
+/// A child that should run.
+struct Role {
+    name: String,
+    program: OsString,
+    args: Vec<OsString>,
+    child: Option<Child>,
+    /// Kept open: its end tells the child that this process is gone. (`Child::wait` would close it.)
+    stdin: Option<ChildStdin>,
+}
+
+impl Role {
+    fn spawn(&mut self) -> anyhow::Result<()> {
+        let mut child = Command::new(&self.program)
+            .args(&self.args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .with_context(|| format!("cannot start {}", self.program.to_string_lossy()))?;
+        say(&format!("{}: pid {}", self.name, child.id().unwrap_or(0)));
+        self.stdin = child.stdin.take();
+        self.child = Some(child);
+        Ok(())
+    }
+
+    /// Waits for its end; for ever, if it does not run.
+    async fn ended(&mut self) -> String {
+        match &mut self.child {
+            Some(child) => match child.wait().await {
+                Ok(status) => status.to_string(),
+                Err(error) => error.to_string(),
+            },
+            None => std::future::pending().await,
+        }
+    }
+
+    /// SIGTERM, and SIGKILL for who does not listen.
+    async fn stop(&mut self, limit: Duration) {
+        let Some(mut child) = self.child.take() else { return };
+        if let Some(pid) = child.id() {
+            terminate(pid).await;
+        }
+        if tokio::time::timeout(limit, child.wait()).await.is_err() {
+            tracing::warn!(name = self.name, "does not end; killed");
+            // It may have ended just now.
+            let _ended = child.kill().await;
+        }
+    }
+}
+
+/// Without unsafe code there is no `kill(2)`; every system has the command.
+async fn terminate(pid: u32) {
+    let status = Command::new("kill").args(["-TERM", &pid.to_string()]).status().await;
+    if !status.is_ok_and(|status| status.success()) {
+        tracing::debug!(pid, "cannot be signalled; it has ended");
+    }
+}
+
+pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
+    let dir = args.model.dir()?;
+    let data = tempfile::tempdir().context("cannot make a folder for etcd")?;
+    let mut roles = Vec::new();
+    let etcd = match &args.etcd {
+        Some(urls) => urls.clone(),
+        None => {
+            let (role, url) = etcd(data.path())?;
+            roles.push(role);
+            url
+        }
+    };
+    let program = std::env::current_exe().context("cannot find this program")?.into_os_string();
+    let (coordinators, urls) = coordinators(args, &program, &etcd)?;
+    roles.extend(coordinators);
+    for number in 0..args.workers {
+        roles.push(worker(args, &program, &urls, (&dir, number)));
+    }
+    let address =
+        if args.serve.listen.ends_with(":0") { free_address()? } else { args.serve.listen.clone() };
+    roles.push(router(args, &program, &urls, (&dir, &address)));
+    for role in &mut roles {
+        role.spawn()?;
+    }
+    let mut signals = Signals::new()?;
+    let name = args.serve.model_name(&dir);
+    tokio::select! {
+        () = ready(&address) => say(&format!("\n{}", how_to_try(&name, &address))),
+        () = signals.next() => {}
+        result = supervise(&mut roles, args) => return result,
+    }
+    tokio::select! {
+        () = signals.next() => {}
+        result = supervise(&mut roles, args) => return result,
+    }
+    say("stopping");
+    // The router first: it lets running requests end, for which it needs the others.
+    let drain = Duration::from_secs(args.serve.drain_max_s) + STOP_MAX;
+    if let Some(router) = roles.last_mut() {
+        tokio::select! {
+            () = router.stop(drain) => {}
+            () = signals.next() => {}
+        }
+    }
+    for role in roles.iter_mut().rev() {
+        role.stop(STOP_MAX).await;
+    }
+    say("stopped");
+    Ok(())
+}
+
+/// Starts what ends again. Returns only if that fails.
+async fn supervise(roles: &mut [Role], args: &Args) -> anyhow::Result<()> {
+    loop {
+        let ends = roles.iter_mut().map(|role| Box::pin(role.ended()));
+        let (status, index, _) = futures::future::select_all(ends).await;
+        let role = &mut roles[index];
+        role.child = None;
+        say(&format!("{} ended: {status}", role.name));
+        if args.no_restart {
+            continue;
+        }
+        tokio::time::sleep(RESTART_PAUSE).await;
+        role.spawn()?;
+    }
+}
+
+async fn ready(address: &str) {
+    let agent: ureq::Agent =
+        ureq::Agent::config_builder().timeout_global(Some(Duration::from_secs(1))).build().into();
+    let url = format!("http://{address}/health");
+    loop {
+        let (agent, url) = (agent.clone(), url.clone());
+        let asked = tokio::task::spawn_blocking(move || agent.get(&url).call().is_ok()).await;
+        if asked.unwrap_or(false) {
+            return;
+        }
+        tokio::time::sleep(READY_POLL).await;
+    }
+}
+
+fn etcd(data: &Path) -> anyhow::Result<(Role, String)> {
+    let found = std::process::Command::new("etcd").arg("--version").stdout(Stdio::null()).status();
+    if found.is_err() {
+        bail!("etcd is not installed; install it (Debian: etcd-server) or give --etcd URL");
+    }
+    let (client, peer) =
+        (format!("http://{}", free_address()?), format!("http://{}", free_address()?));
+    let cluster = format!("herd={peer}");
+    let mut args: Vec<OsString> = vec!["--data-dir".into(), data.join("etcd").into_os_string()];
+    for arg in [
+        "--name",
+        "herd",
+        "--log-level",
+        "error",
+        "--listen-client-urls",
+        &client,
+        "--advertise-client-urls",
+        &client,
+        "--listen-peer-urls",
+        &peer,
+        "--initial-advertise-peer-urls",
+        &peer,
+        "--initial-cluster",
+        &cluster,
+    ] {
+        args.push(arg.into());
+    }
+    Ok((
+        Role { name: "etcd".into(), program: "etcd".into(), args, child: None, stdin: None },
+        client,
+    ))
+}
+
+fn coordinators(
+    args: &Args,
+    program: &OsString,
+    etcd: &str,
+) -> anyhow::Result<(Vec<Role>, String)> {
+    let (mut roles, mut urls) = (Vec::new(), Vec::new());
+    for number in 0..COORDINATORS {
+        let address = free_address()?;
+        urls.push(format!("http://{address}"));
+        let (workers, redundancy) = (args.workers.to_string(), args.redundancy.to_string());
+        roles.push(role(
+            format!("coordinator {number}"),
+            program,
+            &[
+                "coordinator",
+                "--listen",
+                &address,
+                "--etcd",
+                etcd,
+                "--workers",
+                &workers,
+                "--redundancy",
+                &redundancy,
+            ],
+        ));
+    }
+    Ok((roles, urls.join(",")))
+}
+
+fn worker(args: &Args, program: &OsString, urls: &str, (dir, number): (&Path, u16)) -> Role {
+    let compute = &args.compute;
+    let threads = compute.threads(args.workers).to_string();
+    let sequences = compute.sequences.to_string();
+    let dtype = match compute.dtype {
+        DtypeArg::F32 => "f32",
+        DtypeArg::Bf16 => "bf16",
+    };
+    let flags = [
+        "worker",
+        "--coordinator",
+        urls,
+        "--threads",
+        &threads,
+        "--dtype",
+        dtype,
+        "--sequences",
+        &sequences,
+    ];
+    let mut role = role(format!("worker {number}"), program, &flags);
+    role.args.extend(["--model".into(), dir.as_os_str().to_owned()]);
+    if let Some(mib) = compute.kv_mib {
+        role.args.extend(["--kv-mib".into(), mib.to_string().into()]);
+    }
+    role
+}
+
+fn router(args: &Args, program: &OsString, urls: &str, (dir, address): (&Path, &str)) -> Role {
+    let serve = &args.serve;
+    let name = serve.model_name(dir);
+    let numbers = [
+        serve.step_tokens.to_string(),
+        serve.queue.to_string(),
+        serve.step_max_s.to_string(),
+        serve.drain_max_s.to_string(),
+        args.compute.sequences.to_string(),
+    ];
+    let flags = [
+        "router",
+        "--coordinator",
+        urls,
+        "--listen",
+        address,
+        "--name",
+        &name,
+        "--step-tokens",
+        &numbers[0],
+        "--queue",
+        &numbers[1],
+        "--step-max-s",
+        &numbers[2],
+        "--drain-max-s",
+        &numbers[3],
+        "--sequences",
+        &numbers[4],
+    ];
+    let mut role = role("router".into(), program, &flags);
+    role.args.extend(["--model".into(), dir.as_os_str().to_owned()]);
+    role
+}
+
+fn role(name: String, program: &OsString, flags: &[&str]) -> Role {
+    let mut args: Vec<OsString> = flags.iter().map(|flag| (*flag).into()).collect();
+    args.push("--exit-with-parent".into());
+    Role { name, program: program.clone(), args, child: None, stdin: None }
+}
+
+/// A port that is free now. Somebody else may take it before the child does; then the child says so.
+fn free_address() -> anyhow::Result<String> {
+    let listener = TcpListener::bind("127.0.0.1:0").context("cannot find a free port")?;
+    Ok(listener.local_addr()?.to_string())
+}

@@ -1,0 +1,130 @@
+//! `herd router`: the front door and scheduler of a cluster, as a process of its own.
+
+use super::BadInput;
+use super::parts::{ChildArgs, ModelArgs, ServeArgs, Signals, block_on, say};
+use anyhow::Context;
+use router::engine::{EngineConfig, EngineHandle};
+use router::http::{Front, ServedModel};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    serve: ServeArgs,
+    /// The coordinator, `http://host:port`; several separated by commas.
+    #[arg(long, env = "HERD_COORDINATOR")]
+    coordinator: String,
+    /// Most sequences that run at once on one worker; the others wait.
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    sequences: u32,
+    #[command(flatten)]
+    child: ChildArgs,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    block_on(async {
+        let dir = args.model.dir()?;
+        let door = Door::open(&args.serve, &dir).await?;
+        let engine = router::engine::start(EngineConfig {
+            coordinator: args.coordinator.clone(),
+            address: door.address.clone(),
+            step_tokens: args.serve.step_tokens.max(args.sequences),
+            sequences_max: args.sequences,
+            queue_max: args.serve.queue,
+            step_deadline: args.serve.step_deadline(),
+        });
+        let mut signals = Signals::new()?;
+        say(&format!("router: http://{}/v1 serves {}", door.address, door.model.id));
+        let mut open = door.serve(engine, &args.coordinator);
+        tokio::select! {
+            () = signals.next() => {}
+            () = args.child.parent_gone() => return Ok(()),
+            error = open.ended() => return Err(error),
+        }
+        open.drain(args.serve.drain_max_s, &mut signals).await;
+        Ok(())
+    })
+}
+
+/// The HTTP side before it serves: whatever can be wrong with it shows before anything is loaded.
+pub(crate) struct Door {
+    pub(crate) address: String,
+    pub(crate) model: Arc<ServedModel>,
+    listener: TcpListener,
+    metrics: telemetry::PrometheusHandle,
+}
+
+impl Door {
+    pub(crate) async fn open(args: &ServeArgs, dir: &Path) -> anyhow::Result<Self> {
+        let model = ServedModel::load(dir, args.model_name(dir))
+            .with_context(|| BadInput(format!("cannot serve {}", dir.display())))?;
+        let listener = TcpListener::bind(&args.listen)
+            .await
+            .with_context(|| format!("cannot listen on {}; give another --listen", args.listen))?;
+        let address = listener.local_addr()?.to_string();
+        let metrics = telemetry::init_metrics().map_err(anyhow::Error::msg)?;
+        router::engine::describe();
+        Ok(Self { address, model: Arc::new(model), listener, metrics })
+    }
+
+    pub(crate) fn serve(self, engine: EngineHandle, coordinators: &str) -> OpenDoor {
+        let metrics = self.metrics;
+        let front = Front {
+            model: self.model,
+            metrics: Box::new(move || metrics.render()),
+            status: router::status::of_coordinators(coordinators),
+        };
+        let (stop, stopped) = oneshot::channel::<()>();
+        let shutdown = async {
+            // Also if the sender is dropped: then everything ends.
+            let _dropped = stopped.await;
+        };
+        let server = router::http::serve(self.listener, front, engine.clone(), shutdown);
+        OpenDoor { engine, stop, server: tokio::spawn(server) }
+    }
+}
+
+/// The HTTP side while it serves.
+pub(crate) struct OpenDoor {
+    engine: EngineHandle,
+    stop: oneshot::Sender<()>,
+    server: JoinHandle<std::io::Result<()>>,
+}
+
+impl OpenDoor {
+    /// Why it ended by itself, which it never should.
+    pub(crate) async fn ended(&mut self) -> anyhow::Error {
+        match (&mut self.server).await {
+            Ok(Ok(())) => anyhow::anyhow!("the HTTP server ended"),
+            Ok(Err(error)) => anyhow::Error::new(error).context("the HTTP server ended"),
+            Err(error) => anyhow::Error::new(error).context("the HTTP server panicked"),
+        }
+    }
+
+    /// Lets running requests end; refuses new ones.
+    pub(crate) async fn drain(self, limit_s: u64, signals: &mut Signals) {
+        let Self { engine, stop, server } = self;
+        say(&format!("stopping: running requests have {limit_s} s; Ctrl-C again stops now"));
+        // The server may have ended by itself.
+        let _ended = stop.send(());
+        let drained = async {
+            engine.drain().await;
+            // Its result is that of a server that was told to stop.
+            let _stopped = server.await;
+        };
+        tokio::select! {
+            () = drained => say("stopped"),
+            () = tokio::time::sleep(Duration::from_secs(limit_s)) => {
+                say("stopped; some requests were cut off");
+            }
+            () = signals.next() => say("stopped at once; some requests were cut off"),
+        }
+    }
+}
