@@ -95,6 +95,8 @@ pub(crate) enum Bug {
     NothingLoaded,
     /// Workers forget experts of the current view as soon as the next one lacks them.
     ForgottenEarly,
+    /// Workers prepare views for whoever asks, also for a leader that was deposed.
+    DeposedLeaderPrepares,
     /// The store takes every write, whoever writes it over whatever.
     UnguardedStore,
     /// The journal hands a sequence on without its outputs.

@@ -49,7 +49,12 @@ impl Net {
         is_cut((one, other)) || is_cut((other, one))
     }
 
-    /// Whether any link was ever cut.
+    /// All links carry again; what waited still arrives before what is sent now.
+    pub(crate) fn heal(&mut self) {
+        self.cuts.clear();
+    }
+
+    /// Whether any link was cut.
     pub(crate) fn has_cuts(&self) -> bool {
         !self.cuts.is_empty()
     }

@@ -164,8 +164,12 @@ impl Router {
         }
     }
 
-    pub(crate) fn streams(&self) -> usize {
-        self.live.len()
+    /// It serves the newest view, and nobody waits for anything.
+    pub(crate) fn is_idle(&self) -> bool {
+        let epoch = |view: Option<&Arc<View>>| view.map(|view| view.epoch);
+        let serves = epoch(self.session.as_ref().map(|session| &session.view));
+        let is_newest = serves == epoch(self.newest.as_ref());
+        self.live.is_empty() && is_newest && matches!(self.phase, Phase::Idle)
     }
 
     /// Whether any block of any rank is taken.

@@ -23,7 +23,8 @@ fn hundreds_of_seeds_keep_the_laws_and_return_to_service() {
 #[test]
 fn large_clusters_keep_the_laws() {
     for seed in 0..4 {
-        let options = Options { seed, workers: 64, steps: 4 * STEPS };
+        // A step of 64 ranks is some 200 events.
+        let options = Options { seed, workers: 64, steps: 10 * STEPS };
         run(options).unwrap_or_else(|failure| panic!("{failure}"));
     }
 }
@@ -37,7 +38,7 @@ fn equal_seeds_give_equal_runs() {
 /// Plants a bug; one of the first seeds must find it, by this law.
 #[track_caller]
 fn check(bug: Bug, law: &str) {
-    let found = (0..200).find_map(|seed| {
+    let found = (0..1000).find_map(|seed| {
         let workers = u16::try_from(2 + seed % 6).unwrap();
         run_with(Options { seed, workers, steps: STEPS }, Some(bug)).err()
     });
@@ -70,6 +71,11 @@ fn experts_that_were_not_loaded_are_found() {
 #[test]
 fn experts_forgotten_before_the_next_view_are_found() {
     check(Bug::ForgottenEarly, "lacks");
+}
+
+#[test]
+fn view_of_a_deposed_leader_is_found() {
+    check(Bug::DeposedLeaderPrepares, "counts without");
 }
 
 #[test]

@@ -50,6 +50,9 @@ pub(crate) struct Worker {
     pub(crate) frozen_until: Time,
     /// The newest epoch it was asked to prepare.
     pub(crate) epoch: u64,
+    /// The newest leader that asked; an older one is not obeyed. A deposed leader may try the same
+    /// epoch with another view.
+    pub(crate) leader: u32,
     pub(crate) experts: BTreeSet<(usize, ExpertId)>,
     pub(crate) waiting: Option<Seat>,
     pub(crate) seat: Option<Seat>,

@@ -69,6 +69,8 @@ pub(crate) struct World {
     woken: BTreeMap<u32, Time>,
     router: Router,
     workers: BTreeMap<u32, Worker>,
+    /// What reached a process that stands still, in order; it finds it when it goes on.
+    mail: BTreeMap<u32, VecDeque<Task>>,
     /// Steps that wait for the one that runs.
     jobs: BTreeMap<u32, VecDeque<StepOrder>>,
     coordinators: BTreeMap<u32, Coordinator>,
@@ -139,6 +141,7 @@ impl World {
             woken: BTreeMap::new(),
             router: Router::new(bug),
             workers: BTreeMap::new(),
+            mail: BTreeMap::new(),
             jobs: BTreeMap::new(),
             coordinators: BTreeMap::new(),
             leader: None,
@@ -212,16 +215,16 @@ impl World {
             Event::Worker(process, task) => {
                 let Some(worker) = self.workers.get(&process) else { return };
                 if self.now < worker.frozen_until {
-                    // Whatever reaches a process that stands still, it finds when it goes on.
-                    let thaw = worker.frozen_until;
-                    return self.at(thaw, Event::Worker(process, task));
+                    self.mail.entry(process).or_default().push_back(task);
+                } else {
+                    self.handle_task(process, task);
                 }
-                self.handle_task(process, task);
             }
             Event::Control(call) => self.handle_call(call),
             Event::Router(message) => self.handle_message(message),
             Event::Outside(Outside::StoreWell) => self.store.mood = Mood::Well,
             Event::Outside(Outside::Fault) => self.fault(),
+            Event::Outside(Outside::Thaw { process }) => self.thaw(process),
         }
         self.carry_out();
     }

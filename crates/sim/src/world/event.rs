@@ -73,6 +73,10 @@ pub(crate) enum Call {
     Prepared {
         asked: Asked,
     },
+    /// A worker does not obey this leader any more.
+    Disobeyed {
+        asked: Asked,
+    },
     /// Pings are due while a worker prepares.
     Ping {
         asked: Asked,
@@ -128,6 +132,10 @@ pub(crate) enum Message {
 pub(crate) enum Outside {
     StoreWell,
     Fault,
+    /// A process goes on, unless it was frozen again meanwhile.
+    Thaw {
+        process: u32,
+    },
 }
 
 /// A call of `Prepare`.
@@ -187,6 +195,7 @@ fn text_of_call(call: &Call) -> String {
         | Call::Wake { .. }
         | Call::Elect
         | Call::Prepared { .. }
+        | Call::Disobeyed { .. }
         | Call::Ping { .. }
         | Call::Fault { .. }
         | Call::FirstToken { .. } => format!("{call:?}"),

@@ -2,8 +2,9 @@
 
 use super::{Call, Event, Outside, World};
 use crate::faults::{self, Fault, Link};
-use crate::net::{MS, Net, Node};
+use crate::net::Node;
 use crate::store::Mood;
+use crate::worker::Worker;
 use control::{Input, PhaseName};
 use placement::Window;
 use std::collections::BTreeSet;
@@ -35,10 +36,11 @@ impl World {
             }
             Fault::Freeze { span } => {
                 let until = self.now + span;
-                let process = self.some_worker();
-                if let Some(worker) = process.and_then(|process| self.workers.get_mut(&process)) {
+                let Some(process) = self.some_worker() else { return };
+                if let Some(worker) = self.workers.get_mut(&process) {
                     worker.frozen_until = worker.frozen_until.max(until);
                 }
+                self.at(until, Event::Outside(Outside::Thaw { process }));
             }
             Fault::Cut { link, span } => {
                 let (Some(one), Some(other)) = (self.some_worker(), self.some_worker()) else {
@@ -98,10 +100,23 @@ impl World {
         }
     }
 
+    pub(super) fn thaw(&mut self, process: u32) {
+        let is_awake = |worker: &Worker| worker.frozen_until <= self.now;
+        if !self.workers.get(&process).is_some_and(is_awake) {
+            return;
+        }
+        for task in self.mail.remove(&process).unwrap_or_default() {
+            if self.workers.contains_key(&process) {
+                self.handle_task(process, task);
+            }
+        }
+    }
+
     /// The process ends, and everybody connected with it learns of it soon.
     pub(super) fn kill(&mut self, process: u32) {
         if self.workers.remove(&process).is_some() {
             self.jobs.remove(&process);
+            self.mail.remove(&process);
             self.soon(Event::Control(Call::Gone { process }));
         }
     }
@@ -109,10 +124,14 @@ impl World {
     /// From here on nothing goes wrong any more.
     pub(super) fn end_faults(&mut self) {
         self.has_faults = false;
-        self.net = Net::default();
+        self.net.heal();
         self.store.mood = Mood::Well;
-        for worker in self.workers.values_mut() {
-            worker.frozen_until = worker.frozen_until.min(self.now + MS);
+        let processes: Vec<u32> = self.workers.keys().copied().collect();
+        for process in processes {
+            if let Some(worker) = self.workers.get_mut(&process) {
+                worker.frozen_until = worker.frozen_until.min(self.now);
+            }
+            self.thaw(process);
         }
         if self.workers.is_empty() {
             self.join();
@@ -131,7 +150,7 @@ impl World {
         let alive: BTreeSet<u32> = self.workers.keys().copied().collect();
         status.phase == PhaseName::Serving
             && members == alive
-            && self.router.streams() == 0
+            && self.router.is_idle()
             && self.laws.waiting().is_empty()
     }
 }

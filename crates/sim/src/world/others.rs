@@ -42,6 +42,11 @@ impl World {
                     coordinator.prepared(now, asked.epoch, asked.worker);
                 }
             }
+            Call::Disobeyed { asked } => {
+                if self.asked.contains(&asked) {
+                    self.prepare_failed(asked);
+                }
+            }
             Call::Ping { asked } => self.ping(asked),
             Call::Write { leader, expected, view } => self.write(leader, expected, &view),
             Call::Written { leader, epoch, written } => {

@@ -36,6 +36,11 @@ impl World {
 
     fn prepare(&mut self, process: u32, seat: Seat, asked: Asked) {
         let worker = self.workers.get_mut(&process).expect("`handle` found it");
+        worker.leader = worker.leader.max(asked.leader);
+        if asked.leader < worker.leader && self.bug != Some(Bug::DeposedLeaderPrepares) {
+            let disobeyed = Event::Control(Call::Disobeyed { asked });
+            return self.send(Node::Worker(process), Node::Coordinator, disobeyed);
+        }
         worker.epoch = worker.epoch.max(seat.view.epoch.0);
         let comes = |incarnation: &String| {
             seat.view.members.iter().any(|member| member.incarnation == *incarnation)
@@ -56,6 +61,9 @@ impl World {
 
     fn loaded(&mut self, process: u32, seat: Seat, asked: Asked) {
         let worker = self.workers.get_mut(&process).expect("`handle` found it");
+        if asked.leader < worker.leader && self.bug != Some(Bug::DeposedLeaderPrepares) {
+            return; // Another one leads since it began to load.
+        }
         let needs = Worker::needs(&seat.view, seat.rank);
         if self.bug == Some(Bug::ForgottenEarly) {
             worker.experts.clear();
