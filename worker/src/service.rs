@@ -118,9 +118,10 @@ impl pb::worker_server::Worker for Service {
         let (answer, answers) = mpsc::channel(ANSWERS_MAX);
         let jobs = self.runner.jobs();
         let mut stopped = self.stopped.clone();
+        let runner = self.runner.clone();
         telemetry::spawn("worker.steps", async move {
             tokio::select! {
-                () = forward(request.into_inner(), jobs, answer) => {}
+                () = forward(request.into_inner(), (&runner, jobs), answer) => {}
                 // Only ever an error: the worker was dropped.
                 _ = stopped.changed() => {}
             }
@@ -160,7 +161,7 @@ fn peers(view: &View) -> Result<Vec<Peer>, EngineError> {
 /// Hands the steps of one router to the thread until either leaves.
 async fn forward(
     mut steps: Streaming<pb::Step>,
-    jobs: mpsc::Sender<Job>,
+    (runner, jobs): (&Runner, mpsc::Sender<Job>),
     answer: mpsc::Sender<Result<pb::StepResult, Status>>,
 ) {
     loop {
@@ -172,6 +173,7 @@ async fn forward(
                 return;
             }
         };
+        runner.supersede(Epoch(step.epoch));
         let job = Job { step, received: Instant::now(), answer: answer.clone() };
         if jobs.send(job).await.is_err() {
             // The router may be gone too.
