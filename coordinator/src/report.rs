@@ -34,6 +34,7 @@ fn member(member: &MemberStatus) -> Value {
         MemberState::Serving => "serving",
         MemberState::Joining => "joining",
         MemberState::Preparing => "preparing",
+        MemberState::Draining => "draining",
     };
     json!({
         "worker": member.worker.0,

@@ -237,6 +237,9 @@ impl Shell {
         match output {
             Output::Welcome { worker, .. } => self.registering = Some(Ok(worker)),
             Output::Refuse { reason, .. } => self.registering = Some(Err(reason)),
+            Output::DrainRefused { worker, reason } => {
+                tracing::warn!(%worker, reason, "drain refused");
+            }
             Output::Prepare { worker, rank, view } => self.prepare(worker, rank, &view),
             Output::Store { view } => self.store(&view),
             Output::Publish { view } => {

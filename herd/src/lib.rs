@@ -3,4 +3,5 @@
 pub mod bench;
 pub mod cluster;
 pub mod logits;
+pub mod placement_bench;
 pub mod ranks;

@@ -10,6 +10,10 @@ pub enum Cause {
     /// The first view.
     Start,
     Joined(WorkerId),
+    /// An operator wants it to leave.
+    Drained(WorkerId),
+    /// The load of the experts has shifted.
+    Rebalance,
     Lost {
         worker: WorkerId,
         evidence: String,
@@ -28,6 +32,8 @@ impl fmt::Display for Cause {
         match self {
             Self::Start => f.write_str("start"),
             Self::Joined(worker) => write!(f, "{worker} joined"),
+            Self::Drained(worker) => write!(f, "{worker} drained"),
+            Self::Rebalance => f.write_str("rebalance"),
             Self::Lost { worker, evidence } => write!(f, "{worker} lost: {evidence}"),
             Self::Fault { text, suspects } => {
                 write!(f, "step failed: {text}; suspects {suspects:?}")

@@ -18,15 +18,19 @@
 //! A view is tried under a new epoch each time, so what belongs to an abandoned attempt is known by
 //! its epoch and changes nothing. Preparing is also how a suspect is confirmed: whoever fails to
 //! prepare is no member any more.
+//!
+//! A member that is drained serves on until a view without it counts, and is dismissed then. If all
+//! who were to take over are lost meanwhile, it stays.
 
 mod change;
 mod machine;
+mod plan;
 mod status;
 #[cfg(test)]
 mod tests;
 
 use ids::{Epoch, Rank, WorkerId};
-use placement::{KvPools, Shape, View};
+use placement::{KvPools, Shape, View, Window};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -90,6 +94,12 @@ pub enum Input {
     Fault { epoch: Epoch, text: String, suspects: Vec<Rank> },
     /// A router committed the first step of the epoch.
     FirstToken { epoch: Epoch },
+    /// An operator wants a worker to leave without anybody noticing.
+    Drain { worker: WorkerId },
+    /// What the experts had to do since the last such input.
+    Load { window: Window },
+    /// Plan anew for the load, if that gains enough.
+    Rebalance,
     /// [`Control::deadline`] has passed.
     Tick,
 }
@@ -101,6 +111,8 @@ pub enum Output {
     Welcome { incarnation: String, worker: WorkerId },
     /// It cannot be one.
     Refuse { incarnation: String, reason: String },
+    /// The worker cannot be drained.
+    DrainRefused { worker: WorkerId, reason: String },
     /// Ask a worker to prepare its rank of a view; answer with `Prepared` or `PrepareFailed`.
     Prepare { worker: WorkerId, rank: Rank, view: Arc<View> },
     /// Write the view to the store; answer with `Stored`, `StoreFailed` or `Superseded`.

@@ -1,14 +1,12 @@
 //! The machine itself; `lib.rs` draws it.
 
 use crate::{Cause, Change, Hello, Input, Output, Settings};
-use ids::{Epoch, Rank, WorkerId};
-use placement::{Member, View};
+use ids::{Epoch, WorkerId};
+use placement::{Load, Member, View, Window};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Changes that the history keeps: enough for an hour of steady failures.
-const HISTORY_MAX: usize = 256;
 /// Ranks of a view. A placement stores a rank per replica, and nobody has tried more.
 pub(crate) const MEMBERS_MAX: usize = 1024;
 /// Between attempts to write to a store that does not answer.
@@ -41,16 +39,20 @@ pub(crate) enum Phase {
 /// The coordinator's state.
 #[derive(Debug)]
 pub struct Control {
-    settings: Settings,
+    pub(crate) settings: Settings,
     /// The last epoch that was tried.
-    epoch: Epoch,
+    pub(crate) epoch: Epoch,
     next_worker: u32,
     pub(crate) members: BTreeMap<WorkerId, Hello>,
     pub(crate) phase: Phase,
     /// The last view that counted.
     pub(crate) committed: Option<Arc<View>>,
     /// Something happened while a view was on its way: the next one follows at once.
-    overtaken: Option<Cause>,
+    pub(crate) overtaken: Option<Cause>,
+    /// Members that are to leave; never all of them.
+    pub(crate) draining: BTreeSet<WorkerId>,
+    /// What the experts had to do; `None` before anybody told.
+    pub(crate) load: Option<Load>,
     pub(crate) history: VecDeque<Change>,
 }
 
@@ -76,6 +78,8 @@ impl Control {
             phase,
             committed: None,
             overtaken: None,
+            draining: BTreeSet::new(),
+            load: None,
             history: VecDeque::new(),
         }
     }
@@ -128,6 +132,9 @@ impl Control {
                 });
                 Vec::new()
             }
+            Input::Drain { worker } => self.drain(now, worker),
+            Input::Load { window } => self.observe(&window),
+            Input::Rebalance => self.rebalance(now),
             Input::Tick => self.tick(now),
         }
     }
@@ -227,6 +234,7 @@ impl Control {
         if self.members.remove(&worker).is_none() {
             return Vec::new();
         }
+        self.draining.remove(&worker);
         let matters = match &self.phase {
             Phase::Assembling { .. } => {
                 if self.members.is_empty() {
@@ -290,9 +298,11 @@ impl Control {
         self.committed = Some(Arc::clone(&view));
         self.phase = Phase::Serving;
         let mut outputs = vec![Output::Publish { view }];
-        if let Some(cause) = self.overtaken.take() {
-            outputs.extend(self.plan(now, cause));
-        }
+        outputs.extend(match self.overtaken.take() {
+            // Who leaves may be needed yet, if those who were to take over are lost.
+            Some(cause) => self.plan(now, cause),
+            None => self.dismiss_drained(),
+        });
         outputs
     }
 
@@ -319,57 +329,60 @@ impl Control {
         }
     }
 
-    /// Starts the next view over all members.
-    fn plan(&mut self, now: Duration, cause: Cause) -> Vec<Output> {
-        self.overtaken = None;
-        if self.members.is_empty() {
-            self.phase = Phase::Assembling { since: None };
+    /// A member that is to leave stays until a view without it counts.
+    fn drain(&mut self, now: Duration, worker: WorkerId) -> Vec<Output> {
+        if let Some(reason) = self.drain_refusal(worker) {
+            return vec![Output::DrainRefused { worker, reason }];
+        }
+        if !self.draining.insert(worker) {
             return Vec::new();
         }
-        self.epoch = self.epoch.next();
-        let view = Arc::new(self.next_view());
-        if self.history.len() == HISTORY_MAX {
-            self.history.pop_front();
+        match &self.phase {
+            Phase::Adopting { .. } | Phase::Assembling { .. } => self.dismiss_drained(),
+            Phase::Serving => self.plan(now, Cause::Drained(worker)),
+            Phase::Preparing { .. } | Phase::Committing { .. } => {
+                self.overtaken.get_or_insert(Cause::Drained(worker));
+                Vec::new()
+            }
         }
-        self.history.push_back(Change::new(view.epoch, cause, now));
-        let prepare = |member: &Member| Output::Prepare {
-            worker: member.worker,
-            rank: member.rank,
-            view: Arc::clone(&view),
-        };
-        let outputs = view.members.iter().map(prepare).collect();
-        let waiting = view.members.iter().map(|member| member.worker).collect();
-        self.phase = Phase::Preparing { view, waiting };
+    }
+
+    fn drain_refusal(&self, worker: WorkerId) -> Option<String> {
+        if !self.members.contains_key(&worker) {
+            return Some(format!("{worker} is no member"));
+        }
+        if let Phase::Adopting { .. } = self.phase {
+            return Some("a new leader is waiting for the members; try again".into());
+        }
+        let stays = |other: &&WorkerId| **other != worker && !self.draining.contains(other);
+        match self.members.keys().find(stays) {
+            Some(_) => None,
+            None => Some(format!("{worker} is the last member; start another one first")),
+        }
+    }
+
+    /// Ends the membership of those who are to leave and are in no view any more.
+    fn dismiss_drained(&mut self) -> Vec<Output> {
+        let committed = self.committed.as_deref();
+        let leaves = |worker: &WorkerId| !committed.is_some_and(|view| has(view, *worker));
+        let leaving: Vec<WorkerId> = self.draining.iter().copied().filter(leaves).collect();
+        let mut outputs = Vec::new();
+        for worker in leaving {
+            self.draining.remove(&worker);
+            self.members.remove(&worker);
+            outputs.push(Output::Dismiss { worker, reason: "drained".into() });
+        }
         outputs
     }
 
-    /// Members of the last view keep their order, newcomers follow by id.
-    fn next_view(&self) -> View {
-        let old_rank = |worker: WorkerId| {
-            let view = self.committed.as_ref()?;
-            view.members.iter().find(|member| member.worker == worker).map(|member| member.rank)
-        };
-        let mut order: Vec<(&WorkerId, &Hello)> = self.members.iter().collect();
-        order.sort_by_key(|(worker, _)| (old_rank(**worker).unwrap_or(Rank(u16::MAX)), **worker));
-        let member = |(rank, (&worker, hello)): (u16, (&WorkerId, &Hello))| Member {
-            worker,
-            rank: Rank(rank),
-            address: hello.address.clone(),
-            incarnation: hello.incarnation.clone(),
-            pid: hello.pid,
-            device: hello.device.clone(),
-            kv: hello.kv,
-            context_tokens: hello.context_tokens,
-            exchange: hello.exchange.clone(),
-        };
-        let first = order.first().expect("a view has members").1;
-        let (shape, profile, model) = (first.shape, first.profile.clone(), first.model.clone());
-        let members: Vec<Member> = (0..).zip(order).map(member).collect();
-        let ranks = u16::try_from(members.len()).expect("a rank is 16 bits, and each has one");
-        let redundancy = self.settings.redundancy.min(ranks - 1);
-        let placement = placement::plan(shape, ranks, redundancy)
-            .expect("there are more ranks than redundancy, and `hello` checked the experts");
-        View { epoch: self.epoch, members, placement, profile, model }
+    /// Experts had to do this much since the last time.
+    fn observe(&mut self, window: &Window) -> Vec<Output> {
+        if self.load.as_ref().is_none_or(|load| load.shape() != window.shape()) {
+            self.load = Some(Load::unknown(window.shape()));
+        }
+        let load = self.load.as_mut().expect("it was just made");
+        load.observe(window).expect("it counts what this window does");
+        Vec::new()
     }
 
     fn note(&mut self, epoch: Epoch, note: impl FnOnce(&mut Change)) {

@@ -23,6 +23,8 @@ pub enum MemberState {
     Joining,
     /// Is being prepared for the next view.
     Preparing,
+    /// Serves until a view without it counts.
+    Draining,
 }
 
 /// One member.
@@ -85,6 +87,7 @@ impl Control {
             | Phase::Serving => false,
         };
         let state = match (is_waited_for, placed) {
+            _ if self.draining.contains(&worker) => MemberState::Draining,
             (true, _) => MemberState::Preparing,
             (false, Some(_)) => MemberState::Serving,
             (false, None) => MemberState::Joining,

@@ -1,5 +1,7 @@
 //! Scenarios as traces, and random histories with an oracle.
 
+mod planned;
+
 use super::*;
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -43,6 +45,7 @@ fn text(output: &Output) -> String {
     match output {
         Output::Welcome { incarnation, worker } => format!("welcome {incarnation} as {worker}"),
         Output::Refuse { incarnation, reason } => format!("refuse {incarnation}: {reason}"),
+        Output::DrainRefused { worker, reason } => format!("keep {worker}: {reason}"),
         Output::Prepare { worker, rank, view } => {
             format!("prepare {worker} as {rank} of {}", members(view))
         }
@@ -72,7 +75,11 @@ fn lost(worker: u32) -> Input {
 
 /// A cluster of two that serves epoch 1.
 fn serving() -> Control {
-    let mut control = start(2);
+    serving_with(settings(2))
+}
+
+fn serving_with(settings: Settings) -> Control {
+    let mut control = Control::new(settings, Duration::ZERO, None);
     for input in [
         Input::Hello(hello("a")),
         Input::Hello(hello("b")),
@@ -362,6 +369,7 @@ impl World {
                 Output::Welcome { incarnation, worker } => {
                     self.alive.insert(worker, incarnation);
                 }
+                Output::DrainRefused { .. } => {}
                 Output::Refuse { .. } => panic!("all workers of this world are alike"),
                 Output::Prepare { worker, view, .. } => {
                     self.pending.push(Input::Prepared { epoch: view.epoch, worker });
@@ -403,6 +411,16 @@ impl World {
                 self.feed(control, now, Input::Fault { epoch, text, suspects: vec![] });
             }
             6 => self.feed(control, now, Input::Tick),
+            7 if !self.alive.is_empty() => {
+                let (&worker, _) = self.alive.iter().nth(pick % self.alive.len()).unwrap();
+                self.feed(control, now, Input::Drain { worker });
+            }
+            8 => {
+                let layer: Vec<u64> = (0..4).map(|e| (pick as u64 >> (e * 4)) % 16).collect();
+                let window = Window::new(&[layer.clone(), layer]).unwrap();
+                self.feed(control, now, Input::Load { window });
+                self.feed(control, now, Input::Rebalance);
+            }
             _ if !self.pending.is_empty() => {
                 let input = self.pending.swap_remove(pick % self.pending.len());
                 let input = match (input, dice / 16 % 5) {

@@ -3,13 +3,20 @@
 //! Everything here is immutable and made by a checked constructor: behind it every expert of every
 //! layer has a rank.
 
+mod fill;
+mod improve;
+mod layer;
+mod load;
 mod plan;
+mod replan;
 mod view;
 
 use ids::{ExpertId, Rank};
 use std::fmt;
 
+pub use load::{Load, REGIMES_MAX, Window};
 pub use plan::{Shape, plan};
+pub use replan::{Aim, ExpertLoad, Holdings, Planned, Request, even_capacity, replan};
 pub use view::{KvPools, Member, View};
 
 /// Why a placement cannot be.
@@ -29,6 +36,12 @@ pub enum PlacementError {
     Redundancy { redundancy: u16, ranks: u16 },
     #[error("{experts} experts, more than an expert id can number")]
     TooManyExperts { experts: usize },
+    #[error("{ranks} ranks, more than a rank can number")]
+    TooManyRanks { ranks: usize },
+    #[error("{capacity} places per layer for {experts} experts")]
+    Capacity { capacity: usize, experts: usize },
+    #[error("{found} given for a model of {expected}")]
+    Window { found: Shape, expected: Shape },
 }
 
 /// For every MoE layer, which ranks hold a copy of which expert.

@@ -2,12 +2,19 @@
 
 use crate::{Placement, PlacementError};
 use ids::Rank;
+use std::fmt;
 
 /// What is to be placed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
     pub moe_layers: usize,
     pub experts: usize,
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} layers of {} experts", self.moe_layers, self.experts)
+    }
 }
 
 /// Places `redundancy + 1` copies of every expert on distinct ranks.

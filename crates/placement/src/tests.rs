@@ -1,5 +1,7 @@
 //! Plans are valid, even and redundant; impossible placements are refused.
 
+mod replan;
+
 use super::*;
 use proptest::prelude::*;
 

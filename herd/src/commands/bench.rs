@@ -1,7 +1,7 @@
 //! `herd bench`.
 
 use super::{DEFAULT_MODEL, DtypeArg};
-use herd::bench;
+use herd::{bench, placement_bench};
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,6 +11,19 @@ pub(crate) enum Command {
     /// Prefill and decode of one checkpoint: tokens per second, time and weight bytes per step, and
     /// the share of the memory bandwidth that the same threads reach by reading alone.
     Engine(EngineArgs),
+    /// The expert planner beside DeepSeek's EPLB, on recorded loads: how level, how many experts must
+    /// be loaded, how long a plan takes.
+    Placement(PlacementArgs),
+}
+
+#[derive(clap::Args)]
+pub(crate) struct PlacementArgs {
+    /// Folder with the loads and EPLB's results.
+    #[arg(long, default_value = "bench/eplb")]
+    loads: PathBuf,
+    /// Plans per case and window; the fastest is reported.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    repeats: u32,
 }
 
 #[derive(clap::Args)]
@@ -39,7 +52,18 @@ pub(crate) struct EngineArgs {
 }
 
 pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
-    let Command::Engine(args) = command;
+    let mut stdout = std::io::stdout();
+    let mut print = |line: &serde_json::Value| {
+        // A reader that has seen enough closes the pipe.
+        let _closed = writeln!(stdout, "{line}");
+    };
+    match command {
+        Command::Engine(args) => engine(args, &mut print),
+        Command::Placement(args) => placement_bench::run(&args.loads, args.repeats, &mut print),
+    }
+}
+
+fn engine(args: &EngineArgs, print: &mut dyn FnMut(&serde_json::Value)) -> anyhow::Result<()> {
     let model = Arc::new(worker::Model::open(&args.model, args.dtype.into())?);
     let options = bench::Options {
         workers: args.workers,
@@ -48,9 +72,5 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
         decode: args.decode,
         chunk: args.chunk,
     };
-    let mut stdout = std::io::stdout();
-    bench::run(&model, options, &mut |line| {
-        // A reader that has seen enough closes the pipe.
-        let _closed = writeln!(stdout, "{line}");
-    })
+    bench::run(&model, options, print)
 }

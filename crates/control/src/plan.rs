@@ -1,0 +1,113 @@
+//! Which view comes next: who is in it, and who holds which experts.
+
+use crate::{Cause, Change, Control, Hello, Output, machine::Phase};
+use ids::{Rank, WorkerId};
+use placement::{Aim, Holdings, Load, Member, Request, View, even_capacity, replan};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Changes that the history keeps: enough for an hour of steady failures.
+const HISTORY_MAX: usize = 256;
+/// What levelling the load must gain, as a part of the fullest rank's load. A view change makes every
+/// stream wait and computes its KV again, which nobody notices only if what follows is clearly faster.
+const REBALANCE_GAIN_MIN: f64 = 0.05;
+
+impl Control {
+    /// Starts the next view over all members that stay.
+    pub(crate) fn plan(&mut self, now: Duration, cause: Cause) -> Vec<Output> {
+        self.overtaken = None;
+        if self.members.is_empty() {
+            self.phase = Phase::Assembling { since: None };
+            return Vec::new();
+        }
+        if self.members.len() == self.draining.len() {
+            // Those who were to take over are gone: better a cluster that nobody wanted than none.
+            self.draining.clear();
+        }
+        let view = self.next_view(aim(&cause));
+        self.start(now, cause, view)
+    }
+
+    /// Levels the load, if that is worth a view change.
+    pub(crate) fn rebalance(&mut self, now: Duration) -> Vec<Output> {
+        let (Phase::Serving, Some(view), Some(load)) = (&self.phase, &self.committed, &self.load)
+        else {
+            return Vec::new();
+        };
+        let next = self.next_view(Aim::Level);
+        let (before, after) = (load.balance(&view.placement), load.balance(&next.placement));
+        if 1.0 - before / after < REBALANCE_GAIN_MIN {
+            return Vec::new();
+        }
+        self.start(now, Cause::Rebalance, next)
+    }
+
+    fn start(&mut self, now: Duration, cause: Cause, mut view: View) -> Vec<Output> {
+        self.epoch = self.epoch.next();
+        view.epoch = self.epoch;
+        let view = Arc::new(view);
+        if self.history.len() == HISTORY_MAX {
+            self.history.pop_front();
+        }
+        self.history.push_back(Change::new(view.epoch, cause, now));
+        let prepare = |member: &Member| Output::Prepare {
+            worker: member.worker,
+            rank: member.rank,
+            view: Arc::clone(&view),
+        };
+        let outputs = view.members.iter().map(prepare).collect();
+        let waiting = view.members.iter().map(|member| member.worker).collect();
+        self.phase = Phase::Preparing { view, waiting };
+        outputs
+    }
+
+    /// Members of the last view keep their order and what they hold, newcomers follow by id.
+    fn next_view(&self, aim: Aim) -> View {
+        let last = self.committed.as_deref();
+        let old_rank = |worker: WorkerId| {
+            last?.members.iter().find(|member| member.worker == worker).map(|member| member.rank)
+        };
+        let staying = self.members.iter().filter(|(worker, _)| !self.draining.contains(worker));
+        let mut order: Vec<(&WorkerId, &Hello)> = staying.collect();
+        order.sort_by_key(|(worker, _)| (old_rank(**worker).unwrap_or(Rank(u16::MAX)), **worker));
+        let member = |(rank, (&worker, hello)): (u16, (&WorkerId, &Hello))| Member {
+            worker,
+            rank: Rank(rank),
+            address: hello.address.clone(),
+            incarnation: hello.incarnation.clone(),
+            pid: hello.pid,
+            device: hello.device.clone(),
+            kv: hello.kv,
+            context_tokens: hello.context_tokens,
+            exchange: hello.exchange.clone(),
+        };
+        let first = order.first().expect("a view has members").1;
+        let (shape, profile, model) = (first.shape, first.profile.clone(), first.model.clone());
+        let members: Vec<Member> = (0..).zip(order).map(member).collect();
+        let ranks = u16::try_from(members.len()).expect("a rank is 16 bits, and each has one");
+        let redundancy = self.settings.redundancy.min(ranks - 1);
+        let new_rank = |worker| members.iter().find(|m| m.worker == worker).map(|m| m.rank);
+        // A cluster that emptied may have been filled again with another model.
+        let current = match last.filter(|last| last.model == model) {
+            Some(last) => {
+                Holdings::carried(&last.placement, |old| new_rank(last.members[old.index()].worker))
+            }
+            None => Holdings::none(shape),
+        };
+        let unknown = Load::unknown(shape);
+        let load = self.load.as_ref().filter(|load| load.shape() == shape).unwrap_or(&unknown);
+        let capacity = even_capacity(shape, ranks, redundancy, 0);
+        let request = Request { aim, capacity: &capacity, redundancy, current: &current, load };
+        let planned =
+            replan(&request).expect("there is a place for every copy, and a rank for each");
+        View { epoch: self.epoch, members, placement: planned.placement, profile, model }
+    }
+}
+
+/// What was not planned must be over soon; what was may as well end level.
+fn aim(cause: &Cause) -> Aim {
+    match cause {
+        Cause::Lost { .. } | Cause::Fault { .. } | Cause::Superseded => Aim::Restore,
+        Cause::Start | Cause::Joined(_) | Cause::Drained(_) | Cause::Rebalance => Aim::Level,
+    }
+}

@@ -1,0 +1,135 @@
+//! View changes that nobody is in a hurry for: drains and rebalances; and what a loss moves.
+
+use super::*;
+
+fn drain(worker: u32) -> Input {
+    Input::Drain { worker: WorkerId(worker) }
+}
+
+fn stored(epoch: u64) -> Input {
+    Input::Stored { epoch: Epoch(epoch) }
+}
+
+#[test]
+fn drained_worker_serves_until_a_view_without_it_counts() {
+    let mut control = serving();
+    check(&mut control, vec![(5, drain(0))], &["prepare w1 as r0 of n2[w1]"]);
+    assert_eq!(control.status().members[0].state, MemberState::Draining);
+    assert_eq!(control.status().epoch, Some(Epoch(1)), "the old view serves on");
+    check(
+        &mut control,
+        vec![(6, drain(0)), (6, prepared(2, 1)), (7, stored(2))],
+        &["store n2[w1]", "publish n2[w1]", "dismiss w0: drained"],
+    );
+    assert_eq!(control.status().members.len(), 1);
+    assert_eq!(control.status().changes.last().unwrap().cause.to_string(), "w0 drained");
+}
+
+#[test]
+fn last_member_and_strangers_are_not_drained() {
+    check(
+        &mut serving(),
+        vec![(5, drain(7)), (5, drain(0)), (5, drain(1))],
+        &[
+            "keep w7: w7 is no member",
+            "prepare w1 as r0 of n2[w1]",
+            "keep w1: w1 is the last member; start another one first",
+        ],
+    );
+}
+
+/// Goal: who leaves comes back if it is needed. Sequence: w0 drains, its only heir dies while the
+/// store writes the view without w0.
+#[test]
+fn drained_worker_stays_if_those_who_take_over_are_lost() {
+    check(
+        &mut serving(),
+        vec![(5, drain(0)), (5, prepared(2, 1)), (6, lost(1)), (6, stored(2))],
+        &[
+            "prepare w1 as r0 of n2[w1]",
+            "store n2[w1]",
+            "publish n2[w1]",
+            "prepare w0 as r0 of n3[w0]",
+        ],
+    );
+}
+
+#[test]
+fn drain_during_a_view_change_follows_it() {
+    check(
+        &mut serving(),
+        vec![
+            (5, Input::Hello(hello("c"))),
+            (5, drain(1)),
+            (6, prepared(2, 0)),
+            (6, prepared(2, 1)),
+            (6, prepared(2, 2)),
+            (7, stored(2)),
+        ],
+        &[
+            "welcome c as w2",
+            "prepare w0 as r0 of n2[w0 w1 w2]",
+            "prepare w1 as r1 of n2[w0 w1 w2]",
+            "prepare w2 as r2 of n2[w0 w1 w2]",
+            "store n2[w0 w1 w2]",
+            "publish n2[w0 w1 w2]",
+            "prepare w0 as r0 of n3[w0 w2]",
+            "prepare w2 as r1 of n3[w0 w2]",
+        ],
+    );
+}
+
+#[test]
+fn rebalance_changes_the_view_only_if_it_gains() {
+    let mut settings = settings(2);
+    settings.redundancy = 0;
+    let mut control = serving_with(settings);
+    let load = |tokens: [u64; 4]| Input::Load {
+        window: Window::new(&[tokens.to_vec(), tokens.to_vec()]).unwrap(),
+    };
+    // Without load, and under a level one, there is nothing to gain.
+    check(
+        &mut control,
+        vec![(5, Input::Rebalance), (5, load([10, 10, 10, 10])), (5, Input::Rebalance)],
+        &[],
+    );
+    let view = control.committed.clone().unwrap();
+    let held = view.placement.local_experts(0, Rank(0));
+    let mut skewed = [10; 4];
+    for expert in held {
+        skewed[expert.index()] = 100;
+    }
+    check(
+        &mut control,
+        vec![(6, load(skewed)), (6, Input::Rebalance)],
+        &["prepare w0 as r0 of n2[w0 w1]", "prepare w1 as r1 of n2[w0 w1]"],
+    );
+    assert_eq!(control.status().changes.last().unwrap().cause, Cause::Rebalance);
+    check(
+        &mut control,
+        vec![(7, prepared(2, 0)), (7, prepared(2, 1)), (7, stored(2)), (8, Input::Rebalance)],
+        &["store n2[w0 w1]", "publish n2[w0 w1]"],
+    );
+}
+
+#[test]
+fn loss_moves_only_what_was_lost() {
+    let mut control = start(4);
+    for name in ["a", "b", "c", "d"] {
+        control.step(Duration::from_secs(1), Input::Hello(hello(name)));
+    }
+    for worker in 0..4 {
+        control.step(Duration::from_secs(1), prepared(1, worker));
+    }
+    control.step(Duration::from_secs(1), stored(1));
+    let before = control.committed.clone().unwrap();
+    let outputs = control.step(Duration::from_secs(2), lost(1));
+    let Output::Prepare { view: after, .. } = &outputs[0] else { panic!("{outputs:?}") };
+    for layer in 0..2 {
+        for (rank, old) in [(0, 0), (1, 2), (2, 3)] {
+            let had = before.placement.local_experts(layer, Rank(old));
+            let has = after.placement.local_experts(layer, Rank(rank));
+            assert!(had.iter().all(|expert| has.contains(expert)), "{had:?} became {has:?}");
+        }
+    }
+}
