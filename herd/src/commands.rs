@@ -3,6 +3,7 @@
 pub(crate) mod bench;
 pub(crate) mod chat;
 pub(crate) mod coordinator;
+pub(crate) mod drain;
 pub(crate) mod logits;
 mod parts;
 mod processes;

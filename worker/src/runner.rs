@@ -108,6 +108,14 @@ impl Runner {
     }
 }
 
+/// Waits for the thread's end; why it ended.
+pub(crate) async fn end(ended: &mut watch::Receiver<Option<String>>) -> String {
+    match ended.wait_for(Option::is_some).await {
+        Ok(reason) => reason.clone().unwrap_or_default(),
+        Err(_) => "its thread is gone".into(),
+    }
+}
+
 /// Starts the thread; returns when the dense weights are loaded.
 pub(crate) async fn start(config: &Config, transport: Transport) -> Result<Runner, EngineError> {
     let (jobs, inbox) = mpsc::channel(STEPS_MAX);

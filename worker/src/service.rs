@@ -28,6 +28,8 @@ pub(crate) struct Service {
     epoch: Arc<AtomicU64>,
     /// Closes when the worker is dropped.
     stopped: watch::Receiver<()>,
+    /// Open step streams.
+    streams: watch::Sender<usize>,
 }
 
 impl Service {
@@ -38,12 +40,18 @@ impl Service {
         stopped: watch::Receiver<()>,
     ) -> Self {
         let (runner, epoch) = (runner.clone(), Arc::default());
-        Self { model, runner, incarnation, profile, epoch, stopped }
+        let streams = watch::channel(0).0;
+        Self { model, runner, incarnation, profile, epoch, stopped, streams }
     }
 
     /// The newest epoch it was asked to prepare.
     pub(crate) fn epoch(&self) -> Arc<AtomicU64> {
         Arc::clone(&self.epoch)
+    }
+
+    /// The number of open step streams.
+    pub(crate) fn streams(&self) -> watch::Receiver<usize> {
+        self.streams.subscribe()
     }
 
     pub(crate) fn into_server(self) -> WorkerServer<Self> {
@@ -118,13 +126,15 @@ impl pb::worker_server::Worker for Service {
         let (answer, answers) = mpsc::channel(ANSWERS_MAX);
         let jobs = self.runner.jobs();
         let mut stopped = self.stopped.clone();
-        let runner = self.runner.clone();
+        let (runner, streams) = (self.runner.clone(), self.streams.clone());
+        streams.send_modify(|open| *open += 1);
         telemetry::spawn("worker.steps", async move {
             tokio::select! {
                 () = forward(request.into_inner(), (&runner, jobs), answer) => {}
                 // Only ever an error: the worker was dropped.
                 _ = stopped.changed() => {}
             }
+            streams.send_modify(|open| *open -= 1);
         });
         Ok(Response::new(ReceiverStream::new(answers)))
     }
