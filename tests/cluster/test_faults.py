@@ -3,7 +3,10 @@
 import os
 import random
 import signal
+import subprocess
 import time
+
+from server import BINARY, MODEL_DIR
 
 KILLS = int(os.environ.get("HERD_TEST_KILLS", "4"))
 WORKERS = 4
@@ -61,3 +64,34 @@ def test_frozen_etcd_stops_nothing_and_membership_waits(load):
     victim = load.serving()[0]
     load.during(lambda: os.kill(victim["pid"], signal.SIGKILL))
     load.until_serving(WORKERS)
+
+
+def test_join_and_drain_under_load(load):
+    load.until_serving(WORKERS)
+    coordinator = load.status()["coordinators"][0]["url"]
+    for _ in range(2):
+        command = [str(BINARY), "--log", "error", "worker", "--coordinator", coordinator, "--model", str(MODEL_DIR)]
+        joined = []
+
+        def join():
+            joined.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+            load.until_serving(WORKERS + 1)
+
+        load.during(join)
+        victim = next(member for member in load.serving() if member["pid"] == joined[0].pid)
+
+        def drain():
+            done = subprocess.run(
+                [str(BINARY), "--log", "error", "drain", str(victim["worker"]), "--url", load.cluster.url], timeout=60, check=True, text=True, capture_output=True
+            )
+            assert f"worker {victim['worker']} has left" in done.stdout
+
+        load.during(drain)
+        assert joined[0].wait(60) == 0, "a drained worker ends well"
+        load.until_serving(WORKERS)
+
+
+def test_what_cannot_be_drained_is_said(load):
+    done = subprocess.run([str(BINARY), "drain", "9999", "--url", load.cluster.url], timeout=60, text=True, capture_output=True)
+    assert done.returncode == 1
+    assert "worker 9999 is not drained: w9999 is no member" in done.stderr
