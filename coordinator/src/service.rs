@@ -1,11 +1,11 @@
 //! The gRPC face of the coordinator.
 
-use crate::shell::{Event, Registration};
+use crate::shell::{Dismissal, Event, Registration};
 use crate::{Handle, Term};
 use control::{Hello, Input};
 use futures::StreamExt;
 use futures::stream::BoxStream;
-use ids::{Epoch, Rank};
+use ids::{Epoch, Rank, WorkerId};
 use placement::Shape;
 use proto::pb;
 use tokio::sync::{mpsc, oneshot};
@@ -57,7 +57,7 @@ impl pb::coordinator_server::Coordinator for Service {
         let registration =
             answer.await.map_err(|_| ended())?.map_err(Status::failed_precondition)?;
         let (sender, receiver) = mpsc::channel(1);
-        let welcome = pb::RegisterEvent { worker: registration.worker.0 };
+        let welcome = pb::RegisterEvent { worker: registration.worker.0, leave: false };
         sender.try_send(Ok(welcome)).expect("the channel is new and has room for one");
         telemetry::spawn("coordinator.member", stay(registration, sender, events.downgrade()));
         Ok(Response::new(ReceiverStream::new(receiver)))
@@ -93,6 +93,17 @@ impl pb::coordinator_server::Coordinator for Service {
         Ok(Response::new(pb::ReportResponse {}))
     }
 
+    async fn drain(
+        &self,
+        request: Request<pb::DrainRequest>,
+    ) -> Result<Response<pb::DrainResponse>, Status> {
+        let worker = WorkerId(request.into_inner().worker);
+        let (reply, answer) = oneshot::channel();
+        self.send(Event::Drain { worker, reply }).await?;
+        answer.await.map_err(|_| ended())?.map_err(Status::failed_precondition)?;
+        Ok(Response::new(pb::DrainResponse {}))
+    }
+
     async fn status(
         &self,
         _request: Request<pb::StatusRequest>,
@@ -117,10 +128,14 @@ async fn stay(
                 let _ended = events.send(Event::Gone { worker, connection }).await;
             }
         }
-        reason = dismissed => {
-            let reason = reason.unwrap_or_else(|_| "another stream or another leader has taken its place".into());
+        dismissal = dismissed => {
+            let taken = "another stream or another leader has taken its place";
+            let last = match dismissal.unwrap_or_else(|_| Dismissal::Failed(taken.into())) {
+                Dismissal::Drained => Ok(pb::RegisterEvent { worker: worker.0, leave: true }),
+                Dismissal::Failed(reason) => Err(Status::aborted(reason)),
+            };
             // The worker may be gone already.
-            let _gone = sender.send(Err(Status::aborted(reason))).await;
+            let _gone = sender.send(last).await;
         }
     }
 }

@@ -34,6 +34,11 @@ pub(crate) enum Event {
         connection: u64,
     },
     Input(Input),
+    /// An operator wants a worker to leave; answered when it has, or cannot.
+    Drain {
+        worker: WorkerId,
+        reply: oneshot::Sender<Result<(), String>>,
+    },
     Written {
         epoch: Epoch,
         result: Result<Written, StoreError>,
@@ -49,12 +54,21 @@ pub(crate) struct Registration {
     pub(crate) worker: WorkerId,
     pub(crate) connection: u64,
     /// Fires when the membership ends.
-    pub(crate) dismissed: oneshot::Receiver<String>,
+    pub(crate) dismissed: oneshot::Receiver<Dismissal>,
+}
+
+/// Why a membership ends.
+#[derive(Debug)]
+pub(crate) enum Dismissal {
+    /// As an operator wished: the worker shall end.
+    Drained,
+    /// The worker may register again.
+    Failed(String),
 }
 
 struct Peer {
     connection: u64,
-    dismiss: oneshot::Sender<String>,
+    dismiss: oneshot::Sender<Dismissal>,
     channel: Option<Channel>,
 }
 
@@ -79,6 +93,8 @@ pub(crate) struct Shell {
     started: Instant,
     peers: BTreeMap<WorkerId, Peer>,
     connections: u64,
+    /// Who waits for a worker to leave.
+    draining: BTreeMap<WorkerId, Vec<oneshot::Sender<Result<(), String>>>>,
     /// The registration that waits for the machine's answer.
     registering: Option<Result<WorkerId, String>>,
 }
@@ -99,6 +115,7 @@ impl Shell {
             is_fenced: false,
             started: Instant::now(),
             peers: BTreeMap::new(),
+            draining: BTreeMap::new(),
             connections: 0,
             registering: None,
         }
@@ -143,11 +160,16 @@ impl Shell {
     fn event(&mut self, control: &mut Control, event: Event) {
         match event {
             Event::Input(input) => self.feed(control, input),
+            Event::Drain { worker, reply } => {
+                self.draining.entry(worker).or_default().push(reply);
+                self.feed(control, Input::Drain { worker });
+            }
             Event::Register { hello, reply } => self.register(control, hello, reply),
             Event::Gone { worker, connection } => {
                 // A worker that has registered again meanwhile is not gone.
                 if self.peers.get(&worker).is_some_and(|peer| peer.connection == connection) {
                     self.peers.remove(&worker);
+                    self.drained(worker, &Err("it was lost before it was drained".into()));
                     let evidence = "its registration stream ended".into();
                     self.feed(control, Input::Lost { worker, evidence });
                 }
@@ -190,7 +212,7 @@ impl Shell {
     }
 
     /// Replaces the stream of a worker; `prepare` may have made its peer already.
-    fn connect(&mut self, worker: WorkerId, address: &str) -> (u64, oneshot::Receiver<String>) {
+    fn connect(&mut self, worker: WorkerId, address: &str) -> (u64, oneshot::Receiver<Dismissal>) {
         self.connections += 1;
         let (dismiss, dismissed) = oneshot::channel();
         let channel = channel(address);
@@ -239,6 +261,7 @@ impl Shell {
             Output::Refuse { reason, .. } => self.registering = Some(Err(reason)),
             Output::DrainRefused { worker, reason } => {
                 tracing::warn!(%worker, reason, "drain refused");
+                self.drained(worker, &Err(reason));
             }
             Output::Prepare { worker, rank, view } => self.prepare(worker, rank, &view),
             Output::Store { view } => self.store(&view),
@@ -248,12 +271,25 @@ impl Shell {
             }
             Output::Dismiss { worker, reason } => {
                 tracing::warn!(%worker, reason, "dismissed");
+                let is_drained = self.drained(worker, &Ok(()));
+                let dismissal =
+                    if is_drained { Dismissal::Drained } else { Dismissal::Failed(reason) };
                 if let Some(peer) = self.peers.remove(&worker) {
                     // Its stream may have ended by itself.
-                    let _gone = peer.dismiss.send(reason);
+                    let _gone = peer.dismiss.send(dismissal);
                 }
             }
         }
+    }
+
+    /// Answers those who wait for the worker to leave; whether somebody did.
+    fn drained(&mut self, worker: WorkerId, result: &Result<(), String>) -> bool {
+        let Some(waiting) = self.draining.remove(&worker) else { return false };
+        for reply in waiting {
+            // Whoever asked may have left.
+            let _left = reply.send(result.clone());
+        }
+        true
     }
 
     fn prepare(&self, worker: WorkerId, rank: Rank, view: &View) {

@@ -1,8 +1,10 @@
 //! The subcommands: what each asks of the user, and how it runs.
 
 pub(crate) mod bench;
+pub(crate) mod chaos;
 pub(crate) mod chat;
 pub(crate) mod coordinator;
+pub(crate) mod drain;
 pub(crate) mod logits;
 mod parts;
 mod processes;

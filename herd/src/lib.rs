@@ -1,6 +1,7 @@
 //! The tools of the `herd` binary.
 
 pub mod bench;
+pub mod chaos;
 pub mod cluster;
 pub mod logits;
 pub mod placement_bench;

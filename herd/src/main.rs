@@ -3,7 +3,9 @@
 mod commands;
 
 use clap::{Args, Command as Parser, CommandFactory, FromArgMatches};
-use commands::{BadInput, bench, chat, coordinator, logits, router, status, synth, up, worker};
+use commands::{
+    BadInput, bench, chaos, chat, coordinator, drain, logits, router, status, synth, up, worker,
+};
 use model::checkpoint::CheckpointError;
 use std::process::ExitCode;
 
@@ -32,6 +34,10 @@ enum Command {
     Chat(chat::Args),
     /// Shows members, epoch, placement and load of a running cluster.
     Status(status::Args),
+    /// Kills and freezes processes of a running cluster under load, and checks that no client noticed.
+    Chaos(chaos::Args),
+    /// Moves a worker's experts and sequences away, and ends it.
+    Drain(drain::Args),
     /// Computes the logits of a token sequence, through engine and exchange.
     Logits(logits::Args),
     /// Measures; prints one JSON object per line.
@@ -52,6 +58,8 @@ fn main() -> ExitCode {
         Command::Worker(args) => worker::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Status(args) => status::run(args),
+        Command::Chaos(args) => chaos::run(args),
+        Command::Drain(args) => drain::run(args),
         Command::Logits(args) => logits::run(args),
         Command::Bench(command) => bench::run(command),
         Command::Synth(args) => synth::run(args),

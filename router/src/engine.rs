@@ -14,6 +14,7 @@
 //! What is planned is decided by `scheduler`, what a token means by the journal. The engine must
 //! never deliver a token before every rank of the epoch has answered for its step.
 
+mod describe;
 mod journal;
 mod link;
 mod report;
@@ -31,7 +32,7 @@ use std::{
 };
 use tokio::sync::{Notify, mpsc, oneshot};
 
-pub use run::describe;
+pub use describe::describe;
 
 /// Submissions between the front door and the engine. They wait there for the end of a step at
 /// most; whoever finds it full waits too, so its size only bounds memory.

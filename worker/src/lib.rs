@@ -17,6 +17,7 @@ use ids::WorkerId;
 use joined::Transport;
 use kernels::Level;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
@@ -41,7 +42,7 @@ pub struct Config {
 #[derive(Debug)]
 pub struct Worker {
     id: watch::Receiver<Option<WorkerId>>,
-    ended: watch::Receiver<Option<String>>,
+    ended: watch::Receiver<Option<Ended>>,
     _stop: watch::Sender<()>,
 }
 
@@ -52,14 +53,26 @@ impl Worker {
         *self.id.borrow()
     }
 
-    /// Waits until the worker can serve no more, which needs a new process; why.
-    pub async fn ended(&mut self) -> String {
+    /// Waits until the worker has ended by itself.
+    pub async fn ended(&mut self) -> Ended {
         match self.ended.wait_for(Option::is_some).await {
-            Ok(reason) => reason.clone().unwrap_or_default(),
-            Err(_) => "its tasks have ended".into(),
+            Ok(ended) => ended.clone().unwrap_or(Ended::Drained),
+            Err(_) => Ended::Failed("its tasks have ended".into()),
         }
     }
 }
+
+/// Why a worker has ended by itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ended {
+    /// An operator drained it: its work is done.
+    Drained,
+    /// It can serve no more, which needs a new process.
+    Failed(String),
+}
+
+/// Longest that a drained worker waits for its router to leave it.
+const LEAVE_MAX: Duration = Duration::from_secs(30);
 
 /// Loads the dense weights, starts the worker's thread and its service on `listener`, and registers.
 ///
@@ -81,25 +94,31 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
     let identity = (incarnation, profile);
     let service = service::Service::new(model, &runner, identity, stopped.clone());
     let (tell_id, id) = watch::channel(None);
-    let ended = runner.ended();
+    let (tell_end, ended) = watch::channel(None);
     let register = registration::keep(config.coordinator, (card, service.epoch()), tell_id);
+    let mut streams = service.streams();
     let server = tonic::transport::Server::builder()
         .add_service(service.into_server())
         .serve_with_incoming(proto::incoming(listener));
     telemetry::spawn("worker", async move {
         let mut thread = runner.ended();
-        tokio::select! {
-            result = server => {
-                if let Err(error) = result {
-                    tracing::error!(%error, "the worker's service ended");
-                }
-            }
-            () = register => {}
+        let drained = async {
+            register.await;
+            // An error means that the service is gone, and its streams with it.
+            let _left = tokio::time::timeout(LEAVE_MAX, streams.wait_for(|open| *open == 0)).await;
+        };
+        let end = tokio::select! {
+            result = server => Ended::Failed(match result {
+                Ok(()) => "its service ended".into(),
+                Err(error) => format!("its service ended: {error}"),
+            }),
+            () = drained => Ended::Drained,
             // Whoever cannot step must not stay a member.
-            _ = thread.wait_for(Option::is_some) => {}
+            reason = runner::end(&mut thread) => Ended::Failed(reason),
             // Only ever an error: the worker was dropped.
-            _ = stopped.changed() => {}
-        }
+            _ = stopped.changed() => return,
+        };
+        tell_end.send_replace(Some(end));
     });
     Ok(Worker { id, ended, _stop: stop })
 }

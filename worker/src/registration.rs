@@ -42,7 +42,7 @@ pub(crate) fn card(config: &Config, address: &str, incarnation: &str) -> pb::Reg
     }
 }
 
-/// Stays registered for ever. `epoch`: the newest that the worker was asked to prepare.
+/// Stays registered until the worker is drained. `epoch`: the newest that the worker was asked to prepare.
 pub(crate) async fn keep(
     coordinators: String,
     (card, epoch): (pb::RegisterRequest, Arc<AtomicU64>),
@@ -54,7 +54,13 @@ pub(crate) async fn keep(
         let before = *id.borrow();
         let card = pb::RegisterRequest { epoch: epoch.load(Ordering::SeqCst), ..card.clone() };
         match register(coordinator, card, &id).await {
-            Ok(()) => tracing::info!(coordinator, "the coordinator ended the registration"),
+            Ok(Registered::Drained) => {
+                tracing::info!(coordinator, "drained");
+                return;
+            }
+            Ok(Registered::Ended) => {
+                tracing::info!(coordinator, "the coordinator ended the registration");
+            }
             Err(error) => tracing::warn!(coordinator, error = %chain(&*error), "not registered"),
         }
         let was_registered = *id.borrow() != before;
@@ -63,11 +69,17 @@ pub(crate) async fn keep(
     }
 }
 
+/// How a registration ended without an error.
+enum Registered {
+    Drained,
+    Ended,
+}
+
 async fn register(
     coordinator: &str,
     card: pb::RegisterRequest,
     id: &watch::Sender<Option<WorkerId>>,
-) -> Result<(), Error> {
+) -> Result<Registered, Error> {
     let endpoint = Endpoint::from_shared(coordinator.to_owned())?
         .connect_timeout(CONNECT_MAX)
         .tcp_nodelay(true)
@@ -78,10 +90,13 @@ async fn register(
     let mut client = pb::coordinator_client::CoordinatorClient::new(channel);
     let mut events = client.register(card).await?.into_inner();
     while let Some(event) = events.message().await? {
+        if event.leave {
+            return Ok(Registered::Drained);
+        }
         tracing::info!(worker = event.worker, coordinator, "registered");
         id.send_replace(Some(WorkerId(event.worker)));
     }
-    Ok(())
+    Ok(Registered::Ended)
 }
 
 /// An error with all its causes: tonic's own text hides them.

@@ -11,6 +11,7 @@ use ids::{Epoch, StepId};
 use kernels::StepBatch;
 use model::forward::Unobserved;
 use proto::pb;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -19,6 +20,9 @@ use tonic::Status;
 /// Steps that wait for the thread. A router sends the next one after the answer, so more than a few
 /// only pile up after it gave up on some.
 const STEPS_MAX: usize = 16;
+
+/// Prepared views that no step has come for. They share the experts they have in common.
+const SEATS_MAX: usize = 4;
 
 /// A step and where its answer goes.
 #[derive(Debug)]
@@ -44,8 +48,9 @@ struct Waiting(Arc<Mutex<Seats>>);
 
 #[derive(Default)]
 struct Seats {
-    /// Waits for a step of its epoch, with the incarnations of its view's members.
-    next: Option<(Seat, Vec<String>)>,
+    /// Wait for a step of their epoch, each with the incarnations of its view's members. A router may
+    /// still come to a view while the next one is prepared.
+    next: BTreeMap<Epoch, (Seat, Vec<String>)>,
     /// The view that is served.
     current: Option<Current>,
 }
@@ -79,18 +84,35 @@ impl Runner {
         }
     }
 
-    /// Offers a seat in the view of these members; a newer one that waits already stays.
+    /// Offers a seat in the view of these members.
     pub(crate) fn offer(&self, seat: Seat, incarnations: &[String]) {
         seat.connect(&self.transport);
         let mut seats = self.waiting.lock();
-        if seats.next.as_ref().is_none_or(|(other, _)| other.epoch() <= seat.epoch()) {
-            seats.next = Some((seat, incarnations.to_vec()));
+        seats.next.insert(seat.epoch(), (seat, incarnations.to_vec()));
+        while SEATS_MAX < seats.next.len() {
+            seats.next.pop_first();
+        }
+    }
+
+    /// The router has come to this epoch: whatever it asked for under an earlier one is void.
+    pub(crate) fn supersede(&self, epoch: Epoch) {
+        let seats = self.waiting.lock();
+        if let Some(current) = seats.current.as_ref().filter(|current| current.epoch < epoch) {
+            current.aborter.abort(current.epoch, Reason::ViewChange);
         }
     }
 
     /// Why the thread has ended, once it has.
     pub(crate) fn ended(&self) -> watch::Receiver<Option<String>> {
         self.ended.clone()
+    }
+}
+
+/// Waits for the thread's end; why it ended.
+pub(crate) async fn end(ended: &mut watch::Receiver<Option<String>>) -> String {
+    match ended.wait_for(Option::is_some).await {
+        Ok(reason) => reason.clone().unwrap_or_default(),
+        Err(_) => "its thread is gone".into(),
     }
 }
 
@@ -182,7 +204,12 @@ fn attempt(
 ) -> Result<(u32, Vec<pb::Sampled>), EngineError> {
     let wire = &job.step;
     let epoch = Epoch(wire.epoch);
-    let next = waiting.lock().next.take_if(|(seat, _)| seat.epoch() == epoch);
+    let next = {
+        let mut seats = waiting.lock();
+        // Seats of earlier epochs will never be taken.
+        seats.next = seats.next.split_off(&epoch);
+        seats.next.remove(&epoch)
+    };
     if let Some((seat, incarnations)) = next {
         tracing::info!(%epoch, "takes its seat");
         engine.take(seat)?;

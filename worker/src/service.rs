@@ -28,6 +28,8 @@ pub(crate) struct Service {
     epoch: Arc<AtomicU64>,
     /// Closes when the worker is dropped.
     stopped: watch::Receiver<()>,
+    /// Open step streams.
+    streams: watch::Sender<usize>,
 }
 
 impl Service {
@@ -38,12 +40,18 @@ impl Service {
         stopped: watch::Receiver<()>,
     ) -> Self {
         let (runner, epoch) = (runner.clone(), Arc::default());
-        Self { model, runner, incarnation, profile, epoch, stopped }
+        let streams = watch::channel(0).0;
+        Self { model, runner, incarnation, profile, epoch, stopped, streams }
     }
 
     /// The newest epoch it was asked to prepare.
     pub(crate) fn epoch(&self) -> Arc<AtomicU64> {
         Arc::clone(&self.epoch)
+    }
+
+    /// The number of open step streams.
+    pub(crate) fn streams(&self) -> watch::Receiver<usize> {
+        self.streams.subscribe()
     }
 
     pub(crate) fn into_server(self) -> WorkerServer<Self> {
@@ -118,12 +126,15 @@ impl pb::worker_server::Worker for Service {
         let (answer, answers) = mpsc::channel(ANSWERS_MAX);
         let jobs = self.runner.jobs();
         let mut stopped = self.stopped.clone();
+        let (runner, streams) = (self.runner.clone(), self.streams.clone());
+        streams.send_modify(|open| *open += 1);
         telemetry::spawn("worker.steps", async move {
             tokio::select! {
-                () = forward(request.into_inner(), jobs, answer) => {}
+                () = forward(request.into_inner(), (&runner, jobs), answer) => {}
                 // Only ever an error: the worker was dropped.
                 _ = stopped.changed() => {}
             }
+            streams.send_modify(|open| *open -= 1);
         });
         Ok(Response::new(ReceiverStream::new(answers)))
     }
@@ -160,7 +171,7 @@ fn peers(view: &View) -> Result<Vec<Peer>, EngineError> {
 /// Hands the steps of one router to the thread until either leaves.
 async fn forward(
     mut steps: Streaming<pb::Step>,
-    jobs: mpsc::Sender<Job>,
+    (runner, jobs): (&Runner, mpsc::Sender<Job>),
     answer: mpsc::Sender<Result<pb::StepResult, Status>>,
 ) {
     loop {
@@ -172,6 +183,7 @@ async fn forward(
                 return;
             }
         };
+        runner.supersede(Epoch(step.epoch));
         let job = Job { step, received: Instant::now(), answer: answer.clone() };
         if jobs.send(job).await.is_err() {
             // The router may be gone too.

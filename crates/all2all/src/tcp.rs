@@ -91,6 +91,12 @@ impl Tcp {
         Self { core, view, state, lanes, layer, waiting }
     }
 
+    /// Frames of old epochs that came over the present connections and were dropped.
+    #[must_use]
+    pub fn dropped_frames(&self) -> u64 {
+        self.lanes.iter().flat_map(|lane| &lane.wire).map(|wire| wire.inbound.dropped).sum()
+    }
+
     /// Records the fault of the step and tells the peers, so that none waits for its deadline.
     fn fault(&mut self, (kind, suspects): Blame, (layer, phase): (u16, Phase)) -> Fault {
         self.core.tell_fault(self.view.epoch);

@@ -2,12 +2,14 @@
 
 #![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
+#[path = "common/counting.rs"]
+mod counting;
+
 use all2all::conformance::Network;
 use all2all::local::{Hub, Local};
 use all2all::{AllToAll, ExchangeError, Routes, View};
+use counting::allocations;
 use ids::{Epoch, ExpertId, Rank};
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,42 +28,6 @@ impl Network for InProcess {
 }
 
 all2all::conformance!(InProcess(Hub::new()), allocations);
-
-/// Counts what the threads allocate, each for itself: the test harness has threads of its own.
-struct Counting;
-
-thread_local! {
-    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-}
-
-fn allocations() -> u64 {
-    ALLOCATIONS.get()
-}
-
-#[global_allocator]
-static COUNTING: Counting = Counting;
-
-#[allow(unsafe_code, reason = "the only way to see an allocation")]
-// SAFETY: every call goes to `System` as it came; the counter is a `Cell` without a destructor, so
-// touching it never allocates.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: the caller keeps the duties of `alloc`.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller keeps the duties of `dealloc`; the pointer came from `System`.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: the caller keeps the duties of `realloc`; the pointer came from `System`.
-        unsafe { System.realloc(pointer, layout, size) }
-    }
-}
 
 /// One expert, on rank 0.
 fn view(epoch: u64, me: u16, ranks: u16) -> View {

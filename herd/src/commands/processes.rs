@@ -12,7 +12,7 @@ use anyhow::{Context, bail};
 use std::ffi::OsString;
 use std::net::TcpListener;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 use tokio::process::{Child, ChildStdin, Command};
 
@@ -51,12 +51,9 @@ impl Role {
     }
 
     /// Waits for its end; for ever, if it does not run.
-    async fn ended(&mut self) -> String {
+    async fn ended(&mut self) -> std::io::Result<ExitStatus> {
         match &mut self.child {
-            Some(child) => match child.wait().await {
-                Ok(status) => status.to_string(),
-                Err(error) => error.to_string(),
-            },
+            Some(child) => child.wait().await,
             None => std::future::pending().await,
         }
     }
@@ -141,8 +138,13 @@ async fn supervise(roles: &mut [Role], args: &Args) -> anyhow::Result<()> {
         let (status, index, _) = futures::future::select_all(ends).await;
         let role = &mut roles[index];
         role.child = None;
-        say(&format!("{} ended: {status}", role.name));
-        if args.no_restart {
+        let (text, is_done) = match &status {
+            // A drained worker has done what it was asked to.
+            Ok(status) => (status.to_string(), status.success()),
+            Err(error) => (error.to_string(), false),
+        };
+        say(&format!("{} ended: {text}", role.name));
+        if args.no_restart || is_done {
             continue;
         }
         tokio::time::sleep(RESTART_PAUSE).await;

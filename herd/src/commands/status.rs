@@ -49,6 +49,15 @@ fn of_router(url: &str) -> anyhow::Result<Value> {
     serde_json::from_str(&text).with_context(|| format!("{url} is no herd router"))
 }
 
+/// The leading coordinator that a router knows.
+pub(crate) fn leader(router: &str) -> anyhow::Result<String> {
+    let status = of_router(router)?;
+    let leader = status["coordinators"][0]["url"].as_str();
+    leader.map(str::to_owned).with_context(|| {
+        format!("the router at {router} knows no coordinator: {}", status["coordinator_error"])
+    })
+}
+
 fn of_coordinator(url: &str) -> anyhow::Result<Value> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {

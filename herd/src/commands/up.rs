@@ -6,7 +6,7 @@ use super::router::Door;
 use herd::cluster::{Cluster, Config};
 use std::sync::Arc;
 use std::time::Duration;
-use worker::Model;
+use worker::{Ended, Model};
 
 /// Between a worker's end and its successor, so that one that cannot live does not fill the log.
 const RESTART_PAUSE: Duration = Duration::from_secs(1);
@@ -72,11 +72,16 @@ async fn serve(args: &Args) -> anyhow::Result<()> {
         tokio::select! {
             () = signals.next() => break,
             error = open.ended() => return Err(error),
-            (index, reason) = ended(&mut cluster) => {
-                tracing::error!(reason, "a worker has ended; another one takes its place");
+            (index, end) = ended(&mut cluster) => {
                 drop(cluster.workers.remove(index));
-                tokio::time::sleep(RESTART_PAUSE).await;
-                cluster.add_worker().await?;
+                match end {
+                    Ended::Drained => say("a worker has left: it was drained"),
+                    Ended::Failed(reason) => {
+                        tracing::error!(reason, "a worker has ended; another one takes its place");
+                        tokio::time::sleep(RESTART_PAUSE).await;
+                        cluster.add_worker().await?;
+                    }
+                }
             }
         }
     }
@@ -85,10 +90,10 @@ async fn serve(args: &Args) -> anyhow::Result<()> {
 }
 
 /// The first worker that ends, and why.
-async fn ended(cluster: &mut Cluster) -> (usize, String) {
+async fn ended(cluster: &mut Cluster) -> (usize, Ended) {
     let ends = cluster.workers.iter_mut().map(|worker| Box::pin(worker.ended()));
-    let (reason, index, _) = futures::future::select_all(ends).await;
-    (index, reason)
+    let (end, index, _) = futures::future::select_all(ends).await;
+    (index, end)
 }
 
 async fn ready(cluster: &Cluster) {

@@ -4,7 +4,7 @@ use super::parts::{ChildArgs, ComputeArgs, ModelArgs, Signals, block_on, say};
 use anyhow::{Context, bail};
 use std::sync::Arc;
 use tokio::net::TcpListener;
-use worker::{Exchange, Model};
+use worker::{Ended, Exchange, Model};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -48,7 +48,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             }
             () = args.child.parent_gone() => Ok(()),
             // The supervisor starts a new process.
-            reason = worker.ended() => bail!("the worker ended: {reason}"),
+            ended = worker.ended() => match ended {
+                Ended::Drained => {
+                    say("drained");
+                    Ok(())
+                }
+                Ended::Failed(reason) => bail!("the worker ended: {reason}"),
+            },
         }
     })
 }

@@ -29,6 +29,8 @@ pub(super) enum StepFailure {
     Deadline { limit: Duration },
     #[error("rank {rank} did not sample {sequence}")]
     Incomplete { rank: usize, sequence: SeqId },
+    #[error("{epoch} goes on without a rank of this step")]
+    Superseded { epoch: Epoch },
 }
 
 /// What to do about a failed step.
@@ -46,14 +48,14 @@ impl StepFailure {
         match self {
             Self::Fault { suspects, .. } => suspects.clone(),
             Self::Broken { rank, .. } => u32::try_from(*rank).into_iter().collect(),
-            Self::Deadline { .. } | Self::Incomplete { .. } => Vec::new(),
+            Self::Deadline { .. } | Self::Incomplete { .. } | Self::Superseded { .. } => Vec::new(),
         }
     }
 
     pub(super) fn remedy(&self) -> Remedy {
         match self {
             Self::Fault { .. } | Self::Deadline { .. } | Self::Incomplete { .. } => Remedy::Retry,
-            Self::Broken { .. } => Remedy::Reopen,
+            Self::Broken { .. } | Self::Superseded { .. } => Remedy::Reopen,
         }
     }
 }

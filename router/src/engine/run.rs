@@ -8,7 +8,7 @@ use super::{
     report::{self, Reporter},
     watch::{Peer, Target},
 };
-use ids::{SeqId, StepId};
+use ids::{Epoch, SeqId, StepId};
 use metrics::{counter, gauge, histogram};
 use proto::pb;
 use scheduler::{Config, Plan, Scheduler};
@@ -191,6 +191,10 @@ impl Engine {
                     session.scheduler.abort();
                     self.shared.failed_steps.fetch_add(1, Ordering::SeqCst);
                     let remedy = failure.remedy();
+                    if let StepFailure::Superseded { epoch } = &failure {
+                        tracing::info!(%epoch, "a rank is gone; its step is void");
+                        return;
+                    }
                     let (epoch, suspects) = (session.target.epoch, failure.suspects());
                     self.reporter.fault(epoch, failure.to_string(), suspects);
                     self.pause_after(&failure.to_string(), Some(session)).await;
@@ -203,12 +207,20 @@ impl Engine {
         }
     }
 
-    async fn step(&self, session: &mut Session) -> Result<Vec<pb::Sampled>, StepFailure> {
+    async fn step(&mut self, session: &mut Session) -> Result<Vec<pb::Sampled>, StepFailure> {
         let live = &self.live;
         let sample = |id| live.get(&id).expect("only live sequences are planned").record.sample();
-        let Session { links, plan, .. } = session;
+        let Session { links, plan, target, .. } = session;
         let started = Instant::now();
-        let sampled = links.step(plan, self.config.step_deadline, sample).await?;
+        let step = links.step(plan, self.config.step_deadline, sample);
+        let sampled = tokio::select! {
+            sampled = step => sampled?,
+            // Nobody waits for the answer of a rank that is gone. A planned change keeps all ranks, and
+            // lets the step end.
+            epoch = without_a_rank_of(&mut self.views, target) => {
+                return Err(StepFailure::Superseded { epoch });
+            }
+        };
         histogram!("herd_step_seconds").record(started.elapsed().as_secs_f64());
         Ok(sampled)
     }
@@ -377,6 +389,9 @@ impl Engine {
 
     /// Says what failed and waits for the pause to pass or a newer view to come.
     async fn pause_after(&mut self, text: &str, mut session: Option<&mut Session>) {
+        if session.as_deref().is_some_and(|session| self.has_newer_view(session)) {
+            return;
+        }
         tracing::warn!(text, pause = ?self.retry_pause, "a step failed or could not start");
         *self.shared.last_failure() = Some(text.to_owned());
         let until = tokio::time::Instant::now() + self.retry_pause;
@@ -416,6 +431,24 @@ impl Engine {
     }
 }
 
+/// Waits for a newer view that lacks a rank of `target`.
+async fn without_a_rank_of(views: &mut watch::Receiver<Option<Target>>, target: &Target) -> Epoch {
+    loop {
+        {
+            let newest = views.borrow();
+            let newer = newest.as_ref().filter(|newest| target.epoch < newest.epoch);
+            let is_here = |newer: &Target, peer: &Peer| {
+                newer.peers.iter().any(|other| other.is_same_process(peer))
+            };
+            let lacks = |newer: &&Target| !target.peers.iter().all(|peer| is_here(newer, peer));
+            if let Some(newer) = newer.filter(lacks) {
+                return newer.epoch;
+            }
+        }
+        views.changed().await.expect("the task that follows views outlives its receiver");
+    }
+}
+
 /// What ended a sleep.
 enum Wake {
     Input,
@@ -450,26 +483,4 @@ fn submit_error(error: scheduler::SubmitError) -> SubmitError {
         // The front door renders every prompt to at least one token, and `accept` answers 0.
         Core::EmptyPrompt | Core::NoTokens => SubmitError::NotReady(error.to_string()),
     }
-}
-
-/// Describes the engine's metrics; call it once, after the recorder is installed.
-pub fn describe() {
-    use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
-    describe_counter!("herd_steps_total", Unit::Count, "Steps that committed.");
-    describe_histogram!("herd_step_seconds", Unit::Seconds, "Time of a step over all ranks.");
-    describe_counter!("herd_tokens_generated_total", Unit::Count, "Tokens sampled.");
-    describe_counter!(
-        "herd_tokens_prefilled_total",
-        Unit::Count,
-        "Tokens computed without sampling after them."
-    );
-    describe_gauge!("herd_streams", Unit::Count, "Live sequences, waiting ones included.");
-    describe_gauge!("herd_queue", Unit::Count, "Sequences that wait for a rank.");
-    describe_counter!(
-        "herd_preemptions_total",
-        Unit::Count,
-        "Sequences that gave their memory back to an older one."
-    );
-    describe_gauge!("herd_kv_blocks_free", Unit::Count, "Free KV blocks of a rank's pool.");
-    describe_counter!("herd_requests_total", Unit::Count, "Sequences by how they ended.");
 }

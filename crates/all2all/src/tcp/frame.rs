@@ -311,3 +311,64 @@ impl Reader<'_> {
         String::from_utf8(here.to_vec()).ok()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEAD_OF_ROWS: Head = Head {
+        epoch: Epoch(3),
+        key: LayerKey { step: StepId(9), layer: 23 },
+        phase: Phase::Dispatch,
+        from: Rank(2),
+        to: Rank(7),
+        rows: 5,
+        row_bytes: 10_240,
+        sequence: 1 << 40,
+    };
+
+    /// What is written can be read, and with any bit changed it cannot.
+    #[track_caller]
+    fn check<const N: usize, T: PartialEq + std::fmt::Debug>(
+        (message, bytes): (T, [u8; N]),
+        decode: impl Fn(&[u8; N]) -> Option<T>,
+    ) {
+        assert_eq!(decode(&bytes), Some(message));
+        for bit in 0..8 * N {
+            let mut changed = bytes;
+            changed[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(decode(&changed), None, "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn messages_are_read_as_written_or_not_at_all() {
+        check((HEAD_OF_ROWS, HEAD_OF_ROWS.encode()), Head::decode);
+        let (cluster, from, to) = ("maverick".into(), "a".repeat(NAME_MAX), String::new());
+        let hello = Hello { channel: Channel::Control, nonce: 7, cluster, from, to };
+        check((hello.clone(), hello.encode()), Hello::decode);
+        for welcome in [Welcome::Yes, Welcome::Busy, Welcome::No] {
+            check((welcome, welcome.encode(5)), |bytes| Welcome::decode(bytes, 5));
+            assert_eq!(Welcome::decode(&welcome.encode(5), 6), None);
+        }
+        let over = Notice::Over { before: Epoch(8), frames: 77 };
+        check((over, over.encode()), Notice::decode);
+    }
+
+    #[test]
+    fn frame_beyond_the_limit_is_no_frame() {
+        let head = Head { rows: u32::MAX, ..HEAD_OF_ROWS };
+        assert_eq!(Head::decode(&head.encode()), None);
+    }
+
+    /// RFC 3720, appendix B.4.
+    #[test]
+    fn checksum_is_crc32c() {
+        assert_eq!(checksum(&[0; 32]), 0x8a91_36aa);
+        assert_eq!(checksum(&[0xff; 32]), 0x62a8_ab43);
+        let mut sum = Sum::default();
+        sum.add(&[0; 5]);
+        sum.add(&[0; 27]);
+        assert_eq!(sum.trailer(), 0x8a91_36aa_u32.to_le_bytes());
+    }
+}

@@ -157,6 +157,13 @@ impl Coordinator for FakeCoordinator {
         Ok(Response::new(pb::ReportResponse {}))
     }
 
+    async fn drain(
+        &self,
+        _: Request<pb::DrainRequest>,
+    ) -> Result<Response<pb::DrainResponse>, Status> {
+        Err(Status::unimplemented("nobody drains here"))
+    }
+
     async fn status(
         &self,
         _request: Request<pb::StatusRequest>,

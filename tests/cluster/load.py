@@ -1,0 +1,75 @@
+"""Streams with a known outcome: whatever happens to the cluster, each must yield the tokens it yields in peace."""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import re
+import time
+
+STREAMS = int(os.environ.get("HERD_TEST_STREAMS", "40"))
+TOKENS = 200
+STALL_MAX_S = 10  # a bound against hanging, not a claim of speed; those are in bench/results
+
+
+class Load:
+    def __init__(self, cluster):
+        self.cluster = cluster
+        self.pool = concurrent.futures.ThreadPoolExecutor(STREAMS)
+        self.expected = [text for text, _ in self.pool.map(self.stream, range(STREAMS))]
+
+    def stream(self, seed):
+        """The text of one seeded stream, and its longest gap between two pieces."""
+        pieces, gap, last = [], 0.0, None
+        chunks = self.cluster.client.chat.completions.create(
+            model="toy-maverick",
+            messages=[{"role": "user", "content": f"Tell a long story about Carlos and number {seed}."}],
+            max_tokens=TOKENS,
+            temperature=0.7,
+            seed=seed,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        for chunk in chunks:
+            now = time.monotonic()
+            gap = max(gap, now - last) if last else 0.0
+            last = now
+            if chunk.choices and chunk.choices[0].delta.content:
+                pieces.append(chunk.choices[0].delta.content)
+        return "".join(pieces), gap
+
+    def during(self, action):
+        """Runs all streams, calls `action` when they are on their way, and checks every one of them. Returns their longest gaps."""
+        running = [self.pool.submit(self.stream, seed) for seed in range(STREAMS)]
+        self.until(lambda: self.cluster.router()["streams"] > STREAMS // 2, "the streams start")
+        time.sleep(0.3)
+        assert not all(stream.done() for stream in running), "the streams end before anything happens"
+        action()
+        results = [stream.result(120) for stream in running]  # raises what a lost stream raised
+        different = [seed for seed, (text, _) in enumerate(results) if text != self.expected[seed]]
+        assert not different, f"streams {different} differ"
+        gaps = sorted(gap for _, gap in results)
+        assert gaps[-1] < STALL_MAX_S, f"a stream stood still for {gaps[-1]:.1f} s"
+        return gaps
+
+    @staticmethod
+    def until(is_so, what, limit_s=30):
+        deadline = time.monotonic() + limit_s
+        while not is_so():
+            assert time.monotonic() < deadline, f"never: {what}"
+            time.sleep(0.02)
+
+    def status(self):
+        return json.loads(self.cluster.get("/status"))
+
+    def serving(self):
+        return [member for member in self.status().get("members", []) if member["state"] == "serving"]
+
+    def until_serving(self, workers):
+        self.until(lambda: len(self.serving()) == workers, f"{workers} workers serve")
+
+    def pid(self, role):
+        """The last pid that `herd up` printed for a role."""
+        self.cluster.log.flush()
+        log = pathlib.Path(self.cluster.log.name).read_text(errors="replace")
+        return int(re.findall(rf"^{role}: pid (\d+)$", log, re.MULTILINE)[-1])

@@ -1,0 +1,97 @@
+"""Real processes, real etcd, real signals: no stream is lost and no token changes."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+
+from server import BINARY, MODEL_DIR
+
+KILLS = int(os.environ.get("HERD_TEST_KILLS", "4"))
+WORKERS = 4
+
+
+def test_killed_workers_lose_no_stream_and_change_no_token(load):
+    dice = random.Random(7)
+    for _ in range(KILLS):
+        load.until_serving(WORKERS)
+        victim = dice.choice(load.serving())
+        epoch = load.status()["epoch"]
+        load.during(lambda: os.kill(victim["pid"], signal.SIGKILL))
+        assert load.status()["epoch"] > epoch
+        assert victim["pid"] not in [member["pid"] for member in load.serving()]
+
+
+def test_frozen_worker_is_left_behind_and_comes_back(load):
+    load.until_serving(WORKERS)
+    victim = load.serving()[0]
+
+    def freeze():
+        os.kill(victim["pid"], signal.SIGSTOP)
+        load.until(lambda: victim["worker"] not in [m["worker"] for m in load.serving()], "it is left behind")
+
+    try:
+        load.during(freeze)
+    finally:
+        os.kill(victim["pid"], signal.SIGCONT)
+    load.until_serving(WORKERS)
+    assert victim["pid"] in [member["pid"] for member in load.serving()], "it has registered again"
+
+
+def test_killed_leader_is_replaced_and_the_view_stands(load):
+    load.until_serving(WORKERS)
+    before = load.status()
+    leader = before["leader"]
+    load.during(lambda: os.kill(leader, signal.SIGKILL))
+    load.until(lambda: load.status().get("leader") not in (None, leader), "another one leads")
+    load.until_serving(WORKERS)
+    assert load.status()["epoch"] == before["epoch"], "the new leader adopts the view"
+    # And it does its work.
+    victim = load.serving()[1]
+    load.during(lambda: os.kill(victim["pid"], signal.SIGKILL))
+
+
+def test_frozen_etcd_stops_nothing_and_membership_waits(load):
+    load.until_serving(WORKERS)
+    etcd = load.pid("etcd")
+    os.kill(etcd, signal.SIGSTOP)
+    try:
+        load.during(lambda: time.sleep(1))
+        load.during(lambda: time.sleep(1))
+    finally:
+        os.kill(etcd, signal.SIGCONT)
+    victim = load.serving()[0]
+    load.during(lambda: os.kill(victim["pid"], signal.SIGKILL))
+    load.until_serving(WORKERS)
+
+
+def test_join_and_drain_under_load(load):
+    load.until_serving(WORKERS)
+    coordinator = load.status()["coordinators"][0]["url"]
+    for _ in range(2):
+        command = [str(BINARY), "--log", "error", "worker", "--coordinator", coordinator, "--model", str(MODEL_DIR)]
+        joined = []
+
+        def join():
+            joined.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+            load.until_serving(WORKERS + 1)
+
+        load.during(join)
+        victim = next(member for member in load.serving() if member["pid"] == joined[0].pid)
+
+        def drain():
+            done = subprocess.run(
+                [str(BINARY), "--log", "error", "drain", str(victim["worker"]), "--url", load.cluster.url], timeout=60, check=True, text=True, capture_output=True
+            )
+            assert f"worker {victim['worker']} has left" in done.stdout
+
+        load.during(drain)
+        assert joined[0].wait(60) == 0, "a drained worker ends well"
+        load.until_serving(WORKERS)
+
+
+def test_what_cannot_be_drained_is_said(load):
+    done = subprocess.run([str(BINARY), "drain", "9999", "--url", load.cluster.url], timeout=60, text=True, capture_output=True)
+    assert done.returncode == 1
+    assert "worker 9999 is not drained: w9999 is no member" in done.stderr
