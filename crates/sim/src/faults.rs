@@ -31,8 +31,11 @@ pub(crate) enum Fault {
     Crash {
         span: Time,
     },
-    /// Another coordinator is elected while the old one believes that it leads.
-    Depose,
+    /// Another coordinator is elected while the old one believes that it leads. A worker joins, of
+    /// which only the new one hears, and another dies after that long: both may plan the same epoch.
+    Depose {
+        span: Time,
+    },
 }
 
 /// Between which processes; the workers are drawn when it happens.
@@ -84,6 +87,6 @@ pub(crate) fn draw(rng: &mut Rng) -> Fault {
             Fault::Store { mood, span }
         }
         18 => Fault::Crash { span },
-        _ => Fault::Depose,
+        _ => Fault::Depose { span: rng.between(10, 900) * MS },
     }
 }

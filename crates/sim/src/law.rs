@@ -134,6 +134,16 @@ impl Laws {
         });
     }
 
+    /// A worker serves a step in this view: it is the one that counts, not another with its epoch.
+    pub(crate) fn served(&mut self, incarnation: &str, view: &Arc<View>) {
+        let stored = self.stored.get(&view.epoch).cloned();
+        self.require(|| {
+            let counts = stored.as_ref() == Some(view);
+            ensure!(counts, "{incarnation} serves another {} than the one that counts", view.epoch);
+            Ok(())
+        });
+    }
+
     /// A worker completes its part of a step: it holds what the view says it holds.
     pub(crate) fn computed(&mut self, incarnation: &str, worker: &Worker, step: u64) {
         let Some(seat) = &worker.seat else { return };

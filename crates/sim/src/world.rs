@@ -224,6 +224,7 @@ impl World {
             Event::Router(message) => self.handle_message(message),
             Event::Outside(Outside::StoreWell) => self.store.mood = Mood::Well,
             Event::Outside(Outside::Fault) => self.fault(),
+            Event::Outside(Outside::Kill) => self.kill_one(),
             Event::Outside(Outside::Thaw { process }) => self.thaw(process),
         }
         self.carry_out();

@@ -132,6 +132,7 @@ pub(crate) enum Message {
 pub(crate) enum Outside {
     StoreWell,
     Fault,
+    Kill,
     /// A process goes on, unless it was frozen again meanwhile.
     Thaw {
         process: u32,

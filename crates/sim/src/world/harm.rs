@@ -75,11 +75,19 @@ impl World {
                     self.at(self.now + span, Event::Control(Call::Elect));
                 }
             }
-            Fault::Depose => {
+            Fault::Depose { span } => {
                 if self.leader.is_some() {
+                    self.happen(Fault::Join);
                     self.at(self.now, Event::Control(Call::Elect));
+                    self.at(self.now + span, Event::Outside(Outside::Kill));
                 }
             }
+        }
+    }
+
+    pub(super) fn kill_one(&mut self) {
+        if self.has_faults {
+            self.happen(Fault::Kill { processes: 1 });
         }
     }
 

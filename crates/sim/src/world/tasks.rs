@@ -104,6 +104,9 @@ impl World {
                 self.answer(process, &order, Err(Vec::new()));
                 continue;
             }
+            if let Some(seat) = &worker.seat {
+                self.laws.served(&incarnation(process), &seat.view);
+            }
             let sampled = worker.compute(&order);
             let StepOrder { session, step, .. } = order;
             worker.running = Some(Running { session, step, sampled });
