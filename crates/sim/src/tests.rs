@@ -99,5 +99,5 @@ fn memory_of_another_process_is_found() {
 
 #[test]
 fn step_without_some_ranks_is_found() {
-    check(Bug::MajorityCommits, &["gets 77"]);
+    check(Bug::MajorityCommits, &["gets 77", "counts without"]);
 }
