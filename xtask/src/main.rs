@@ -23,13 +23,41 @@ enum Task {
     Verify,
     /// The rules that no compiler checks: dependency directions, files, code map.
     Tidy,
+    /// A whole cluster under faults, from a seed: checks its laws after every event.
+    Sim(SimArgs),
+}
+
+#[derive(clap::Args)]
+struct SimArgs {
+    /// Everything that happens follows from it.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// How many seeds to run, from `--seed` on.
+    #[arg(long, default_value_t = 1)]
+    seeds: u64,
+    /// Workers at the start.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
+    workers: u16,
+    /// Events until the faults stop and service must return.
+    #[arg(long, default_value_t = 20_000)]
+    steps: u64,
 }
 
 fn main() -> anyhow::Result<()> {
     match Args::parse().task {
         Task::Verify => verify(),
         Task::Tidy => tidy::run(&root()),
+        Task::Sim(args) => sim(&args),
     }
+}
+
+fn sim(args: &SimArgs) -> anyhow::Result<()> {
+    let SimArgs { workers, steps, .. } = *args;
+    for seed in args.seed..args.seed.saturating_add(args.seeds) {
+        let report = sim::run(sim::Options { seed, workers, steps })?;
+        eprintln!("seed {seed}: {report}");
+    }
+    Ok(())
 }
 
 fn verify() -> anyhow::Result<()> {

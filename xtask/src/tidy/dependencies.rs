@@ -12,7 +12,7 @@ use serde_json::Value;
 
 /// Crates that decide and never act: no runtime, socket, clock, randomness or threads. A name here binds the crate from
 /// the day it becomes a member.
-pub(super) const PURE: &[&str] = &["control", "ids", "openai", "placement", "scheduler"];
+pub(super) const PURE: &[&str] = &["control", "ids", "openai", "placement", "scheduler", "sim"];
 
 /// Packages that bring a runtime, sockets, randomness or threads with them.
 const IMPURE: &[&str] = &[
@@ -49,10 +49,11 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("proto", &["placement", "scheduler"]),
     ("router", &["model", "openai", "placement", "proto", "scheduler", "store", "telemetry"]),
     ("scheduler", &[]),
+    ("sim", &["control", "placement", "scheduler"]),
     ("store", &["telemetry"]),
     ("telemetry", &[]),
     ("worker", &["all2all", "kernels", "model", "placement", "proto", "store", "telemetry"]),
-    ("xtask", &[]),
+    ("xtask", &["sim"]),
 ];
 
 /// The binary and the integration tests put everything together.

@@ -1,0 +1,192 @@
+//! What workers do: prepare, run steps, and meet in the exchange.
+
+use super::{Asked, BEAT, Call, Event, Message, Task, World, incarnation};
+use crate::Bug;
+use crate::coordinator::Dismissal;
+use crate::net::{MS, Node, Time};
+use crate::router::{Answer, STEP_MAX};
+use crate::worker::{Running, Seat, StepOrder, Worker};
+use ids::{Rank, SeqId};
+use placement::View;
+use std::sync::Arc;
+
+impl World {
+    pub(super) fn handle_task(&mut self, process: u32, task: Task) {
+        match task {
+            Task::Beat => {
+                let hello = Box::new(self.hello(process));
+                let beat = Event::Control(Call::Hello { process, hello });
+                self.send(Node::Worker(process), Node::Coordinator, beat);
+                self.at(self.now + BEAT, Event::Worker(process, Task::Beat));
+            }
+            Task::Prepare { seat, asked } => self.prepare(process, seat, asked),
+            Task::Loaded { seat, asked } => self.loaded(process, seat, asked),
+            Task::Dismissed { why: Dismissal::Drained } => self.kill(process),
+            // Its next beat registers it again.
+            Task::Dismissed { why: Dismissal::Unfit } => {}
+            Task::Step { order } => {
+                self.jobs.entry(process).or_default().push_back(order);
+                self.work(process);
+            }
+            Task::Meet { step } => self.meet(process, step),
+            Task::Computed { session, step } => self.computed(process, session, step),
+            Task::Late { session, step } => self.late(process, session, step),
+        }
+    }
+
+    fn prepare(&mut self, process: u32, seat: Seat, asked: Asked) {
+        let worker = self.workers.get_mut(&process).expect("`handle` found it");
+        worker.leader = worker.leader.max(asked.leader);
+        if asked.leader < worker.leader && self.bug != Some(Bug::DeposedLeaderPrepares) {
+            let disobeyed = Event::Control(Call::Disobeyed { asked });
+            return self.send(Node::Worker(process), Node::Coordinator, disobeyed);
+        }
+        worker.epoch = worker.epoch.max(seat.view.epoch.0);
+        let comes = |incarnation: &String| {
+            seat.view.members.iter().any(|member| member.incarnation == *incarnation)
+        };
+        let lacks = worker.seat.as_ref().is_some_and(|current| {
+            current.view.members.iter().any(|member| !comes(&member.incarnation))
+        });
+        worker.forget();
+        let missing = Worker::needs(&seat.view, seat.rank).difference(&worker.experts).count();
+        let missing = Time::try_from(missing).expect("experts are few");
+        let took = self.rng.between(1, 5) * MS + missing * self.rng.between(100, 1000);
+        self.at(self.now + took, Event::Worker(process, Task::Loaded { seat, asked }));
+        if lacks {
+            // Nobody waits for a step that a lost worker will never finish.
+            self.fail_step(process, Vec::new());
+        }
+    }
+
+    fn loaded(&mut self, process: u32, seat: Seat, asked: Asked) {
+        let worker = self.workers.get_mut(&process).expect("`handle` found it");
+        if asked.leader < worker.leader && self.bug != Some(Bug::DeposedLeaderPrepares) {
+            return; // Another one leads since it began to load.
+        }
+        let needs = Worker::needs(&seat.view, seat.rank);
+        if self.bug == Some(Bug::ForgottenEarly) {
+            worker.experts.clear();
+        }
+        if self.bug != Some(Bug::NothingLoaded) {
+            worker.experts.extend(needs);
+        }
+        self.laws.prepared(&incarnation(process), &seat.view);
+        if worker.waiting.as_ref().is_none_or(|other| other.view.epoch <= seat.view.epoch) {
+            worker.waiting = Some(seat);
+        }
+        self.send(
+            Node::Worker(process),
+            Node::Coordinator,
+            Event::Control(Call::Prepared { asked }),
+        );
+    }
+
+    /// Takes up the next step, if none runs.
+    fn work(&mut self, process: u32) {
+        loop {
+            let worker = self.workers.get_mut(&process).expect("it lives");
+            let jobs = self.jobs.entry(process).or_default();
+            let newest = jobs.iter().map(|job| job.session).max();
+            if worker.running.is_some() {
+                return;
+            }
+            let Some(order) = jobs.pop_front() else { return };
+            if Some(order.session) < newest {
+                continue; // The router has left that stream.
+            }
+            let can = worker.sits_in(order.epoch)
+                && worker.seat.as_ref().is_some_and(|seat| !seat.is_poisoned);
+            if !can {
+                self.answer(process, &order, Err(Vec::new()));
+                continue;
+            }
+            let sampled = worker.compute(&order);
+            let StepOrder { session, step, .. } = order;
+            worker.running = Some(Running { session, step, sampled });
+            self.at(self.now, Event::Worker(process, Task::Meet { step }));
+            self.at(self.now + STEP_MAX, Event::Worker(process, Task::Late { session, step }));
+            return;
+        }
+    }
+
+    fn answer(
+        &mut self,
+        process: u32,
+        order: &StepOrder,
+        result: Result<Vec<(SeqId, u32)>, Vec<Rank>>,
+    ) {
+        let worker = &self.workers[&process];
+        let rank = worker.seat.as_ref().map_or(Rank(0), |seat| seat.rank);
+        let StepOrder { session, epoch, step, .. } = *order;
+        let answer = Answer { session, epoch, step, rank, result };
+        self.send(Node::Worker(process), Node::Router, Event::Router(Message::Answered { answer }));
+    }
+
+    /// The exchange: once all ranks of the view run the step and reach each other, all complete it.
+    fn meet(&mut self, process: u32, step: u64) {
+        let Some(view) = self.running_view(process, step) else { return };
+        let members: Vec<u32> = view.members.iter().map(|member| member.pid).collect();
+        let is_here = |&other: &u32| self.running_view(other, step).as_ref() == Some(&view);
+        if !members.iter().all(is_here) {
+            return;
+        }
+        let is_cut = |one: u32, other: u32| {
+            self.net.is_cut(self.now, Node::Worker(one), Node::Worker(other))
+        };
+        let mut pairs = members.iter().flat_map(|&one| members.iter().map(move |&o| (one, o)));
+        if self.net.has_cuts() && pairs.any(|(one, other)| is_cut(one, other)) {
+            return self.at(self.now + 5 * MS, Event::Worker(process, Task::Meet { step }));
+        }
+        for process in members {
+            let running = self.workers[&process].running.as_ref().expect("it runs the step");
+            let session = running.session;
+            let took = self.rng.between(500, 3000);
+            self.at(self.now + took, Event::Worker(process, Task::Computed { session, step }));
+        }
+    }
+
+    fn running_view(&self, process: u32, step: u64) -> Option<Arc<View>> {
+        let worker = self.workers.get(&process)?;
+        worker.running.as_ref().filter(|running| running.step == step)?;
+        worker.seat.as_ref().map(|seat| Arc::clone(&seat.view))
+    }
+
+    fn computed(&mut self, process: u32, session: u64, step: u64) {
+        let worker = self.workers.get_mut(&process).expect("`handle` found it");
+        let mine = |running: &mut Running| running.session == session && running.step == step;
+        let Some(running) = worker.running.take_if(mine) else { return };
+        self.laws.computed(&incarnation(process), worker, step);
+        let epoch = worker.seat.as_ref().map_or(0, |seat| seat.view.epoch.0);
+        let order = StepOrder { session, epoch, step, slices: Vec::new(), seeds: Vec::new() };
+        self.answer(process, &order, Ok(running.sampled));
+        self.work(process);
+    }
+
+    fn late(&mut self, process: u32, session: u64, step: u64) {
+        let worker = &self.workers[&process];
+        let is_mine = |running: &Running| running.session == session && running.step == step;
+        if !worker.running.as_ref().is_some_and(is_mine) {
+            return;
+        }
+        let Some(view) = self.running_view(process, step) else { return };
+        let absent = view
+            .members
+            .iter()
+            .filter(|member| self.running_view(member.pid, step).as_ref() != Some(&view));
+        let suspects = absent.map(|member| member.rank).collect();
+        self.fail_step(process, suspects);
+    }
+
+    /// Ends the running step with a fault, which poisons the exchange of its view.
+    fn fail_step(&mut self, process: u32, suspects: Vec<Rank>) {
+        let worker = self.workers.get_mut(&process).expect("it lives");
+        let Some(Running { session, step, .. }) = worker.running.take() else { return };
+        let Some(seat) = &mut worker.seat else { return };
+        seat.is_poisoned = true;
+        let epoch = seat.view.epoch.0;
+        let order = StepOrder { session, epoch, step, slices: Vec::new(), seeds: Vec::new() };
+        self.answer(process, &order, Err(suspects));
+        self.work(process);
+    }
+}
