@@ -2,5 +2,6 @@
 
 pub mod bench;
 pub mod cluster;
+pub mod exchange_bench;
 pub mod logits;
 pub mod ranks;

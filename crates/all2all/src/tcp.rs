@@ -237,7 +237,8 @@ impl AllToAll for Tcp {
 
     fn arrived(&self, _arrived: &Arrived) -> (HostRows<'_>, &[u32]) {
         let Layer { row_bytes, rows, offsets, .. } = &self.layer;
-        (HostRows { bytes: rows, row_bytes: *row_bytes }, offsets)
+        let bytes = &rows[..self.layer.arrived_bytes()];
+        (HostRows { bytes, row_bytes: *row_bytes }, offsets)
     }
 
     fn combine_send(

@@ -2,6 +2,7 @@
 
 use super::{DEFAULT_MODEL, DtypeArg};
 use herd::bench;
+use herd::exchange_bench::{self, Case, Transport};
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,6 +12,12 @@ pub(crate) enum Command {
     /// Prefill and decode of one checkpoint: tokens per second, time and weight bytes per step, and
     /// the share of the memory bandwidth that the same threads reach by reading alone.
     Engine(EngineArgs),
+    /// The exchange of rows between processes of this machine: microseconds and GB/s per number of
+    /// processes and bytes per pair.
+    Exchange(ExchangeArgs),
+    /// One process of `herd bench exchange`.
+    #[command(hide = true)]
+    ExchangeRank(ExchangeRankArgs),
 }
 
 #[derive(clap::Args)]
@@ -38,8 +45,59 @@ pub(crate) struct EngineArgs {
     chunk: u32,
 }
 
+#[derive(clap::Args)]
+pub(crate) struct ExchangeArgs {
+    /// How rows travel.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "tcp")]
+    transport: Vec<TransportArg>,
+    /// Processes.
+    #[arg(long, value_delimiter = ',', default_value = "2,4,8", value_parser = clap::value_parser!(u16).range(2..))]
+    ranks: Vec<u16>,
+    /// Bytes from every process to every process: tokens of 10 KiB.
+    #[arg(long, value_delimiter = ',', default_value = "10240,81920,1310720,10485760")]
+    bytes: Vec<u32>,
+    /// About how long every case is measured.
+    #[arg(long, default_value_t = 1.0)]
+    seconds: f64,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct ExchangeRankArgs {
+    #[arg(long, value_enum)]
+    transport: TransportArg,
+    #[arg(long)]
+    me: u16,
+    #[arg(long)]
+    ranks: u16,
+    #[arg(long)]
+    bytes: u32,
+    #[arg(long)]
+    rounds: usize,
+}
+
+/// The choices of `--transport`.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum TransportArg {
+    Tcp,
+}
+
+impl From<TransportArg> for Transport {
+    fn from(transport: TransportArg) -> Self {
+        match transport {
+            TransportArg::Tcp => Self::Tcp,
+        }
+    }
+}
+
 pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
-    let Command::Engine(args) = command;
+    match command {
+        Command::Engine(args) => engine(args),
+        Command::Exchange(args) => exchange(args),
+        Command::ExchangeRank(args) => exchange_rank(args),
+    }
+}
+
+fn engine(args: &EngineArgs) -> anyhow::Result<()> {
     let model = Arc::new(worker::Model::open(&args.model, args.dtype.into())?);
     let options = bench::Options {
         workers: args.workers,
@@ -53,4 +111,32 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
         // A reader that has seen enough closes the pipe.
         let _closed = writeln!(stdout, "{line}");
     })
+}
+
+fn exchange(args: &ExchangeArgs) -> anyhow::Result<()> {
+    for &ranks in &args.ranks {
+        for &bytes in &args.bytes {
+            for transport in args.transport.iter().map(|&arg| Transport::from(arg)) {
+                let pair_bytes = usize::try_from(bytes)?;
+                let case = Case { transport, ranks, pair_bytes, seconds: args.seconds };
+                let line = exchange_bench::run(case, |me, rounds| {
+                    let flags = format!(
+                        "bench exchange-rank --transport {} --me {me} --ranks {ranks} \
+                         --bytes {bytes} --rounds {rounds}",
+                        transport.name()
+                    );
+                    flags.split(' ').map(str::to_owned).collect()
+                })?;
+                let _closed = writeln!(std::io::stdout(), "{line}");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn exchange_rank(args: &ExchangeRankArgs) -> anyhow::Result<()> {
+    let (transport, ranks) = (args.transport.into(), args.ranks);
+    let case = Case { transport, ranks, pair_bytes: usize::try_from(args.bytes)?, seconds: 0.0 };
+    let (mut input, mut output) = (std::io::stdin().lock(), std::io::stdout().lock());
+    exchange_bench::rank(case, args.me, args.rounds, &mut input, &mut output)
 }
