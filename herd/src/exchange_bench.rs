@@ -17,7 +17,10 @@ use std::time::{Duration, Instant};
 /// How rows get from one process to another.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Transport {
+    /// Over connections, as between machines.
     Tcp,
+    /// Through shared memory.
+    Shm,
 }
 
 impl Transport {
@@ -26,6 +29,7 @@ impl Transport {
     pub fn name(self) -> &'static str {
         match self {
             Self::Tcp => "tcp",
+            Self::Shm => "shm",
         }
     }
 }
@@ -153,6 +157,7 @@ pub fn rank(
         incarnation: me.to_string(),
         host: match case.transport {
             Transport::Tcp => me.to_string(),
+            Transport::Shm => "here".into(),
         },
     };
     let mesh = Mesh::listen("127.0.0.1:0".parse()?, identity, Options::default())?;

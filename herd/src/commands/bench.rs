@@ -48,7 +48,7 @@ pub(crate) struct EngineArgs {
 #[derive(clap::Args)]
 pub(crate) struct ExchangeArgs {
     /// How rows travel.
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "tcp")]
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "tcp,shm")]
     transport: Vec<TransportArg>,
     /// Processes.
     #[arg(long, value_delimiter = ',', default_value = "2,4,8", value_parser = clap::value_parser!(u16).range(2..))]
@@ -79,12 +79,14 @@ pub(crate) struct ExchangeRankArgs {
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum TransportArg {
     Tcp,
+    Shm,
 }
 
 impl From<TransportArg> for Transport {
     fn from(transport: TransportArg) -> Self {
         match transport {
             TransportArg::Tcp => Self::Tcp,
+            TransportArg::Shm => Self::Shm,
         }
     }
 }
