@@ -211,11 +211,24 @@ impl Router {
         if self.newest.as_ref().is_some_and(|newest| view.epoch <= newest.epoch) {
             return;
         }
+        let comes = |member: &placement::Member| {
+            view.members.iter().any(|new| new.incarnation == member.incarnation)
+        };
+        let stays = |session: &Session| session.view.members.iter().all(comes);
+        let all_stay = self.session.as_ref().is_none_or(stays);
         self.newest = Some(view);
         self.pause = RETRY_FIRST;
         match self.phase {
             Phase::Waiting | Phase::Idle | Phase::Pausing { .. } => self.go(now),
-            Phase::Opening | Phase::Stepping { .. } => {}
+            // A planned change keeps all ranks, and lets the step end.
+            Phase::Stepping { .. } if all_stay => {}
+            Phase::Stepping { .. } => {
+                // Nobody waits for the answer of a rank that is gone.
+                let session = self.session.as_mut().expect("a step needs a session");
+                session.scheduler.abort();
+                self.go(now);
+            }
+            Phase::Opening => {}
         }
     }
 

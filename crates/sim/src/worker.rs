@@ -9,6 +9,7 @@ use std::sync::Arc;
 use crate::net::Time;
 
 pub(crate) const BLOCK_TOKENS: u32 = 4;
+const SEATS_MAX: usize = 4;
 
 /// The token after `history`.
 pub(crate) fn next_token(history: &[u32], seed: u64) -> u32 {
@@ -54,7 +55,8 @@ pub(crate) struct Worker {
     /// epoch with another view.
     pub(crate) leader: u32,
     pub(crate) experts: BTreeSet<(usize, ExpertId)>,
-    pub(crate) waiting: Option<Seat>,
+    /// Prepared seats that no step has come for, by epoch.
+    pub(crate) waiting: BTreeMap<u64, Seat>,
     pub(crate) seat: Option<Seat>,
     pub(crate) running: Option<Running>,
     /// KV memory: the token at a block and a place in it.
@@ -72,15 +74,24 @@ impl Worker {
 
     /// Forgets what no seat needs.
     pub(crate) fn forget(&mut self) {
-        let seats = [&self.seat, &self.waiting];
-        let needed: BTreeSet<_> =
-            seats.into_iter().flatten().flat_map(|s| Self::needs(&s.view, s.rank)).collect();
+        let seats = self.seat.iter().chain(self.waiting.values());
+        let needed: BTreeSet<_> = seats.flat_map(|s| Self::needs(&s.view, s.rank)).collect();
         self.experts.retain(|expert| needed.contains(expert));
+    }
+
+    /// A seat is prepared, and waits for a step of its epoch.
+    pub(crate) fn offer(&mut self, seat: Seat) {
+        self.waiting.insert(seat.view.epoch.0, seat);
+        while SEATS_MAX < self.waiting.len() {
+            self.waiting.pop_first();
+        }
     }
 
     /// Takes the seat of an epoch if it is prepared. False: it serves another one.
     pub(crate) fn sits_in(&mut self, epoch: u64) -> bool {
-        if let Some(seat) = self.waiting.take_if(|seat| seat.view.epoch.0 == epoch) {
+        // Seats of earlier epochs will never be taken.
+        self.waiting = self.waiting.split_off(&epoch);
+        if let Some(seat) = self.waiting.remove(&epoch) {
             self.seat = Some(seat);
         }
         self.seat.as_ref().is_some_and(|seat| seat.view.epoch.0 == epoch)

@@ -25,6 +25,11 @@ impl World {
             // Its next beat registers it again.
             Task::Dismissed { why: Dismissal::Unfit } => {}
             Task::Step { order } => {
+                // The router has come to this epoch: what it asked for under an earlier one is void.
+                let seat = self.workers.get(&process).and_then(|worker| worker.seat.as_ref());
+                if seat.is_some_and(|seat| seat.view.epoch.0 < order.epoch) {
+                    self.fail_step(process, Vec::new());
+                }
                 self.jobs.entry(process).or_default().push_back(order);
                 self.work(process);
             }
@@ -72,9 +77,7 @@ impl World {
             worker.experts.extend(needs);
         }
         self.laws.prepared(&incarnation(process), &seat.view);
-        if worker.waiting.as_ref().is_none_or(|other| other.view.epoch <= seat.view.epoch) {
-            worker.waiting = Some(seat);
-        }
+        worker.offer(seat);
         self.send(
             Node::Worker(process),
             Node::Coordinator,
