@@ -9,6 +9,8 @@
 //! Rows are sent from where the caller has them and received where they belong; see [`lanes`]. Only what a
 //! connection does not take at once is copied.
 //!
+//! Processes of one host share memory if they can ([`ring`]); the connections then only wake and tell.
+//!
 //! Anything that reaches the port and is not ours is closed. This keeps accidents away, not attackers:
 //! frames are neither encrypted nor signed, so the port belongs in the cluster's own network.
 
@@ -19,6 +21,8 @@ mod lanes;
 mod link;
 mod mesh;
 mod outbound;
+mod pipe;
+mod ring;
 mod runs;
 mod socket;
 mod wait;
@@ -62,13 +66,15 @@ pub struct Peer {
 pub struct Options {
     /// A peer whose kernel does not answer for so long is gone, even between steps.
     pub unanswered: Duration,
+    /// Share memory with processes of the same host, if that works.
+    pub shared_memory: bool,
     /// Bytes that the system holds per connection and direction; `None` leaves it to the system.
     pub buffer_bytes: Option<usize>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { unanswered: Duration::from_secs(10), buffer_bytes: None }
+        Self { unanswered: Duration::from_secs(10), shared_memory: true, buffer_bytes: None }
     }
 }
 
@@ -237,7 +243,8 @@ impl AllToAll for Tcp {
 
     fn arrived(&self, _arrived: &Arrived) -> (HostRows<'_>, &[u32]) {
         let Layer { row_bytes, rows, offsets, .. } = &self.layer;
-        (HostRows { bytes: rows, row_bytes: *row_bytes }, offsets)
+        let bytes = &rows[..self.layer.arrived_bytes()];
+        (HostRows { bytes, row_bytes: *row_bytes }, offsets)
     }
 
     fn combine_send(

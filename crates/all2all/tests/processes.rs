@@ -144,7 +144,9 @@ fn survive(host: &str, signal: &str, kind: &str, within_ms: u32) {
     let told = |fault: &String| fault.starts_with("Aborted(PeerFaulted)");
     assert!(faults.iter().any(|(_, fault)| *fault == named), "{faults:?}");
     for (at, fault) in &faults {
-        assert!(*fault == named || told(fault), "{fault}");
+        // Who waits for the same process may take no rows, and be suspected with it.
+        let with = fault.starts_with(kind) && fault.contains("r1");
+        assert!(with || told(fault), "{fault}");
         let took = at.duration_since(start);
         let limit = Duration::from_millis(u64::from(within_ms) + 500);
         let limit = if kind == "PeerClosed" { Duration::from_millis(500) } else { limit };
@@ -174,9 +176,11 @@ fn survive(host: &str, signal: &str, kind: &str, within_ms: u32) {
 #[test]
 fn killed_process_is_named_at_once() {
     survive("own", "-KILL", "PeerClosed", 15_000);
+    survive("shared", "-KILL", "PeerClosed", 15_000);
 }
 
 #[test]
 fn frozen_process_is_named_at_the_deadline() {
     survive("own", "-STOP", "Deadline", 1000);
+    survive("shared", "-STOP", "Deadline", 1000);
 }

@@ -19,23 +19,48 @@ use meshes::Meshes;
 use std::time::Duration;
 use steps::{step, view};
 
-all2all::conformance!(Meshes::apart(), allocations);
+/// Rows go over connections.
+mod connections {
+    use super::*;
+    all2all::conformance!(Meshes::apart(), allocations);
+}
+
+/// Rows go through shared memory.
+mod memory {
+    use super::*;
+    all2all::conformance!(Meshes::together(), allocations);
+}
+
+/// Both at once.
+mod mixed {
+    use super::*;
+    all2all::conformance!(Meshes::mixed(), allocations);
+}
 
 const LONG: Duration = Duration::from_secs(20);
 
-/// Frames of 320 KiB over connections that hold a tenth of it, in steps that are aborted anywhere: ranks
-/// never lock each other, and what is left of a frame does not harm the next epoch.
 #[test]
 fn frames_may_be_larger_than_connections() {
-    let small = Options { buffer_bytes: Some(16 << 10), ..Options::default() };
-    let mut network = Meshes::apart();
-    network.options = small;
+    large_frames(Meshes::apart(), 32);
+}
+
+#[test]
+fn frames_may_be_larger_than_shared_memory() {
+    large_frames(Meshes::together(), 80);
+}
+
+/// Frames several times as large as what lies between two ranks, in steps that are aborted anywhere: ranks
+/// never lock each other, and what is left of a frame does not harm the next epoch.
+#[track_caller]
+fn large_frames(mut network: Meshes, rows: usize) {
+    network.options = Options { buffer_bytes: Some(16 << 10), ..Options::default() };
+    let network = &network;
     let dropped: u64 = std::thread::scope(|scope| {
         let rank = |me: usize| {
             let mut end = network.join(view(1, me, &[true; 3])).unwrap();
             let aborter = end.aborter();
             for epoch in 2..12 {
-                assert_eq!(step(&mut end, 1, 32, LONG), Ok(()), "{me} in {epoch}");
+                assert_eq!(step(&mut end, 1, rows, LONG), Ok(()), "{me} in {epoch}");
                 let control = (me == 1).then(|| {
                     let aborter = aborter.clone();
                     std::thread::spawn(move || {
@@ -43,11 +68,11 @@ fn frames_may_be_larger_than_connections() {
                         aborter.abort(Epoch(epoch - 1), Reason::ViewChange);
                     })
                 });
-                while step(&mut end, 2, 32, LONG).is_ok() {}
+                while step(&mut end, 2, rows, LONG).is_ok() {}
                 control.into_iter().for_each(|thread| thread.join().unwrap());
                 end.reconfigure(view(epoch, me, &[true; 3]), LONG).unwrap();
             }
-            assert_eq!(step(&mut end, 1, 32, LONG), Ok(()));
+            assert_eq!(step(&mut end, 1, rows, LONG), Ok(()));
             end.dropped_frames()
         };
         let ranks: Vec<_> = (0..3).map(|me| scope.spawn(move || rank(me))).collect();

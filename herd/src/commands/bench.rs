@@ -1,6 +1,7 @@
 //! `herd bench`.
 
 use super::{DEFAULT_MODEL, DtypeArg};
+use herd::exchange_bench::{self, Case, Transport};
 use herd::{bench, placement_bench};
 use std::io::Write;
 use std::path::PathBuf;
@@ -14,6 +15,12 @@ pub(crate) enum Command {
     /// The expert planner beside DeepSeek's EPLB, on recorded loads: how level, how many experts must
     /// be loaded, how long a plan takes.
     Placement(PlacementArgs),
+    /// The exchange of rows between processes of this machine: microseconds and GB/s per number of
+    /// processes and bytes per pair.
+    Exchange(ExchangeArgs),
+    /// One process of `herd bench exchange`.
+    #[command(hide = true)]
+    ExchangeRank(ExchangeRankArgs),
 }
 
 #[derive(clap::Args)]
@@ -51,6 +58,52 @@ pub(crate) struct EngineArgs {
     chunk: u32,
 }
 
+#[derive(clap::Args)]
+pub(crate) struct ExchangeArgs {
+    /// How rows travel.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "tcp,shm")]
+    transport: Vec<TransportArg>,
+    /// Processes.
+    #[arg(long, value_delimiter = ',', default_value = "2,4,8", value_parser = clap::value_parser!(u16).range(2..))]
+    ranks: Vec<u16>,
+    /// Bytes from every process to every process: tokens of 10 KiB.
+    #[arg(long, value_delimiter = ',', default_value = "10240,81920,1310720,10485760")]
+    bytes: Vec<u32>,
+    /// About how long every case is measured.
+    #[arg(long, default_value_t = 1.0)]
+    seconds: f64,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct ExchangeRankArgs {
+    #[arg(long, value_enum)]
+    transport: TransportArg,
+    #[arg(long)]
+    me: u16,
+    #[arg(long)]
+    ranks: u16,
+    #[arg(long)]
+    bytes: u32,
+    #[arg(long)]
+    rounds: usize,
+}
+
+/// The choices of `--transport`.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum TransportArg {
+    Tcp,
+    Shm,
+}
+
+impl From<TransportArg> for Transport {
+    fn from(transport: TransportArg) -> Self {
+        match transport {
+            TransportArg::Tcp => Self::Tcp,
+            TransportArg::Shm => Self::Shm,
+        }
+    }
+}
+
 pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
     let mut stdout = std::io::stdout();
     let mut print = |line: &serde_json::Value| {
@@ -59,6 +112,8 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
     };
     match command {
         Command::Engine(args) => engine(args, &mut print),
+        Command::Exchange(args) => exchange(args, &mut print),
+        Command::ExchangeRank(args) => exchange_rank(args),
         Command::Placement(args) => placement_bench::run(&args.loads, args.repeats, &mut print),
     }
 }
@@ -73,4 +128,32 @@ fn engine(args: &EngineArgs, print: &mut dyn FnMut(&serde_json::Value)) -> anyho
         chunk: args.chunk,
     };
     bench::run(&model, options, print)
+}
+
+fn exchange(args: &ExchangeArgs, print: &mut dyn FnMut(&serde_json::Value)) -> anyhow::Result<()> {
+    for &ranks in &args.ranks {
+        for &bytes in &args.bytes {
+            for transport in args.transport.iter().map(|&arg| Transport::from(arg)) {
+                let pair_bytes = usize::try_from(bytes)?;
+                let case = Case { transport, ranks, pair_bytes, seconds: args.seconds };
+                let line = exchange_bench::run(case, |me, rounds| {
+                    let flags = format!(
+                        "bench exchange-rank --transport {} --me {me} --ranks {ranks} \
+                         --bytes {bytes} --rounds {rounds}",
+                        transport.name()
+                    );
+                    flags.split(' ').map(str::to_owned).collect()
+                })?;
+                print(&line);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn exchange_rank(args: &ExchangeRankArgs) -> anyhow::Result<()> {
+    let (transport, ranks) = (args.transport.into(), args.ranks);
+    let case = Case { transport, ranks, pair_bytes: usize::try_from(args.bytes)?, seconds: 0.0 };
+    let (mut input, mut output) = (std::io::stdin().lock(), std::io::stdout().lock());
+    exchange_bench::rank(case, args.me, args.rounds, &mut input, &mut output)
 }

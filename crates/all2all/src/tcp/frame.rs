@@ -10,6 +10,7 @@
 //! The head is checked before its lengths are believed. The checksum of the rows comes behind them, so
 //! that neither side has to pass over the rows before it moves them.
 
+use super::ring::Found;
 use crate::LayerKey;
 use crate::error::Phase;
 use crc_fast::CrcAlgorithm::Crc32Iscsi;
@@ -152,6 +153,10 @@ pub(super) struct Hello {
     pub(super) from: String,
     /// Whom the caller wants to reach.
     pub(super) to: String,
+    /// The caller's machine.
+    pub(super) host: String,
+    /// Memory that the caller offers to share.
+    pub(super) offer: Option<Found>,
 }
 
 impl Hello {
@@ -161,7 +166,11 @@ impl Hello {
         write.put(&MAGIC.to_le_bytes());
         write.put(&[Kind::Hello as u8, self.channel as u8]);
         write.put(&self.nonce.to_le_bytes());
-        for name in [&self.cluster, &self.from, &self.to] {
+        // No process has the number 0.
+        let Found { process, file } = self.offer.unwrap_or(Found { process: 0, file: 0 });
+        write.put(&process.to_le_bytes());
+        write.put(&file.to_le_bytes());
+        for name in [&self.cluster, &self.from, &self.to, &self.host] {
             write.put(&[u8::try_from(name.len()).expect("names are short")]);
             write.put(name.as_bytes());
         }
@@ -178,8 +187,10 @@ impl Hello {
             2.. => return None,
         };
         let nonce = u64::from_le_bytes(read.take());
-        let (cluster, from, to) = (read.name()?, read.name()?, read.name()?);
-        Some(Self { channel, nonce, cluster, from, to })
+        let (process, file) = (u32::from_le_bytes(read.take()), u32::from_le_bytes(read.take()));
+        let offer = (process != 0).then_some(Found { process, file });
+        let (cluster, from, to, host) = (read.name()?, read.name()?, read.name()?, read.name()?);
+        Some(Self { channel, nonce, cluster, from, to, host, offer })
     }
 }
 
@@ -188,6 +199,8 @@ impl Hello {
 pub(super) enum Welcome {
     /// Both connections of the pair are there.
     Yes,
+    /// The same, and the offered memory is shared.
+    Shared,
     /// Not now: an older pair still stands.
     Busy,
     /// Never: another cluster, or not the one that was asked for.
@@ -210,9 +223,10 @@ impl Welcome {
         let mut read = open(bytes, Kind::Welcome)?;
         let welcome = match read.take::<1>()[0] {
             0 => Self::Yes,
-            1 => Self::Busy,
-            2 => Self::No,
-            3.. => return None,
+            1 => Self::Shared,
+            2 => Self::Busy,
+            3 => Self::No,
+            4.. => return None,
         };
         (u64::from_le_bytes(read.take()) == nonce).then_some(welcome)
     }
@@ -345,9 +359,10 @@ mod tests {
     fn messages_are_read_as_written_or_not_at_all() {
         check((HEAD_OF_ROWS, HEAD_OF_ROWS.encode()), Head::decode);
         let (cluster, from, to) = ("maverick".into(), "a".repeat(NAME_MAX), String::new());
-        let hello = Hello { channel: Channel::Control, nonce: 7, cluster, from, to };
+        let (host, offer) = ("here".into(), Some(Found { process: 77, file: 3 }));
+        let hello = Hello { channel: Channel::Control, nonce: 7, cluster, from, to, host, offer };
         check((hello.clone(), hello.encode()), Hello::decode);
-        for welcome in [Welcome::Yes, Welcome::Busy, Welcome::No] {
+        for welcome in [Welcome::Yes, Welcome::Shared, Welcome::Busy, Welcome::No] {
             check((welcome, welcome.encode(5)), |bytes| Welcome::decode(bytes, 5));
             assert_eq!(Welcome::decode(&welcome.encode(5), 6), None);
         }

@@ -11,13 +11,16 @@
 //! A frame of a newer epoch, or one that does not belong to the step, stays where it is.
 
 use super::frame::{HEAD, Head, Sum, TRAILER};
+use super::pipe::Pipe;
 use super::runs::{Place, Runs};
-use super::socket::{self, PIECES};
+use super::socket::PIECES;
 use std::io;
-use std::net::TcpStream;
 
-/// Small frames come whole in one call; of larger ones so much is copied once more.
+/// Small frames come whole in one call of the system; of larger ones so much is copied once more.
 const AHEAD: usize = 32 * 1024;
+
+/// Where reading calls nobody, only heads and slots take the way through the buffer.
+const AHEAD_IN_MEMORY: usize = 1024;
 
 /// Rows are summed in pieces that are still in the core's own cache.
 pub(super) const SUM_BYTES: usize = 256 * 1024;
@@ -69,9 +72,10 @@ pub(super) struct Inbound {
 }
 
 impl Inbound {
-    pub(super) fn new(expected: Head) -> Self {
+    pub(super) fn new(expected: Head, pipe: &Pipe) -> Self {
+        let ahead = if pipe.sums() { AHEAD } else { AHEAD_IN_MEMORY };
         Self {
-            buffer: vec![0; HEAD + AHEAD].into_boxed_slice(),
+            buffer: vec![0; HEAD + ahead].into_boxed_slice(),
             start: 0,
             end: 0,
             stage: Stage::Done,
@@ -115,13 +119,13 @@ impl Inbound {
     }
 
     /// Reads until the slots are there or nothing comes. Returns whether anything came.
-    pub(super) fn read_slots(&mut self, stream: &TcpStream) -> Result<bool, Trouble> {
+    pub(super) fn read_slots(&mut self, pipe: &Pipe) -> Result<bool, Trouble> {
         let mut moved = false;
         loop {
             let on = match self.stage {
-                Stage::Head => self.read_head(stream)?,
-                Stage::Skip => self.skip(stream)?,
-                Stage::Slots => self.fill_slots(stream)?,
+                Stage::Head => self.read_head(pipe)?,
+                Stage::Skip => self.skip(pipe)?,
+                Stage::Slots => self.fill_slots(pipe)?,
                 Stage::Rows | Stage::Trailer | Stage::Done => return Ok(moved),
             };
             if !on {
@@ -134,14 +138,14 @@ impl Inbound {
     /// Reads until the frame is whole or nothing comes; the rows go where `runs` says.
     pub(super) fn read_rows(
         &mut self,
-        stream: &TcpStream,
+        pipe: &Pipe,
         (rows, runs): (&mut [u8], &Runs),
     ) -> Result<bool, Trouble> {
-        let mut moved = self.read_slots(stream)?;
+        let mut moved = self.read_slots(pipe)?;
         loop {
             let on = match self.stage {
-                Stage::Rows => self.fill_rows(stream, rows, runs)?,
-                Stage::Trailer => self.check_trailer(stream)?,
+                Stage::Rows => self.fill_rows(pipe, rows, runs)?,
+                Stage::Trailer => self.check_trailer(pipe)?,
                 Stage::Done | Stage::Head | Stage::Skip | Stage::Slots => return Ok(moved),
             };
             if !on {
@@ -151,12 +155,12 @@ impl Inbound {
         }
     }
 
-    fn read_head(&mut self, stream: &TcpStream) -> Result<bool, Trouble> {
+    fn read_head(&mut self, pipe: &Pipe) -> Result<bool, Trouble> {
         let head = match self.head {
             Some(head) => head,
             None => {
                 let Some(bytes) = self.buffer[self.start..self.end].first_chunk() else {
-                    return self.refill(stream);
+                    return self.refill(pipe);
                 };
                 let head = Head::decode(bytes).ok_or(Trouble::Garbled)?;
                 if head.sequence != self.frames {
@@ -190,7 +194,7 @@ impl Inbound {
         Ok(true)
     }
 
-    fn fill_slots(&mut self, stream: &TcpStream) -> Result<bool, Trouble> {
+    fn fill_slots(&mut self, pipe: &Pipe) -> Result<bool, Trouble> {
         let slots: &mut [u8] = bytemuck::cast_slice_mut(&mut self.slots);
         let missing = &mut slots[self.slot_bytes..];
         let here = &self.buffer[self.start..self.end];
@@ -200,9 +204,11 @@ impl Inbound {
         self.slot_bytes += bytes;
         self.used(bytes);
         if !all {
-            return self.refill(stream);
+            return self.refill(pipe);
         }
-        self.sum.add(bytemuck::cast_slice(&self.slots));
+        if pipe.sums() {
+            self.sum.add(bytemuck::cast_slice(&self.slots));
+        }
         for slot in &mut self.slots {
             *slot = u16::from_le(*slot);
         }
@@ -210,12 +216,7 @@ impl Inbound {
         Ok(true)
     }
 
-    fn fill_rows(
-        &mut self,
-        stream: &TcpStream,
-        rows: &mut [u8],
-        runs: &Runs,
-    ) -> Result<bool, Trouble> {
+    fn fill_rows(&mut self, pipe: &Pipe, rows: &mut [u8], runs: &Runs) -> Result<bool, Trouble> {
         // More or fewer rows than were sent to the peer for an answer.
         if usize_of(self.rest) != runs.bytes() - self.place.at + TRAILER {
             return Err(Trouble::Corrupt);
@@ -228,7 +229,9 @@ impl Inbound {
         let here = missing.min(self.end - self.start);
         if 0 < here {
             let mut from = &self.buffer[self.start..][..here];
-            self.sum.add(from);
+            if pipe.sums() {
+                self.sum.add(from);
+            }
             runs.walk(&mut self.place, here, |run| {
                 let (now, behind) = from.split_at(run.bytes);
                 rows[run.start..][..run.bytes].copy_from_slice(now);
@@ -237,16 +240,11 @@ impl Inbound {
             self.used(here);
             return Ok(true);
         }
-        self.receive_rows(stream, rows, runs)
+        self.receive_rows(pipe, rows, runs)
     }
 
     /// Receives rows right where they belong, and what comes behind them into the buffer.
-    fn receive_rows(
-        &mut self,
-        stream: &TcpStream,
-        rows: &mut [u8],
-        runs: &Runs,
-    ) -> Result<bool, Trouble> {
+    fn receive_rows(&mut self, pipe: &Pipe, rows: &mut [u8], runs: &Runs) -> Result<bool, Trouble> {
         let (mut pieces, mut count, mut bytes) = ([(0, 0); PIECES], 0, 0);
         let mut ahead = self.place;
         while count < PIECES && bytes < SUM_BYTES {
@@ -260,19 +258,23 @@ impl Inbound {
         }
         let last = ahead.at == runs.bytes();
         let behind = if last { &mut self.buffer[..] } else { &mut [] };
-        let read = socket::receive_pieces(stream, rows, &pieces[..count], behind);
+        let read = pipe.receive_pieces(rows, &pieces[..count], behind);
         let Some(read) = some(read)? else { return Ok(false) };
         let here = read.min(bytes);
         let sum = &mut self.sum;
-        runs.walk(&mut self.place, here, |run| sum.add(&rows[run.start..][..run.bytes]));
+        runs.walk(&mut self.place, here, |run| {
+            if pipe.sums() {
+                sum.add(&rows[run.start..][..run.bytes]);
+            }
+        });
         self.rest -= here as u64;
         (self.start, self.end) = (0, read - here);
         Ok(true)
     }
 
-    fn check_trailer(&mut self, stream: &TcpStream) -> Result<bool, Trouble> {
+    fn check_trailer(&mut self, pipe: &Pipe) -> Result<bool, Trouble> {
         let Some(&trailer) = self.buffer[self.start..self.end].first_chunk() else {
-            return self.refill(stream);
+            return self.refill(pipe);
         };
         self.used(TRAILER);
         self.frames += 1;
@@ -280,11 +282,11 @@ impl Inbound {
         if trailer == self.sum.trailer() { Ok(true) } else { Err(Trouble::Corrupt) }
     }
 
-    fn skip(&mut self, stream: &TcpStream) -> Result<bool, Trouble> {
+    fn skip(&mut self, pipe: &Pipe) -> Result<bool, Trouble> {
         let here = usize_of(self.rest).min(self.end - self.start);
         self.used(here);
         if 0 < self.rest {
-            return self.refill(stream);
+            return self.refill(pipe);
         }
         self.frames += 1;
         self.dropped += 1;
@@ -299,10 +301,10 @@ impl Inbound {
     }
 
     /// Receives into the free part of the buffer.
-    fn refill(&mut self, stream: &TcpStream) -> Result<bool, Trouble> {
+    fn refill(&mut self, pipe: &Pipe) -> Result<bool, Trouble> {
         self.buffer.copy_within(self.start..self.end, 0);
         (self.start, self.end) = (0, self.end - self.start);
-        let read = socket::receive(stream, &mut self.buffer[self.end..]);
+        let read = pipe.receive(&mut self.buffer[self.end..]);
         let Some(read) = some(read)? else { return Ok(false) };
         self.end += read;
         Ok(true)

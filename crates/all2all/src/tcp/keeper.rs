@@ -11,10 +11,12 @@
 use super::frame::{Channel, HELLO, Hello, NOTICE, Notice, WELCOME, Welcome};
 use super::link::Link;
 use super::mesh::Core;
+use super::pipe::Pipe;
+use super::ring::{self, Offer, Ring};
 use super::socket::{self, poll, watch};
 use crate::lock;
 use std::io::{self, ErrorKind, IoSlice};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -78,6 +80,8 @@ struct Dial {
     nonce: u64,
     /// Data, control.
     talks: [Talk; 2],
+    /// Memory that the peer may share.
+    offer: Option<Offer>,
 }
 
 /// A link and the notice that is being read from it.
@@ -150,16 +154,26 @@ impl Keeper<'_> {
                 self.halves.push((hello, Talk { until: now + GREETING, ..caller }));
             }
             Verdict::Pair((_, half)) => {
-                for talk in [&half, &caller] {
-                    talk.say(&Welcome::Yes.encode(hello.nonce));
-                }
                 let (data, control) = match hello.channel {
-                    Channel::Data => (caller.stream, half.stream),
-                    Channel::Control => (half.stream, caller.stream),
+                    Channel::Data => (caller, half),
+                    Channel::Control => (half, caller),
                 };
-                self.link(hello.from, data, control);
+                let ring = self.share(&data);
+                let welcome = if ring.is_some() { Welcome::Shared } else { Welcome::Yes };
+                for talk in [&data, &control] {
+                    talk.say(&welcome.encode(hello.nonce));
+                }
+                self.link(hello.from, Pipe::new(data.stream, ring), control.stream);
             }
         }
+    }
+
+    /// Takes the memory that a caller on the same machine offers, if it can be reached from here.
+    fn share(&self, data: &Talk) -> Option<Ring> {
+        let bytes = data.into.first_chunk().expect("a greeting is this long");
+        let hello = Hello::decode(bytes)?;
+        let near = self.core.options.shared_memory && hello.host == self.core.identity.host;
+        ring::accept(hello.offer.filter(|_| near)?, bytes).ok()
     }
 
     fn judge(&mut self, hello: &Hello) -> Verdict {
@@ -190,21 +204,9 @@ impl Keeper<'_> {
                 continue;
             }
             wanted.next = None;
-            let nonce = nonce();
-            let talk = |channel| {
-                let stream = socket::connect(wanted.address)?;
-                socket::tune(&stream, &self.core.options)?;
-                let us = &self.core.identity;
-                let (cluster, from) = (us.cluster.clone(), us.incarnation.clone());
-                let hello = Hello { channel, nonce, cluster, from, to: peer.clone() };
-                Ok(Talk::new(stream, hello.encode().to_vec(), WELCOME, now))
-            };
-            match (talk(Channel::Data), talk(Channel::Control)) {
-                (Ok(data), Ok(control)) => {
-                    let talks = [data, control];
-                    self.dials.push(Dial { peer: peer.clone(), nonce, talks });
-                }
-                (Err(error), _) | (_, Err(error)) => wanted.failed(&error, now),
+            match Dial::new(self.core, peer, wanted.address, now) {
+                Ok(dial) => self.dials.push(dial),
+                Err(error) => wanted.failed(&error, now),
             }
         }
     }
@@ -213,9 +215,10 @@ impl Keeper<'_> {
         for mut dial in std::mem::take(&mut self.dials) {
             match dial.advance(now) {
                 Ok(None) => self.dials.push(dial),
-                Ok(Some(Welcome::Yes)) => {
+                Ok(Some(welcome @ (Welcome::Yes | Welcome::Shared))) => {
                     let [data, control] = dial.talks.map(|talk| talk.stream);
-                    self.link(dial.peer, data, control);
+                    let offer = dial.offer.filter(|_| welcome == Welcome::Shared);
+                    self.link(dial.peer, Pipe::new(data, offer.map(Offer::taken)), control);
                 }
                 Ok(Some(Welcome::Busy)) => self.failed(&dial, &ErrorKind::WouldBlock.into(), now),
                 Ok(Some(Welcome::No)) => {
@@ -233,7 +236,7 @@ impl Keeper<'_> {
         self.core.announce();
     }
 
-    fn link(&mut self, peer: String, data: TcpStream, control: TcpStream) {
+    fn link(&mut self, peer: String, data: Pipe, control: TcpStream) {
         let link = Arc::new(Link::new(peer, data, control));
         self.links.push(Heard { link: Arc::clone(&link), notice: [0; NOTICE], got: 0 });
         self.core.connected(link);
@@ -293,14 +296,37 @@ impl Talk {
 }
 
 impl Dial {
+    /// Begins to connect, and offers memory to share in case the peer is near.
+    fn new(core: &Core, peer: &str, address: SocketAddr, now: Instant) -> io::Result<Self> {
+        let (us, nonce) = (&core.identity, nonce());
+        let offer = core.options.shared_memory.then(Offer::new).transpose()?;
+        let found = offer.as_ref().map(Offer::found).transpose()?;
+        let talk = |channel| {
+            let stream = socket::connect(address)?;
+            socket::tune(&stream, &core.options)?;
+            let (cluster, from, host) =
+                (us.cluster.clone(), us.incarnation.clone(), us.host.clone());
+            let to = peer.to_owned();
+            let hello = Hello { channel, nonce, cluster, from, to, host, offer: found }.encode();
+            if let (Some(offer), Channel::Data) = (&offer, channel) {
+                offer.sign(&hello);
+            }
+            Ok::<_, io::Error>(Talk::new(stream, hello.to_vec(), WELCOME, now))
+        };
+        let talks = [talk(Channel::Data)?, talk(Channel::Control)?];
+        Ok(Self { peer: peer.to_owned(), nonce, talks, offer })
+    }
+
     /// The peer's answer, once it has come on both connections; one refusal is enough.
     fn advance(&mut self, now: Instant) -> io::Result<Option<Welcome>> {
         let mut welcome = Some(Welcome::Yes);
+        let mut shared = false;
         for talk in &mut self.talks {
             if talk.advance()? {
                 let bytes = talk.into.first_chunk().expect("an answer is this long");
                 match Welcome::decode(bytes, self.nonce).ok_or(ErrorKind::InvalidData)? {
                     Welcome::Yes => {}
+                    Welcome::Shared => shared = true,
                     refusal @ (Welcome::Busy | Welcome::No) => return Ok(Some(refusal)),
                 }
             } else if talk.until <= now {
@@ -309,7 +335,7 @@ impl Dial {
                 welcome = None;
             }
         }
-        Ok(welcome)
+        Ok(welcome.map(|yes| if shared { Welcome::Shared } else { yes }))
     }
 }
 

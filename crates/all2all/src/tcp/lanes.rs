@@ -48,7 +48,8 @@ impl Wire {
 #[derive(Default)]
 pub(super) struct Layer {
     pub(super) row_bytes: usize,
-    /// Arrived rows, sorted by local expert, source and row.
+    /// Arrived rows, sorted by local expert, source and row; and what is left of larger layers, since
+    /// growing again would clear memory that is overwritten anyway.
     pub(super) rows: Vec<u8>,
     /// `[local experts + 1]`
     pub(super) offsets: Vec<u32>,
@@ -106,7 +107,10 @@ impl Layer {
         }
         self.cursors.clear();
         self.cursors.extend_from_slice(&self.offsets);
-        self.rows.resize(self.offsets[local_experts] as usize * self.row_bytes, 0);
+        let bytes = self.arrived_bytes();
+        if self.rows.len() < bytes {
+            self.rows.resize(bytes, 0);
+        }
         for from in active_ranks(view) {
             let Lane { wire, own_slots, theirs, .. } = &mut lanes[from.index()];
             let slots = slots_of(wire.as_ref(), own_slots);
@@ -119,6 +123,11 @@ impl Layer {
         }
         self.laid_out = true;
         Ok(())
+    }
+
+    /// Bytes of the arrived rows.
+    pub(super) fn arrived_bytes(&self) -> usize {
+        self.offsets.last().map_or(0, |rows| *rows as usize) * self.row_bytes
     }
 
     /// Brings the own rows to their places.
@@ -140,7 +149,7 @@ impl Layer {
 
     /// Copies the results of the own rows.
     pub(super) fn stage_results(&mut self, results: &[u8], lane: &Lane) {
-        assert_eq!(results.len(), self.rows.len(), "one result per arrived row");
+        assert_eq!(results.len(), self.arrived_bytes(), "one result per arrived row");
         gather(results, &lane.theirs, &mut self.own);
     }
 

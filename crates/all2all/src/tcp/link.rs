@@ -6,6 +6,7 @@
 use super::frame::{Head, Notice};
 use super::inbound::Inbound;
 use super::outbound::Outbound;
+use super::pipe::Pipe;
 use super::socket;
 use crate::LayerKey;
 use crate::error::Phase;
@@ -18,7 +19,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 pub(super) struct Link {
     pub(super) peer: String,
-    pub(super) data: TcpStream,
+    pub(super) data: Pipe,
     pub(super) control: TcpStream,
     told: Mutex<Told>,
     dead: AtomicBool,
@@ -44,7 +45,7 @@ pub(super) struct Told {
 }
 
 impl Link {
-    pub(super) fn new(peer: String, data: TcpStream, control: TcpStream) -> Self {
+    pub(super) fn new(peer: String, data: Pipe, control: TcpStream) -> Self {
         let nothing = Head {
             epoch: Epoch(0),
             key: LayerKey { step: StepId(0), layer: 0 },
@@ -55,7 +56,8 @@ impl Link {
             row_bytes: 0,
             sequence: 0,
         };
-        let streams = Streams { inbound: Inbound::new(nothing), outbound: Outbound::default() };
+        let streams =
+            Streams { inbound: Inbound::new(nothing, &data), outbound: Outbound::new(&data) };
         Self {
             peer,
             data,
@@ -119,8 +121,7 @@ impl Link {
     /// Ends both connections; the peer notices at once.
     pub(super) fn close(&self) {
         self.ended();
-        for stream in [&self.control, &self.data] {
-            let _was_over = stream.shutdown(Shutdown::Both);
-        }
+        self.data.close();
+        let _was_over = self.control.shutdown(Shutdown::Both);
     }
 }

@@ -35,7 +35,7 @@ impl Mesh {
     ///
     /// What the system says to the address, and names of more than 100 bytes.
     pub fn listen(address: SocketAddr, identity: Identity, options: Options) -> io::Result<Self> {
-        for name in [&identity.cluster, &identity.incarnation] {
+        for name in [&identity.cluster, &identity.incarnation, &identity.host] {
             if NAME_MAX < name.len() {
                 let text = format!("a name of more than {NAME_MAX} bytes: {name}");
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, text));

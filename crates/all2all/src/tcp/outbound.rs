@@ -6,13 +6,14 @@
 
 use super::frame::{Head, Sum, TRAILER};
 use super::inbound::{SUM_BYTES, Trouble};
+use super::pipe::Pipe;
 use super::runs::{Place, Runs};
-use super::socket::{self, PIECES};
+use super::socket::PIECES;
 use std::io::IoSlice;
-use std::net::TcpStream;
 
-#[derive(Default)]
 pub(super) struct Outbound {
+    /// Whether rows are summed.
+    sums: bool,
     /// The rest of a frame of an old epoch. There is never more than one: the next one is begun behind it.
     old: Vec<u8>,
     old_sent: usize,
@@ -36,6 +37,26 @@ pub(super) struct Outbound {
 }
 
 impl Outbound {
+    pub(super) fn new(pipe: &Pipe) -> Self {
+        Self {
+            sums: pipe.sums(),
+            old: Vec::new(),
+            old_sent: 0,
+            open: false,
+            front: Vec::new(),
+            front_sent: 0,
+            place: Place::default(),
+            summed: Place::default(),
+            sum: Sum::default(),
+            trailer_sent: 0,
+            stage: Vec::new(),
+            staged: Runs::default(),
+            lent: false,
+            begun: 0,
+            frames: 0,
+        }
+    }
+
     /// Begins a frame of the rows that `push` will be given.
     pub(super) fn begin(&mut self, head: Head, slots: &[u16]) {
         assert!(!self.open, "the last frame is sent or abandoned");
@@ -45,6 +66,8 @@ impl Outbound {
         self.sum = Sum::default();
         if 0 < head.slot_bytes() {
             self.front.extend(slots.iter().flat_map(|slot| slot.to_le_bytes()));
+        }
+        if self.sums {
             self.sum.add(&self.front[head.encode().len()..]);
         }
         (self.front_sent, self.trailer_sent) = (0, 0);
@@ -71,7 +94,7 @@ impl Outbound {
     /// Sends until nothing is left or the connection is full. Returns whether anything went out.
     pub(super) fn push(
         &mut self,
-        stream: &TcpStream,
+        pipe: &Pipe,
         (rows, runs): (&[u8], &Runs),
     ) -> Result<bool, Trouble> {
         let staged = std::mem::take(&mut self.staged);
@@ -82,7 +105,7 @@ impl Outbound {
             if self.done() {
                 break Ok(moved);
             }
-            match self.send(stream, source) {
+            match self.send(pipe, source) {
                 Ok(true) => moved = true,
                 Ok(false) => break Ok(moved),
                 Err(trouble) => break Err(trouble),
@@ -93,7 +116,7 @@ impl Outbound {
     }
 
     /// One call of the system.
-    fn send(&mut self, stream: &TcpStream, (rows, runs): (&[u8], &Runs)) -> Result<bool, Trouble> {
+    fn send(&mut self, pipe: &Pipe, (rows, runs): (&[u8], &Runs)) -> Result<bool, Trouble> {
         if self.open && self.place.at == self.summed.at {
             self.sum_on(rows, runs);
         }
@@ -120,7 +143,7 @@ impl Outbound {
                 add(&trailer[self.trailer_sent..]);
             }
         }
-        match socket::send(stream, &pieces[..count]) {
+        match pipe.send(&pieces[..count]) {
             Ok(Some(sent)) => {
                 self.went(sent, runs);
                 Ok(true)
@@ -133,7 +156,12 @@ impl Outbound {
     fn sum_on(&mut self, rows: &[u8], runs: &Runs) {
         let bytes = SUM_BYTES.min(runs.bytes() - self.summed.at);
         let sum = &mut self.sum;
-        runs.walk(&mut self.summed, bytes, |run| sum.add(&rows[run.start..][..run.bytes]));
+        let sums = self.sums;
+        runs.walk(&mut self.summed, bytes, |run| {
+            if sums {
+                sum.add(&rows[run.start..][..run.bytes]);
+            }
+        });
     }
 
     /// So many bytes of what was to be sent are sent.
@@ -198,7 +226,9 @@ impl Outbound {
         assert!(self.old.is_empty(), "a frame goes out behind the one before it");
         self.old.extend_from_slice(&self.front[self.front_sent..]);
         if !self.lent {
-            self.sum.add(&self.stage[self.summed.at..]);
+            if self.sums {
+                self.sum.add(&self.stage[self.summed.at..]);
+            }
             self.old.extend_from_slice(&self.stage[self.place.at..]);
         }
         self.old.extend_from_slice(&self.sum.trailer()[self.trailer_sent..]);

@@ -8,7 +8,8 @@ use super::Tcp;
 use super::inbound::Trouble;
 use super::lanes::{Lane, Wire};
 use super::link::Told;
-use super::socket::{poll, watch};
+use super::ring::Wants;
+use super::socket::poll;
 use crate::error::{FaultKind, Reason};
 use crate::{View, active_ranks};
 use ids::Rank;
@@ -224,15 +225,17 @@ impl Tcp {
         active_ranks(&self.view).filter_map(wire)
     }
 
-    /// Who is waited for: first for its slots, then for the rest.
+    /// Who is waited for: first for its slots, then for its rows, then to take what is sent to it. A peer
+    /// that waits for the slots of another one takes no rows either, and is innocent.
     fn missing(&self, goal: Goal) -> Vec<Rank> {
         let slots = |wire: &Wire| goal != Goal::Returned && wire.inbound.wants_slots();
-        let rest = |wire: &Wire| !wire.inbound.done() || !wire.outbound.done();
+        let rows = |wire: &Wire| !wire.inbound.done();
+        let sent = |wire: &Wire| !wire.outbound.done();
         let which = |is: &dyn Fn(&Wire) -> bool| -> Vec<Rank> {
             self.wires().filter(|(_, wire)| is(wire)).map(|(rank, _)| rank).collect()
         };
-        let first = which(&slots);
-        if first.is_empty() { which(&rest) } else { first }
+        let all = [which(&slots), which(&rows), which(&sent)];
+        all.into_iter().find(|ranks| !ranks.is_empty()).unwrap_or_default()
     }
 
     /// Whether this process was told to stop.
@@ -293,22 +296,33 @@ impl Tcp {
         let Self { core, view, lanes, layer, waiting, .. } = self;
         waiting.entries.clear();
         waiting.entries.push(core.rank.entry());
+        let mut ready = core.news() != waiting.seen.unwrap_or_default();
         for rank in active_ranks(view) {
             let Some(wire) = &lanes[rank.index()].wire else { continue };
             let reads = match goal {
                 Goal::Arrived(_) if !layer.laid_out => wire.inbound.wants_slots(),
                 Goal::Arrived(_) | Goal::Returned => !wire.inbound.done(),
             };
-            let reads = if reads { libc::POLLIN } else { 0 };
-            let writes = if wire.outbound.done() { 0 } else { libc::POLLOUT };
-            if reads | writes != 0 {
-                waiting.entries.push(watch(&wire.link.data, reads | writes));
+            let wants = Wants { reads, writes: !wire.outbound.done() };
+            if wants.reads || wants.writes {
+                match wire.link.data.fall_asleep(wants) {
+                    Some(entry) => waiting.entries.push(entry),
+                    None => ready = true,
+                }
             }
         }
-        if core.news() == waiting.seen.unwrap_or_default() {
+        if !ready {
             poll(&mut waiting.entries, Some(at_most));
         }
         core.rank.hush();
+        for lane in lanes {
+            if let Some(wire) = &lane.wire
+                && !wire.link.data.wake_up()
+            {
+                wire.link.ended();
+                core.announce();
+            }
+        }
     }
 }
 

@@ -15,6 +15,16 @@ pub(crate) struct Meshes {
 }
 
 impl Meshes {
+    /// All ranks share memory.
+    pub(crate) fn together() -> Self {
+        Self { host: |_| "host".into(), ..Self::apart() }
+    }
+
+    /// Two ranks on each machine.
+    pub(crate) fn mixed() -> Self {
+        Self { host: |rank| format!("host {}", rank / 2), ..Self::apart() }
+    }
+
     /// Every rank believes that it has a machine of its own.
     pub(crate) fn apart() -> Self {
         let options = Options::default();

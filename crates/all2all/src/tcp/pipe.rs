@@ -1,0 +1,83 @@
+//! How the bytes of a data connection travel: through the connection, or through shared memory beside it.
+
+use super::ring::{Ring, Wants};
+use super::socket::{self, watch};
+use std::io::{self, IoSlice};
+use std::net::{Shutdown, TcpStream};
+
+pub(super) struct Pipe {
+    stream: TcpStream,
+    /// If the peer shares memory with this process, the connection carries only bytes that wake.
+    ring: Option<Ring>,
+}
+
+impl Pipe {
+    pub(super) fn new(stream: TcpStream, ring: Option<Ring>) -> Self {
+        Self { stream, ring }
+    }
+
+    /// Whether rows need a checksum. Memory keeps its bytes; what does not is a broken machine, whose own
+    /// rows would not be safe either.
+    pub(super) fn sums(&self) -> bool {
+        self.ring.is_none()
+    }
+
+    /// Sends what fits; `None` if nothing does.
+    pub(super) fn send(&self, pieces: &[IoSlice<'_>]) -> io::Result<Option<usize>> {
+        match &self.ring {
+            Some(ring) => self.woken(ring.send(pieces)?),
+            None => socket::send(&self.stream, pieces),
+        }
+    }
+
+    /// Receives into a buffer; `None` if nothing is there, 0 at the end.
+    pub(super) fn receive(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+        match &self.ring {
+            Some(ring) => self.woken(ring.receive(&mut [], &[], buffer)?),
+            None => socket::receive(&self.stream, buffer),
+        }
+    }
+
+    /// Receives into the pieces of `rows` (offset, length) and then into `rest`.
+    pub(super) fn receive_pieces(
+        &self,
+        rows: &mut [u8],
+        pieces: &[(usize, usize)],
+        rest: &mut [u8],
+    ) -> io::Result<Option<usize>> {
+        match &self.ring {
+            Some(ring) => self.woken(ring.receive(rows, pieces, rest)?),
+            None => socket::receive_pieces(&self.stream, rows, pieces, rest),
+        }
+    }
+
+    /// Wakes the peer if it sleeps. A connection too full for one more byte has woken it already.
+    fn woken(&self, (moved, wakes): (Option<usize>, bool)) -> io::Result<Option<usize>> {
+        if wakes {
+            socket::send(&self.stream, &[IoSlice::new(&[1])])?;
+        }
+        Ok(moved)
+    }
+
+    /// What to poll for before sleeping; `None` if there is no need to sleep.
+    pub(super) fn fall_asleep(&self, wants: Wants) -> Option<libc::pollfd> {
+        let reads = if wants.reads { libc::POLLIN } else { 0 };
+        let writes = if wants.writes { libc::POLLOUT } else { 0 };
+        match &self.ring {
+            Some(ring) if ring.fall_asleep(wants) => None,
+            Some(_) => Some(watch(&self.stream, libc::POLLIN)),
+            None => Some(watch(&self.stream, reads | writes)),
+        }
+    }
+
+    /// After sleeping. False if the peer is gone.
+    pub(super) fn wake_up(&self) -> bool {
+        let Some(ring) = &self.ring else { return true };
+        ring.wake_up();
+        !matches!(socket::receive(&self.stream, &mut [0; 64]), Ok(Some(0)) | Err(_))
+    }
+
+    pub(super) fn close(&self) {
+        let _was_over = self.stream.shutdown(Shutdown::Both);
+    }
+}
