@@ -49,9 +49,11 @@ fn greetings(to: &str) -> [Vec<u8>; 2] {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let stranger = mesh("0 stranger");
     stranger.prepare(Epoch(1), &[peer(to, listener.local_addr().unwrap())]);
-    [(); 2].map(|()| {
+    // Both stay open until both are read: the stranger gives up a pair that has lost one.
+    let pair = [(); 2].map(|()| listener.accept().unwrap().0);
+    pair.each_ref().map(|mut stream| {
         let mut hello = vec![0; HELLO];
-        listener.accept().unwrap().0.read_exact(&mut hello).unwrap();
+        stream.read_exact(&mut hello).unwrap();
         hello
     })
 }

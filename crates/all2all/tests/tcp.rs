@@ -46,7 +46,7 @@ fn frames_may_be_larger_than_connections() {
 
 #[test]
 fn frames_may_be_larger_than_shared_memory() {
-    large_frames(Meshes::together(), 80);
+    large_frames(Meshes::together(), 150);
 }
 
 /// Frames several times as large as what lies between two ranks, in steps that are aborted anywhere: ranks
@@ -59,12 +59,12 @@ fn large_frames(mut network: Meshes, rows: usize) {
         let rank = |me: usize| {
             let mut end = network.join(view(1, me, &[true; 3])).unwrap();
             let aborter = end.aborter();
-            for epoch in 2..12 {
+            for epoch in 2..7 {
                 assert_eq!(step(&mut end, 1, rows, LONG), Ok(()), "{me} in {epoch}");
                 let control = (me == 1).then(|| {
                     let aborter = aborter.clone();
                     std::thread::spawn(move || {
-                        std::thread::sleep(Duration::from_micros(epoch * 400));
+                        std::thread::sleep(Duration::from_micros(epoch * 700));
                         aborter.abort(Epoch(epoch - 1), Reason::ViewChange);
                     })
                 });
