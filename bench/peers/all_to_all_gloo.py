@@ -7,7 +7,7 @@ long as its slowest rank.
 """
 import json
 import os
-import random
+import socket
 import sys
 import time
 
@@ -55,4 +55,7 @@ def work(rank, ranks, seconds, blocks, port):
 
 if __name__ == "__main__":
     ranks, seconds, blocks = int(sys.argv[1]), float(sys.argv[2]), [int(word) for word in sys.argv[3:]]
-    mp.spawn(work, (ranks, seconds, blocks, random.randint(20000, 50000)), nprocs=ranks)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(work, (ranks, seconds, blocks, port), nprocs=ranks)
