@@ -9,11 +9,9 @@ use anyhow::ensure;
 use ids::{SeqId, StepId};
 use kernels::Sampling;
 use placement::Shape;
-use rayon::prelude::*;
 use scheduler::{KvPools, NewSequence, Plan, Scheduler};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
-use std::hint::black_box;
 use std::time::Instant;
 use worker::{KvBlocks, Model};
 
@@ -37,8 +35,6 @@ const CONTEXT: u32 = 16;
 const WARM_STEPS: u32 = 2;
 /// Ids that no ordinary token has, at the end of the vocabulary.
 const SPECIAL_TOKENS: usize = 64;
-/// Larger than any cache: what is read from it comes from memory.
-const BANDWIDTH_BYTES: usize = 1 << 30;
 
 /// Runs every case and hands each figure to `report` as one JSON object.
 ///
@@ -55,7 +51,7 @@ pub fn run(model: &Model, options: Options, report: &mut dyn FnMut(&Value)) -> a
     );
     ensure!(SPECIAL_TOKENS < model.config.vocab, "the vocabulary is too small for the cases");
     let threads = options.threads * usize::from(options.workers);
-    let bandwidth = bandwidth(threads)?;
+    let bandwidth = kernels::read_bandwidth(threads)?;
     report(&json!({ "case": "memory", "threads": threads, "gb_per_s": round(bandwidth / 1e9) }));
 
     let shape =
@@ -253,29 +249,4 @@ fn pools(kv: placement::KvPools) -> KvPools {
         chunked_blocks: kv.chunked_blocks,
         chunk_tokens: kv.chunk_tokens,
     }
-}
-
-/// Bytes per second that `threads` threads read from memory, the best of five passes.
-fn bandwidth(threads: usize) -> anyhow::Result<f64> {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
-    let buffer = vec![1_u64; BANDWIDTH_BYTES / 8];
-    let part = buffer.len().div_ceil(threads);
-    let pass = || {
-        let started = Instant::now();
-        let sum: u64 = pool.install(|| buffer.par_chunks(part).map(sum).sum());
-        black_box(sum);
-        BANDWIDTH_BYTES as f64 / started.elapsed().as_secs_f64()
-    };
-    Ok((0..5).map(|_| pass()).fold(0.0, f64::max))
-}
-
-/// Several independent sums, so that loads and not additions are the limit.
-fn sum(part: &[u64]) -> u64 {
-    let mut sums = [0_u64; 16];
-    for values in part.chunks_exact(16) {
-        for (sum, value) in sums.iter_mut().zip(values) {
-            *sum = sum.wrapping_add(*value);
-        }
-    }
-    sums.iter().fold(0, |a, b| a.wrapping_add(*b))
 }

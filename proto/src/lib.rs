@@ -6,6 +6,9 @@
 mod step;
 mod view;
 
+use std::time::Duration;
+use tonic::transport::Endpoint;
+
 pub use step::{slice_from_wire, slice_to_wire};
 pub use view::{pools_from_wire, pools_to_wire, view_from_wire, view_to_wire};
 
@@ -18,6 +21,25 @@ pub mod pb {
 /// Largest message a herd service accepts, in bytes. A step of 8192 prompt tokens with block tables
 /// is below 1 MiB; full logits never travel.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
+
+/// Longest wait for a TCP connection inside a cluster.
+const CONNECT_MAX: Duration = Duration::from_secs(2);
+/// A peer that answers no ping for this long is gone, even if TCP has not noticed.
+const PING: Duration = Duration::from_secs(5);
+
+/// A service to which a stream stands for long, `http://host:port`.
+///
+/// # Errors
+///
+/// If the text is no URL.
+pub fn standing(url: String) -> Result<Endpoint, tonic::transport::Error> {
+    Ok(Endpoint::from_shared(url)?
+        .connect_timeout(CONNECT_MAX)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(PING)
+        .keep_alive_timeout(PING)
+        .keep_alive_while_idle(true))
+}
 
 /// Connections of a service, each with `TCP_NODELAY`: without it the first answer of a stream waits
 /// for the peer's delayed acknowledgement, 40 ms, in the middle of a failover.

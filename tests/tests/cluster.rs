@@ -133,3 +133,34 @@ async fn lost_and_joining_workers_change_no_token_and_end_no_stream() {
     assert!(4 <= status["epoch"].as_u64().unwrap(), "views changed: {status}");
     assert_eq!(status["members"].as_array().unwrap().len(), 4);
 }
+
+/// Goal: a deposed leader and its successor cannot make ranks of different views out of one epoch.
+#[tokio::test(flavor = "multi_thread")]
+async fn worker_serves_one_view_per_epoch() {
+    let cluster = start(&toy(Dtype::F32), 2).await;
+    let mut coordinator =
+        proto::pb::coordinator_client::CoordinatorClient::connect(cluster.coordinator.clone())
+            .await
+            .unwrap();
+    let request = proto::pb::WatchViewRequest {};
+    let mut views = coordinator.watch_view(request).await.unwrap().into_inner();
+    let stands = views.message().await.unwrap().unwrap();
+    let url = format!("http://{}", stands.members[0].address);
+    let mut worker = proto::pb::worker_client::WorkerClient::connect(url).await.unwrap();
+    let mut prepare = async |view: &proto::pb::View| {
+        let request = proto::pb::PrepareRequest { view: Some(view.clone()), rank: 0 };
+        worker.prepare(request).await.map(|_| ()).map_err(|status| status.message().to_owned())
+    };
+    let next = proto::pb::View { epoch: stands.epoch + 1, ..stands.clone() };
+    let mut other = next.clone();
+    other.placement[0].experts[0].ranks.reverse();
+    assert_ne!(next, other);
+    assert_eq!(prepare(&next).await, Ok(()));
+    assert_eq!(prepare(&next).await, Ok(()), "asked for again");
+    let refused = prepare(&other).await.unwrap_err();
+    assert!(refused.contains("n2 is another view here"), "{refused}");
+    let refused = prepare(&stands).await.unwrap_err();
+    assert!(refused.contains("n1: the epoch is over"), "{refused}");
+    // What was only prepared changes nothing for those who are served.
+    assert_eq!(collect(&cluster.engine, 1).await, one_by_one(&toy(Dtype::F32), 2).await[1]);
+}

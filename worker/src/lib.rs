@@ -13,7 +13,6 @@ mod service;
 mod step;
 mod weights;
 
-use ids::WorkerId;
 use joined::Transport;
 use kernels::Level;
 use std::sync::Arc;
@@ -41,18 +40,11 @@ pub struct Config {
 /// A running worker. Dropping it ends the worker.
 #[derive(Debug)]
 pub struct Worker {
-    id: watch::Receiver<Option<WorkerId>>,
     ended: watch::Receiver<Option<Ended>>,
     _stop: watch::Sender<()>,
 }
 
 impl Worker {
-    /// The id under which it is registered now.
-    #[must_use]
-    pub fn id(&self) -> Option<WorkerId> {
-        *self.id.borrow()
-    }
-
     /// Waits until the worker has ended by itself.
     pub async fn ended(&mut self) -> Ended {
         match self.ended.wait_for(Option::is_some).await {
@@ -93,9 +85,8 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
     let model = Arc::clone(&config.model);
     let identity = (incarnation, profile);
     let service = service::Service::new(model, &runner, identity, stopped.clone());
-    let (tell_id, id) = watch::channel(None);
     let (tell_end, ended) = watch::channel(None);
-    let register = registration::keep(config.coordinator, (card, service.epoch()), tell_id);
+    let register = registration::keep(config.coordinator, (card, service.epoch()));
     let mut streams = service.streams();
     let server = tonic::transport::Server::builder()
         .add_service(service.into_server())
@@ -120,5 +111,5 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
         };
         tell_end.send_replace(Some(end));
     });
-    Ok(Worker { id, ended, _stop: stop })
+    Ok(Worker { ended, _stop: stop })
 }

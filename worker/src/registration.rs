@@ -3,22 +3,15 @@
 //! Losing the coordinator stops no step; it only means that membership cannot change meanwhile.
 
 use crate::Config;
-use ids::WorkerId;
 use kernels::Level;
 use proto::pb;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::sync::watch;
-use tonic::transport::Endpoint;
 
 /// Between attempts: soon at first, because most breaks are a failover.
 const BACKOFF_FIRST: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
-/// Longest wait for a TCP connection inside a cluster.
-const CONNECT_MAX: Duration = Duration::from_secs(2);
-/// A coordinator that answers no ping for this long is gone, even if TCP has not noticed.
-const PING: Duration = Duration::from_secs(5);
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
@@ -46,14 +39,13 @@ pub(crate) fn card(config: &Config, address: &str, incarnation: &str) -> pb::Reg
 pub(crate) async fn keep(
     coordinators: String,
     (card, epoch): (pb::RegisterRequest, Arc<AtomicU64>),
-    id: watch::Sender<Option<WorkerId>>,
 ) {
     let mut backoff = BACKOFF_FIRST;
     let coordinators: Vec<&str> = coordinators.split(',').collect();
     for coordinator in coordinators.iter().cycle() {
-        let before = *id.borrow();
+        let mut was_registered = false;
         let card = pb::RegisterRequest { epoch: epoch.load(Ordering::SeqCst), ..card.clone() };
-        match register(coordinator, card, &id).await {
+        match register(coordinator, card, &mut was_registered).await {
             Ok(Registered::Drained) => {
                 tracing::info!(coordinator, "drained");
                 return;
@@ -63,7 +55,6 @@ pub(crate) async fn keep(
             }
             Err(error) => tracing::warn!(coordinator, error = %chain(&*error), "not registered"),
         }
-        let was_registered = *id.borrow() != before;
         backoff = if was_registered { BACKOFF_FIRST } else { BACKOFF_MAX.min(backoff * 2) };
         tokio::time::sleep(backoff).await;
     }
@@ -78,15 +69,9 @@ enum Registered {
 async fn register(
     coordinator: &str,
     card: pb::RegisterRequest,
-    id: &watch::Sender<Option<WorkerId>>,
+    was_registered: &mut bool,
 ) -> Result<Registered, Error> {
-    let endpoint = Endpoint::from_shared(coordinator.to_owned())?
-        .connect_timeout(CONNECT_MAX)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(PING)
-        .keep_alive_timeout(PING)
-        .keep_alive_while_idle(true);
-    let channel = endpoint.connect().await?;
+    let channel = proto::standing(coordinator.to_owned())?.connect().await?;
     let mut client = pb::coordinator_client::CoordinatorClient::new(channel);
     let mut events = client.register(card).await?.into_inner();
     while let Some(event) = events.message().await? {
@@ -94,7 +79,7 @@ async fn register(
             return Ok(Registered::Drained);
         }
         tracing::info!(worker = event.worker, coordinator, "registered");
-        id.send_replace(Some(WorkerId(event.worker)));
+        *was_registered = true;
     }
     Ok(Registered::Ended)
 }

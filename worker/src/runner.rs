@@ -88,6 +88,10 @@ impl Runner {
     pub(crate) fn offer(&self, seat: Seat, incarnations: &[String]) {
         seat.connect(&self.transport);
         let mut seats = self.waiting.lock();
+        if seats.current.as_ref().is_some_and(|current| seat.epoch() <= current.epoch) {
+            // It is served already: asked for again by a leader that did not hear the answer.
+            return;
+        }
         seats.next.insert(seat.epoch(), (seat, incarnations.to_vec()));
         while SEATS_MAX < seats.next.len() {
             seats.next.pop_first();

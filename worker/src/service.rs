@@ -8,8 +8,8 @@ use ids::{Epoch, Rank};
 use pb::worker_server::WorkerServer;
 use placement::View;
 use proto::pb;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -26,6 +26,9 @@ pub(crate) struct Service {
     profile: String,
     /// The newest epoch it was asked to prepare.
     epoch: Arc<AtomicU64>,
+    /// The view of that epoch. A deposed leader and its successor may both come with this number; the
+    /// first one's view is the only one that this worker will ever serve under it.
+    newest: Mutex<Option<View>>,
     /// Closes when the worker is dropped.
     stopped: watch::Receiver<()>,
     /// Open step streams.
@@ -41,7 +44,16 @@ impl Service {
     ) -> Self {
         let (runner, epoch) = (runner.clone(), Arc::default());
         let streams = watch::channel(0).0;
-        Self { model, runner, incarnation, profile, epoch, stopped, streams }
+        Self {
+            model,
+            runner,
+            incarnation,
+            profile,
+            epoch,
+            newest: Mutex::default(),
+            stopped,
+            streams,
+        }
     }
 
     /// The newest epoch it was asked to prepare.
@@ -80,10 +92,20 @@ impl Service {
         if view.model != fingerprint {
             return refuse("the model", &view.model, &fingerprint);
         }
-        let newest = self.epoch.fetch_max(view.epoch.0, Ordering::SeqCst);
-        if view.epoch.0 < newest {
-            return refuse("the epoch", "over", &Epoch(newest).to_string());
+        // Views are put whole.
+        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*newest {
+            Some(known) if view.epoch < known.epoch => {
+                return refuse("the epoch", "over", &known.epoch.to_string());
+            }
+            Some(known) if view.epoch == known.epoch && view != known => {
+                let text = format!("{} is another view here; plan under a later epoch", view.epoch);
+                return Err(Status::failed_precondition(text));
+            }
+            Some(_) | None => {}
         }
+        *newest = Some(view.clone());
+        self.epoch.store(view.epoch.0, Ordering::SeqCst);
         Ok(())
     }
 }

@@ -217,6 +217,14 @@ impl Control {
         if usize::from(u16::MAX) < hello.shape.experts {
             return Some(format!("{} experts are more than ids can number", hello.shape.experts));
         }
+        if let Phase::Adopting { view, .. } = &self.phase {
+            // A stranger must not come first and keep the members out.
+            let differs = |what: &str, ours: &str, theirs: &str| {
+                (ours != theirs).then(|| differs(what, ours, theirs))
+            };
+            return differs("model", &view.model, &hello.model)
+                .or_else(|| differs("numeric profile", &view.profile, &hello.profile));
+        }
         self.members.values().next().and_then(|first| misfit(first, hello))
     }
 
@@ -396,12 +404,14 @@ fn has(view: &View, worker: WorkerId) -> bool {
     view.members.iter().any(|member| member.worker == worker)
 }
 
+fn differs(what: &str, ours: &str, theirs: &str) -> String {
+    format!("its {what} is {theirs}, the cluster's {ours}; start it with the cluster's")
+}
+
 /// Why `new` cannot serve beside `first`.
 fn misfit(first: &Hello, new: &Hello) -> Option<String> {
     let differs = |what: &str, ours: String, theirs: String| {
-        (ours != theirs).then(|| {
-            format!("its {what} is {theirs}, the cluster's {ours}; start it with the cluster's")
-        })
+        (ours != theirs).then(|| self::differs(what, &ours, &theirs))
     };
     differs("model", first.model.clone(), new.model.clone())
         .or_else(|| differs("numeric profile", first.profile.clone(), new.profile.clone()))

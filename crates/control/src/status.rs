@@ -3,6 +3,7 @@
 use crate::machine::Phase;
 use crate::{Change, Control};
 use ids::{Epoch, Rank, WorkerId};
+use placement::{Member, View};
 
 /// Which phase, without its data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,21 +64,47 @@ impl Control {
             Phase::Committing { .. } => PhaseName::Committing,
             Phase::Serving => PhaseName::Serving,
         };
+        let view = self.standing();
+        let mut members: Vec<MemberStatus> =
+            self.members.keys().map(|&worker| self.member_status(worker)).collect();
+        if let Phase::Adopting { view, .. } = &self.phase {
+            // They serve, whether or not they have met the new leader.
+            let unmet = |member: &&Member| !self.members.contains_key(&member.worker);
+            members.extend(view.members.iter().filter(unmet).map(|member| MemberStatus {
+                worker: member.worker,
+                rank: Some(member.rank),
+                pid: member.pid,
+                address: member.address.clone(),
+                device: member.device.clone(),
+                state: MemberState::Serving,
+                experts: held(view, member.rank),
+            }));
+            members.sort_by_key(|member| member.worker);
+        }
         Status {
-            epoch: self.committed.as_ref().map(|view| view.epoch),
+            epoch: view.map(|view| view.epoch),
             phase,
-            members: self.members.keys().map(|&worker| self.member_status(worker)).collect(),
+            members,
             changes: self.history.iter().cloned().collect(),
+        }
+    }
+
+    /// The view that the cluster serves, as far as this coordinator knows.
+    fn standing(&self) -> Option<&View> {
+        match &self.phase {
+            Phase::Adopting { view, .. } => Some(view),
+            Phase::Assembling { .. }
+            | Phase::Preparing { .. }
+            | Phase::Committing { .. }
+            | Phase::Serving => self.committed.as_deref(),
         }
     }
 
     fn member_status(&self, worker: WorkerId) -> MemberStatus {
         let hello = &self.members[&worker];
-        let placed = self.committed.as_ref().and_then(|view| {
+        let placed = self.standing().and_then(|view| {
             let member = view.members.iter().find(|member| member.worker == worker)?;
-            let layers = 0..view.placement.moe_layers();
-            let held = layers.map(|layer| view.placement.local_experts(layer, member.rank).len());
-            Some((member.rank, held.sum()))
+            Some((member.rank, held(view, member.rank)))
         });
         let is_waited_for = match &self.phase {
             Phase::Preparing { waiting, .. } => waiting.contains(&worker),
@@ -102,4 +129,10 @@ impl Control {
             experts: placed.map_or(0, |(_, held)| held),
         }
     }
+}
+
+/// Copies of experts on a rank, over all layers.
+fn held(view: &View, rank: Rank) -> usize {
+    let layers = 0..view.placement.moe_layers();
+    layers.map(|layer| view.placement.local_experts(layer, rank).len()).sum()
 }

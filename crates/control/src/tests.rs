@@ -313,6 +313,26 @@ fn new_leader_goes_on_with_the_view_that_stands() {
 }
 
 #[test]
+fn stranger_that_comes_first_does_not_keep_the_members_out() {
+    let mut control = Control::new(settings(2), Duration::from_secs(5), Some(stands()));
+    let stranger = Hello { model: "other".into(), ..hello("x") };
+    check(
+        &mut control,
+        vec![
+            (6, Input::Hello(stranger)),
+            (6, Input::Hello(hello("a"))),
+            (6, Input::Hello(hello("b"))),
+        ],
+        &[
+            "refuse x: its model is other, the cluster's toy; start it with the cluster's",
+            "welcome a as w0",
+            "welcome b as w1",
+            "publish n1[w0 w1]",
+        ],
+    );
+}
+
+#[test]
 fn new_leader_replaces_members_that_do_not_come() {
     let mut control = Control::new(settings(2), Duration::from_secs(5), Some(stands()));
     check(

@@ -13,6 +13,7 @@
 #![allow(unsafe_code, reason = "SIMD intrinsics and disjoint writes from several threads")]
 
 mod attention;
+mod bandwidth;
 mod cache;
 mod cpu;
 mod device;
@@ -30,6 +31,7 @@ mod rope;
 mod sample;
 
 pub use attention::{AttentionShape, BLOCK_TOKENS};
+pub use bandwidth::read_bandwidth;
 pub use cache::Cache;
 pub use cpu::{Cpu, CpuBatch, ExpertWeights, Experts, Route, Tensor, Wire};
 pub use device::{

@@ -73,7 +73,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
                 .map(str::to_owned)
                 .collect(),
         });
-        let mut signals = Signals::new()?;
+        let mut signals = Signals::of_role(&args.child)?;
         say(&format!("coordinator: {url}"));
         tokio::select! {
             result = handle.serve(listener) => result.context("the coordinator's service ended"),

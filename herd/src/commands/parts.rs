@@ -141,6 +141,9 @@ impl ChildArgs {
 pub(crate) struct Signals {
     interrupt: Signal,
     terminate: Signal,
+    /// Ctrl-C in a terminal reaches a supervisor's children too; it is the supervisor who stops them,
+    /// in order.
+    heeds_interrupt: bool,
 }
 
 impl Signals {
@@ -148,12 +151,18 @@ impl Signals {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt()).context("cannot watch for Ctrl-C")?,
             terminate: signal(SignalKind::terminate()).context("cannot watch for SIGTERM")?,
+            heeds_interrupt: true,
         })
+    }
+
+    /// Those that a role obeys: without Ctrl-C if it has a supervisor.
+    pub(crate) fn of_role(child: &ChildArgs) -> anyhow::Result<Self> {
+        Ok(Self { heeds_interrupt: !child.exit_with_parent, ..Self::new()? })
     }
 
     pub(crate) async fn next(&mut self) {
         tokio::select! {
-            _ = self.interrupt.recv() => {}
+            _ = self.interrupt.recv(), if self.heeds_interrupt => {}
             _ = self.terminate.recv() => {}
         }
     }

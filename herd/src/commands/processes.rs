@@ -22,7 +22,7 @@ const COORDINATORS: usize = 2;
 const RESTART_PAUSE: Duration = Duration::from_millis(200);
 /// Longest wait for a child to end by itself.
 const STOP_MAX: Duration = Duration::from_secs(5);
-/// Longest wait for the cluster to serve.
+/// Between looks at whether the cluster serves.
 const READY_POLL: Duration = Duration::from_millis(50);
 
 /// A child that should run.

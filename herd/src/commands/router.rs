@@ -40,7 +40,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             queue_max: args.serve.queue,
             step_deadline: args.serve.step_deadline(),
         });
-        let mut signals = Signals::new()?;
+        let mut signals = Signals::of_role(&args.child)?;
         say(&format!("router: http://{}/v1 serves {}", door.address, door.model.id));
         let mut open = door.serve(engine, &args.coordinator);
         tokio::select! {

@@ -38,7 +38,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             coordinator: args.coordinator.clone(),
             model,
         };
-        let mut signals = Signals::new()?;
+        let mut signals = Signals::of_role(&args.child)?;
         let mut worker = worker::start(config, listener).await?;
         say(&format!("worker: {address}"));
         tokio::select! {

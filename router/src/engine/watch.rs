@@ -6,15 +6,10 @@ use proto::pb;
 use scheduler::KvPools;
 use std::time::Duration;
 use tokio::sync::watch;
-use tonic::transport::Endpoint;
 
 /// Between attempts to reach a coordinator: soon at first, because most breaks are a failover.
 const BACKOFF_FIRST: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
-/// Longest wait for a TCP connection inside a cluster.
-const CONNECT_MAX: Duration = Duration::from_secs(2);
-/// A coordinator that answers no ping for this long is gone, even if TCP has not noticed.
-const PING: Duration = Duration::from_secs(5);
 
 /// What the engine needs of a view.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,16 +47,15 @@ pub(super) fn spawn(coordinators: &str) -> watch::Receiver<Option<Target>> {
 async fn follow(coordinators: Vec<String>, views: watch::Sender<Option<Target>>) {
     let mut backoff = BACKOFF_FIRST;
     for coordinator in coordinators.iter().cycle() {
-        let epoch = latest(&views);
+        let mut has_answered = false;
         tokio::select! {
             () = views.closed() => return,
-            result = follow_one(coordinator, &views) => match result {
+            result = follow_one(coordinator, &views, &mut has_answered) => match result {
                 Ok(()) => tracing::info!(coordinator, "the coordinator ended its view stream"),
                 Err(error) => tracing::info!(coordinator, %error, "cannot follow views; will retry"),
             },
         }
-        backoff =
-            if epoch == latest(&views) { BACKOFF_MAX.min(backoff * 2) } else { BACKOFF_FIRST };
+        backoff = if has_answered { BACKOFF_FIRST } else { BACKOFF_MAX.min(backoff * 2) };
         tokio::select! {
             () = views.closed() => return,
             () = tokio::time::sleep(backoff) => {}
@@ -69,26 +63,18 @@ async fn follow(coordinators: Vec<String>, views: watch::Sender<Option<Target>>)
     }
 }
 
-fn latest(views: &watch::Sender<Option<Target>>) -> Option<Epoch> {
-    views.borrow().as_ref().map(|target| target.epoch)
-}
-
 async fn follow_one(
     coordinator: &str,
     views: &watch::Sender<Option<Target>>,
+    has_answered: &mut bool,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let endpoint = Endpoint::from_shared(coordinator.to_owned())?
-        .connect_timeout(CONNECT_MAX)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(PING)
-        .keep_alive_timeout(PING)
-        .keep_alive_while_idle(true);
-    let channel = endpoint.connect().await?;
+    let channel = proto::standing(coordinator.to_owned())?.connect().await?;
     let mut client = pb::coordinator_client::CoordinatorClient::new(channel)
         .max_decoding_message_size(proto::MESSAGE_BYTES_MAX);
     let mut stream = client.watch_view(pb::WatchViewRequest {}).await?.into_inner();
     while let Some(wire) = stream.message().await? {
         let target = target_from_wire(wire)?;
+        *has_answered = true;
         // An older view is a coordinator that does not know yet that it was replaced.
         views.send_if_modified(|current| {
             let is_news = current.as_ref().is_none_or(|current| current.epoch < target.epoch);

@@ -133,3 +133,18 @@ fn loss_moves_only_what_was_lost() {
         }
     }
 }
+
+#[test]
+fn standing_members_are_shown_before_they_have_met_the_new_leader() {
+    let mut control = Control::new(settings(2), Duration::ZERO, Some(stands()));
+    control.step(Duration::ZERO, Input::Hello(hello("b")));
+    let status = control.status();
+    assert_eq!((status.epoch, status.phase), (Some(Epoch(1)), PhaseName::Adopting));
+    let shown: Vec<_> =
+        status.members.iter().map(|m| (m.address.as_str(), m.rank, m.state)).collect();
+    let want = [
+        ("a:1", Some(Rank(0)), MemberState::Serving),
+        ("b:1", Some(Rank(1)), MemberState::Serving),
+    ];
+    assert_eq!(shown, want);
+}
