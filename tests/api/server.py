@@ -77,10 +77,14 @@ class Server:
         if self.process.poll() is not None:
             raise RuntimeError(f"herd up had already ended with {self.process.returncode}\n{self.log_tail()}")
         self.process.send_signal(signal.SIGINT)
+        return self.ended()
+
+    def ended(self):
+        """Its exit code; an error if it does not end in time."""
         try:
             return self.process.wait(STOP_MAX_S)
         except subprocess.TimeoutExpired:
-            raise RuntimeError(f"herd up was still running {STOP_MAX_S} s after SIGINT\n{self.log_tail()}") from None
+            raise RuntimeError(f"herd up was still running {STOP_MAX_S} s after it was told to end\n{self.log_tail()}") from None
 
     def kill(self):
         """Ends the process group of this server, if anything of it is left."""

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 
-from server import STOP_MAX_S, Server
+from server import Server
 
 
 def test_ctrl_c_lets_running_requests_end():
@@ -32,6 +32,17 @@ def test_ctrl_c_lets_running_requests_end():
         os.killpg(server.process.pid, signal.SIGINT)
         client.join(60)
         assert outcome == ["length"], server.log_tail()
-        assert server.process.wait(STOP_MAX_S) == 0
+        assert server.ended() == 0
+    finally:
+        server.kill()
+
+
+def test_ctrl_c_before_the_cluster_serves_stops_it():
+    server = Server("--processes", "--workers", "2")
+    try:
+        while "router: pid" not in server.log_tail():
+            time.sleep(0.01)
+        os.killpg(server.process.pid, signal.SIGINT)
+        assert server.ended() == 0
     finally:
         server.kill()

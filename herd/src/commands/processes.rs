@@ -106,13 +106,14 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
     }
     let mut signals = Signals::new()?;
     let name = args.serve.model_name(&dir);
+    let announce = async {
+        ready(&address).await;
+        say(&format!("\n{}", how_to_try(&name, &address)));
+        std::future::pending::<()>().await;
+    };
     tokio::select! {
-        () = ready(&address) => say(&format!("\n{}", how_to_try(&name, &address))),
         () = signals.next() => {}
-        result = supervise(&mut roles, args) => return result,
-    }
-    tokio::select! {
-        () = signals.next() => {}
+        () = announce => {}
         result = supervise(&mut roles, args) => return result,
     }
     say("stopping");
