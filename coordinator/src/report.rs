@@ -14,9 +14,22 @@ pub(crate) fn json(status: &Status, url: &str, store: &[String]) -> Value {
         "leader": leader,
         "members": status.members.iter().map(member).collect::<Vec<_>>(),
         "coordinators": [{ "pid": leader, "url": url, "leader": true }],
-        "etcd": store.iter().map(|url| json!({ "url": url })).collect::<Vec<_>>(),
+        "etcd": etcd(store),
         "changes": status.changes.iter().map(change).collect::<Vec<_>>(),
     })
+}
+
+/// Of a coordinator that does not lead, as [`json`].
+pub(crate) fn standby(url: &str, store: &[String]) -> Value {
+    json!({
+        "phase": "standby",
+        "coordinators": [{ "pid": std::process::id(), "url": url, "leader": false }],
+        "etcd": etcd(store),
+    })
+}
+
+fn etcd(store: &[String]) -> Vec<Value> {
+    store.iter().map(|url| json!({ "url": url })).collect()
 }
 
 fn phase(phase: PhaseName) -> &'static str {

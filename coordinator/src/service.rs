@@ -28,7 +28,6 @@ impl Service {
             return Ok(term);
         }
         let leader = self.handle.leader().await;
-        let leader = leader.unwrap_or_else(|| "nobody".into());
         Err(Status::failed_precondition(format!("this coordinator stands by; {leader} leads")))
     }
 
@@ -108,8 +107,10 @@ impl pb::coordinator_server::Coordinator for Service {
         &self,
         _request: Request<pb::StatusRequest>,
     ) -> Result<Response<pb::StatusResponse>, Status> {
-        self.term().await?;
-        let status = self.handle.status().await.ok_or_else(ended)?;
+        let status = match self.handle.status().await {
+            Some(status) => status,
+            None => self.handle.standby_status(),
+        };
         Ok(Response::new(pb::StatusResponse { json: status.to_string() }))
     }
 }

@@ -124,6 +124,7 @@ impl Engine {
             .map_err(|error| format!("the view {} cannot be served: {error}", target.epoch))?;
         self.shared.context_tokens.store(scheduler.context_tokens(), Ordering::SeqCst);
         self.shared.epoch.store(target.epoch.0, Ordering::SeqCst);
+        *self.shared.served() = Some(target.clone());
         let preemptions = scheduler.stats().preemptions;
         let kept = scheduler.stats().running;
         let plan = Plan::new();
