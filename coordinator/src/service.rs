@@ -1,7 +1,7 @@
 //! The gRPC face of the coordinator.
 
 use crate::shell::{Dismissal, Event, Registration};
-use crate::{Handle, Term};
+use crate::{Handle, Term, report};
 use control::{Hello, Input};
 use futures::StreamExt;
 use futures::stream::BoxStream;
@@ -86,6 +86,11 @@ impl pb::coordinator_server::Coordinator for Service {
             Some(pb::report_request::News::FirstToken(pb::FirstToken {})) => {
                 Input::FirstToken { epoch }
             }
+            Some(pb::report_request::News::Load(pb::ExpertLoad { worker, layers })) => {
+                let layers = layers.into_iter().map(|layer| layer.rows).collect();
+                self.send(Event::Load { worker: WorkerId(worker), layers }).await?;
+                return Ok(Response::new(pb::ReportResponse {}));
+            }
             None => return Err(Status::invalid_argument("a report without news")),
         };
         self.send(Event::Input(input)).await?;
@@ -101,6 +106,32 @@ impl pb::coordinator_server::Coordinator for Service {
         self.send(Event::Drain { worker, reply }).await?;
         answer.await.map_err(|_| ended())?.map_err(Status::failed_precondition)?;
         Ok(Response::new(pb::DrainResponse {}))
+    }
+
+    async fn rebalance(
+        &self,
+        _request: Request<pb::RebalanceRequest>,
+    ) -> Result<Response<pb::RebalanceResponse>, Status> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Event::Rebalance { reply }).await?;
+        let levelling = answer.await.map_err(|_| ended())?;
+        let json = report::levelling(levelling).to_string();
+        Ok(Response::new(pb::RebalanceResponse { json }))
+    }
+
+    async fn scale(
+        &self,
+        request: Request<pb::ScaleRequest>,
+    ) -> Result<Response<pb::ScaleResponse>, Status> {
+        let workers = request.into_inner().workers;
+        let workers = u16::try_from(workers).ok().filter(|&workers| 0 < workers);
+        let workers =
+            workers.ok_or_else(|| Status::invalid_argument("workers must be 1 to 65535"))?;
+        let (reply, answer) = oneshot::channel();
+        self.send(Event::Scale { workers, reply }).await?;
+        let scaled = answer.await.map_err(|_| ended())?.map_err(Status::failed_precondition)?;
+        let drained = scaled.left.iter().map(|worker| worker.0).collect();
+        Ok(Response::new(pb::ScaleResponse { missing: u32::from(scaled.missing), drained }))
     }
 
     async fn status(

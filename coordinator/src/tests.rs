@@ -58,6 +58,8 @@ fn settings(workers_expected: u16) -> Settings {
         assemble_max: Duration::from_secs(600),
         adopt_max: Duration::from_millis(500),
         redundancy: 0,
+        spare: 0,
+        rebalance_every: None,
     }
 }
 

@@ -1,8 +1,9 @@
 //! One rank's steps: device, weights, KV cache and exchange of a view.
 
-use crate::exchange::{HostExchange, StepExchange};
+use crate::exchange::{HostExchange, Served, StepExchange};
 use crate::joined::{Joined, Transport};
 use crate::kv::KvBlocks;
+use crate::tally::Tally;
 use crate::weights::{Model, ModelError};
 use all2all::local::Hub;
 use all2all::tcp::Peer;
@@ -70,6 +71,8 @@ pub struct Shard<'a> {
 /// A rank's place in a view, with its experts in memory: ready to be taken at a step boundary.
 pub struct Seat {
     experts: Vec<Experts>,
+    /// `[moe layers]`: which these are, ascending.
+    local: Vec<Vec<ExpertId>>,
     view: View,
     /// `[ranks]`; empty within one process.
     peers: Vec<Peer>,
@@ -87,8 +90,10 @@ impl Seat {
         };
         let local: Vec<Vec<usize>> = shard.held.iter().map(of_rank).collect();
         let routes = Routes::new(shard.rank, model.config.experts, shard.held, shard.target)?;
+        let own = shard.held.iter().map(|ranks| ranks[shard.rank.index()].clone());
         Ok(Self {
             experts: model.experts(&local)?,
+            local: own.collect(),
             view: View {
                 epoch: shard.epoch,
                 me: shard.rank,
@@ -126,11 +131,13 @@ pub struct Engine {
     forward: Forward<Cpu>,
     row_bytes: usize,
     transport: Transport,
+    tally: Arc<Tally>,
     seated: Option<Seated>,
 }
 
 struct Seated {
     experts: Vec<Experts>,
+    served: Served,
     joined: Joined,
 }
 
@@ -163,6 +170,7 @@ impl Engine {
             dense,
             cache,
             transport,
+            tally: Arc::new(Tally::new(config.moe_layers().len(), config.experts)),
             seated: None,
         })
     }
@@ -191,18 +199,25 @@ impl Engine {
     ///
     /// [`EngineError::Exchange`]; the engine then serves what it served before.
     pub fn take(&mut self, seat: Seat) -> Result<(), EngineError> {
-        let Seat { experts, view, peers } = seat;
+        let Seat { experts, local, view, peers } = seat;
+        let served = Served { tally: Arc::clone(&self.tally), local };
         match &mut self.seated {
             Some(seated) => {
                 seated.joined.reconfigure(view)?;
                 seated.experts = experts;
+                seated.served = served;
             }
             None => {
                 let joined = self.transport.join(view, &peers)?;
-                self.seated = Some(Seated { experts, joined });
+                self.seated = Some(Seated { experts, served, joined });
             }
         }
         Ok(())
+    }
+
+    /// What its experts have to do.
+    pub(crate) fn tally(&self) -> Arc<Tally> {
+        Arc::clone(&self.tally)
     }
 
     /// Its rank in the view it serves; 0 before the first.
@@ -234,11 +249,13 @@ impl Engine {
         deadline: Instant,
         observer: &mut impl Observer<Cpu>,
     ) -> Result<Vec<Sampled>, EngineError> {
-        let Seated { experts, joined } = self.seated.as_mut().ok_or(EngineError::Unseated)?;
+        let Seated { experts, served, joined } =
+            self.seated.as_mut().ok_or(EngineError::Unseated)?;
         let rank = RankStep {
             device: &mut self.device,
             forward: &mut self.forward,
             row_bytes: self.row_bytes,
+            served,
             deadline,
         };
         let pass = Pass { dense: &self.dense, experts, cache: &mut self.cache, step: batch };
@@ -254,6 +271,7 @@ struct RankStep<'a> {
     device: &'a mut Cpu,
     forward: &'a mut Forward<Cpu>,
     row_bytes: usize,
+    served: &'a Served,
     deadline: Instant,
 }
 
@@ -267,7 +285,7 @@ impl RankStep<'_> {
     ) -> Result<Vec<Sampled>, EngineError> {
         let epoch = all2all.view().epoch;
         all2all.begin_step(epoch, step, self.deadline)?;
-        let mut exchange = StepExchange::new(all2all, step, self.row_bytes);
+        let mut exchange = StepExchange::new(all2all, step, self.row_bytes, self.served);
         let result = self.forward.run(self.device, &mut pass, &mut exchange, observer);
         let sampled = match result {
             Ok(sampled) => sampled,

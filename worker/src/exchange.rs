@@ -1,9 +1,24 @@
 //! The forward pass's exchange over an all-to-all of host rows.
 
+use crate::tally::Tally;
 use all2all::{AllToAll, Arrived, ExchangeError, HostRows, LayerKey, Pending, Sent};
-use ids::StepId;
+use ids::{ExpertId, StepId};
 use kernels::{Cpu, Device, Experts, Route, Wire};
 use model::forward::MoeExchange;
+use std::sync::Arc;
+
+/// The experts of a rank, and the count of what they have to do.
+pub(crate) struct Served {
+    pub(crate) tally: Arc<Tally>,
+    /// `[moe layers]`, ascending.
+    pub(crate) local: Vec<Vec<ExpertId>>,
+}
+
+impl Served {
+    fn count(&self, moe_layer: usize, offsets: &[u32]) {
+        self.tally.count(moe_layer, &self.local[moe_layer], offsets);
+    }
+}
 
 /// Where a layer stands; the tickets of the exchange, kept between the calls of the forward pass.
 enum Layer {
@@ -17,15 +32,22 @@ pub(crate) struct StepExchange<'a, A> {
     pub(crate) exchange: &'a mut A,
     pub(crate) step: StepId,
     pub(crate) row_bytes: usize,
+    served: &'a Served,
+    moe_layer: usize,
     rows: usize,
     layer: Layer,
     results: Wire,
 }
 
 impl<'a, A> StepExchange<'a, A> {
-    pub(crate) fn new(exchange: &'a mut A, step: StepId, row_bytes: usize) -> Self {
+    pub(crate) fn new(
+        exchange: &'a mut A,
+        step: StepId,
+        row_bytes: usize,
+        served: &'a Served,
+    ) -> Self {
         let (rows, layer, results) = (0, Layer::Idle, Wire::default());
-        Self { exchange, step, row_bytes, rows, layer, results }
+        Self { exchange, step, row_bytes, served, moe_layer: 0, rows, layer, results }
     }
 }
 
@@ -54,6 +76,7 @@ impl<A: HostExchange> MoeExchange<Cpu> for StepExchange<'_, A> {
     type Error = ExchangeError;
 
     fn dispatch(&mut self, layer: usize, rows: &Wire, route: &Route) -> Result<(), ExchangeError> {
+        self.moe_layer = layer;
         let layer = u16::try_from(layer).expect("layers are numbered in 16 bits");
         let key = LayerKey { step: self.step, layer };
         self.rows = route.experts().len();
@@ -68,6 +91,7 @@ impl<A: HostExchange> MoeExchange<Cpu> for StepExchange<'_, A> {
         };
         let arrived: Arrived = self.exchange.dispatch_recv(sent)?;
         let (rows, offsets) = self.exchange.arrived(&arrived);
+        self.served.count(self.moe_layer, offsets);
         self.results.room(0);
         device.experts(rows.bytes, offsets, experts, &mut self.results);
         let results = HostRows { bytes: self.results.bytes(), row_bytes: self.row_bytes };

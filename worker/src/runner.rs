@@ -5,6 +5,7 @@
 
 use crate::engine::{Engine, EngineError, Seat};
 use crate::joined::Transport;
+use crate::tally::Tally;
 use crate::{Config, step};
 use all2all::{Aborter, Reason};
 use ids::{Epoch, StepId};
@@ -40,6 +41,7 @@ pub(crate) struct Runner {
     waiting: Waiting,
     ended: watch::Receiver<Option<String>>,
     transport: Transport,
+    tally: Arc<Tally>,
 }
 
 /// What the service and the thread share.
@@ -106,6 +108,11 @@ impl Runner {
         }
     }
 
+    /// What the experts have to do.
+    pub(crate) fn tally(&self) -> Arc<Tally> {
+        Arc::clone(&self.tally)
+    }
+
     /// Why the thread has ended, once it has.
     pub(crate) fn ended(&self) -> watch::Receiver<Option<String>> {
         self.ended.clone()
@@ -133,7 +140,7 @@ pub(crate) async fn start(config: &Config, transport: Transport) -> Result<Runne
     let body = move || match Engine::unseated(&model, transport, threads, kv) {
         Ok(engine) => {
             // Nobody waits any more if the start was given up.
-            let _given_up = tell_ready.send(Ok(()));
+            let _given_up = tell_ready.send(Ok(engine.tally()));
             run(engine, &seats, inbox);
         }
         Err(error) => {
@@ -153,8 +160,8 @@ pub(crate) async fn start(config: &Config, transport: Transport) -> Result<Runne
         .spawn(guarded)
         .map_err(|error| EngineError::Io(format!("cannot start the worker's thread: {error}")))?;
     let gone = |_| EngineError::Io("the worker's thread ended while it started".into());
-    ready.await.map_err(gone)??;
-    Ok(Runner { jobs, waiting, ended, transport: connecting })
+    let tally = ready.await.map_err(gone)??;
+    Ok(Runner { jobs, waiting, ended, transport: connecting, tally })
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {

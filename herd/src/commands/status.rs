@@ -37,7 +37,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn of_router(url: &str) -> anyhow::Result<Value> {
+pub(crate) fn of_router(url: &str) -> anyhow::Result<Value> {
     let url = url.trim_end_matches('/');
     let agent: ureq::Agent =
         ureq::Agent::config_builder().timeout_global(Some(CALL_MAX)).build().into();
