@@ -92,8 +92,8 @@ fn change(change: &Change) -> Value {
         "cause": change.cause.to_string(),
         "expert_loads": change.loads,
         "at_ms": ms(Some(change.at)),
-        // How long the loss went unseen: nobody here knows when it really happened.
-        "detect_ms": null,
+        // Null where a broken connection told: how long that went unseen nobody knows.
+        "detect_ms": ms(change.detect),
         "plan_ms": ms(change.plan),
         "prepare_ms": ms(change.prepare),
         "commit_ms": ms(change.commit),

@@ -2,12 +2,13 @@
 
 use crate::shell::{Dismissal, Event, Registration};
 use crate::{Handle, Term, report};
-use control::{Hello, Input};
+use control::{Hello, Input, Silence};
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use ids::{Epoch, Rank, WorkerId};
 use placement::Shape;
 use proto::pb;
+use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tonic::{Request, Response, Status};
@@ -79,9 +80,19 @@ impl pb::coordinator_server::Coordinator for Service {
         let pb::ReportRequest { epoch, news } = request.into_inner();
         let epoch = Epoch(epoch);
         let input = match news {
-            Some(pb::report_request::News::Fault(pb::Fault { text, suspects })) => {
-                let ranks = suspects.into_iter().filter_map(|rank| u16::try_from(rank).ok());
-                Input::Fault { epoch, text, suspects: ranks.map(Rank).collect() }
+            Some(pb::report_request::News::Fault(pb::Fault {
+                text,
+                suspects,
+                silent,
+                silent_ms,
+            })) => {
+                let ranks = |ranks: Vec<u32>| {
+                    let ranks = ranks.into_iter().filter_map(|rank| u16::try_from(rank).ok());
+                    ranks.map(Rank).collect()
+                };
+                let lasted = Duration::from_millis(u64::from(silent_ms));
+                let silence = Silence { ranks: ranks(silent), lasted };
+                Input::Fault { epoch, text, suspects: ranks(suspects), silence }
             }
             Some(pb::report_request::News::FirstToken(pb::FirstToken {})) => {
                 Input::FirstToken { epoch }

@@ -19,6 +19,7 @@ mod journal;
 mod link;
 mod report;
 mod run;
+mod suspicion;
 #[cfg(test)]
 pub(crate) mod tests;
 mod watch;

@@ -57,6 +57,8 @@ pub struct Change {
     pub at: Duration,
     /// Copies of experts that workers must load for it.
     pub loads: usize,
+    /// How long what is wrong went unseen; unknown if it showed by a broken connection, at once.
+    pub detect: Option<Duration>,
     /// Computing the placement.
     pub plan: Option<Duration>,
     /// Until all members were prepared.
@@ -69,6 +71,16 @@ pub struct Change {
 
 impl Change {
     pub(crate) fn new(epoch: Epoch, cause: Cause, at: Duration, loads: usize) -> Self {
-        Self { epoch, cause, at, loads, plan: None, prepare: None, commit: None, first_token: None }
+        Self {
+            epoch,
+            cause,
+            at,
+            loads,
+            detect: None,
+            plan: None,
+            prepare: None,
+            commit: None,
+            first_token: None,
+        }
     }
 }

@@ -26,6 +26,7 @@ mod change;
 mod leave;
 mod machine;
 mod plan;
+mod silence;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -78,6 +79,13 @@ pub struct Hello {
     pub epoch: Epoch,
 }
 
+/// Ranks of which a router hears nothing, though it hears others, and for how long.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Silence {
+    pub ranks: Vec<Rank>,
+    pub lasted: Duration,
+}
+
 /// What happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Input {
@@ -95,8 +103,9 @@ pub enum Input {
     StoreFailed { epoch: Epoch, text: String },
     /// The store holds somebody else's view with this epoch.
     Superseded { found: Epoch },
-    /// A router saw a step of the epoch fail. Ranks it suspects are no more than a hint.
-    Fault { epoch: Epoch, text: String, suspects: Vec<Rank> },
+    /// A router saw a step of the epoch fail. Ranks it suspects are no more than a hint; those that are
+    /// silent cannot serve it, whatever is wrong with them.
+    Fault { epoch: Epoch, text: String, suspects: Vec<Rank>, silence: Silence },
     /// A router committed the first step of the epoch.
     FirstToken { epoch: Epoch },
     /// An operator wants a worker to leave without anybody noticing.

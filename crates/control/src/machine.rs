@@ -1,5 +1,6 @@
 //! The machine itself; `lib.rs` draws it.
 
+use crate::silence::Distrust;
 use crate::{Cause, Change, Hello, Input, Output, Settings};
 use ids::{Epoch, WorkerId};
 use placement::{Load, Member, View, Window};
@@ -58,6 +59,8 @@ pub struct Control {
     /// How many workers an operator wants; `None`: as many as come.
     pub(crate) wanted: Option<u16>,
     pub(crate) history: VecDeque<Change>,
+    /// Workers that were silent, by incarnation.
+    pub(crate) distrusted: BTreeMap<String, Distrust>,
 }
 
 impl Control {
@@ -87,6 +90,7 @@ impl Control {
             levelled: now,
             wanted: None,
             history: VecDeque::new(),
+            distrusted: BTreeMap::new(),
         }
     }
 
@@ -120,7 +124,10 @@ impl Control {
                 Vec::new()
             }
             Input::Superseded { found } => self.superseded(now, found),
-            Input::Fault { epoch, text, suspects } => {
+            Input::Fault { epoch, text, suspects, silence } => {
+                if let Some(outputs) = self.silent(now, epoch, &silence) {
+                    return outputs;
+                }
                 let is_current = self.committed.as_ref().is_some_and(|view| view.epoch == epoch);
                 match &self.phase {
                     Phase::Serving if is_current => self.plan(now, Cause::Fault { text, suspects }),
@@ -159,7 +166,7 @@ impl Control {
         if let Some((&worker, _)) = known {
             return vec![Output::Welcome { incarnation: hello.incarnation, worker }];
         }
-        if let Some(reason) = self.refusal(&hello) {
+        if let Some(reason) = self.refusal(&hello).or_else(|| self.distrust(now, &hello)) {
             return vec![Output::Refuse { incarnation: hello.incarnation, reason }];
         }
         self.epoch = self.epoch.max(hello.epoch);
@@ -245,7 +252,12 @@ impl Control {
         self.plan(now, Cause::Start)
     }
 
-    fn lost(&mut self, now: Duration, worker: WorkerId, evidence: String) -> Vec<Output> {
+    pub(crate) fn lost(
+        &mut self,
+        now: Duration,
+        worker: WorkerId,
+        evidence: String,
+    ) -> Vec<Output> {
         if self.members.remove(&worker).is_none() {
             return Vec::new();
         }
@@ -359,7 +371,7 @@ impl Control {
         }
     }
 
-    fn note(&mut self, epoch: Epoch, note: impl FnOnce(&mut Change)) {
+    pub(crate) fn note(&mut self, epoch: Epoch, note: impl FnOnce(&mut Change)) {
         if let Some(change) = self.history.iter_mut().rev().find(|change| change.epoch == epoch) {
             note(change);
         }

@@ -247,7 +247,12 @@ fn worker_that_cannot_prepare_is_dismissed() {
 
 #[test]
 fn faulty_step_of_the_current_epoch_is_answered_by_a_new_epoch() {
-    let fault = |epoch| Input::Fault { epoch: Epoch(epoch), text: "late".into(), suspects: vec![] };
+    let fault = |epoch| Input::Fault {
+        epoch: Epoch(epoch),
+        text: "late".into(),
+        suspects: vec![],
+        silence: Silence::default(),
+    };
     check(
         &mut serving(),
         vec![(5, fault(0)), (5, fault(1)), (5, fault(1))],

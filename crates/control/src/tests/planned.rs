@@ -232,3 +232,66 @@ fn standing_members_are_shown_before_they_have_met_the_new_leader() {
     ];
     assert_eq!(shown, want);
 }
+
+fn silent(epoch: u64, ranks: &[u16]) -> Input {
+    let ranks = ranks.iter().copied().map(Rank).collect();
+    let silence = Silence { ranks, lasted: Duration::from_millis(60) };
+    Input::Fault { epoch: Epoch(epoch), text: "silence".into(), suspects: vec![], silence }
+}
+
+#[test]
+fn silent_rank_leaves_at_once_and_comes_back_later_each_time() {
+    let mut control = serving();
+    check(
+        &mut control,
+        vec![(5, silent(1, &[1])), (5, silent(1, &[1])), (5, Input::Hello(hello("b")))],
+        &[
+            "dismiss w1: the router heard nothing from it for 60ms",
+            "prepare w0 as r0 of n2[w0]",
+            "refuse b: the router heard nothing from it; it may come back in 1.0 s",
+        ],
+    );
+    let detect = control.status().changes.last().unwrap().detect;
+    assert_eq!(detect, Some(Duration::from_millis(60)));
+    check(
+        &mut control,
+        vec![
+            (6, prepared(2, 0)),
+            (6, stored(2)),
+            (6, Input::Hello(hello("b"))),
+            (6, prepared(3, 0)),
+            (6, prepared(3, 2)),
+            (6, stored(3)),
+        ],
+        &[
+            "store n2[w0]",
+            "publish n2[w0]",
+            "welcome b as w2",
+            "prepare w0 as r0 of n3[w0 w2]",
+            "prepare w2 as r1 of n3[w0 w2]",
+            "store n3[w0 w2]",
+            "publish n3[w0 w2]",
+        ],
+    );
+    check(
+        &mut control,
+        vec![(7, silent(3, &[1])), (8, Input::Hello(hello("b")))],
+        &[
+            "dismiss w2: the router heard nothing from it for 60ms",
+            "prepare w0 as r0 of n4[w0]",
+            "refuse b: the router heard nothing from it; it may come back in 1.0 s",
+        ],
+    );
+    check(&mut control, vec![(9, Input::Hello(hello("b")))], &["welcome b as w3"]);
+}
+
+#[test]
+fn router_that_hears_nobody_ends_no_membership() {
+    let mut control = serving();
+    check(
+        &mut control,
+        vec![(5, silent(1, &[0, 1]))],
+        &["prepare w0 as r0 of n2[w0 w1]", "prepare w1 as r1 of n2[w0 w1]"],
+    );
+    assert_eq!(control.status().members.len(), 2);
+}

@@ -66,7 +66,13 @@ impl World {
             5 if control.committed.is_some() => {
                 let epoch = control.committed.as_ref().unwrap().epoch;
                 let text = "dice".into();
-                self.feed(control, now, Input::Fault { epoch, text, suspects: vec![] });
+                let ranks = control.committed.as_ref().unwrap().placement.ranks();
+                let silent = pick
+                    .is_multiple_of(3)
+                    .then(|| Rank(u16::try_from(pick % usize::from(ranks)).unwrap()));
+                let ranks = silent.into_iter().collect();
+                let silence = Silence { ranks, lasted: Duration::from_millis(100) };
+                self.feed(control, now, Input::Fault { epoch, text, suspects: vec![], silence });
             }
             6 => self.feed(control, now, Input::Tick),
             7 if !self.alive.is_empty() => {
