@@ -9,6 +9,7 @@ import time
 from server import BINARY, MODEL_DIR
 
 KILLS = int(os.environ.get("HERD_TEST_KILLS", "4"))
+CYCLES = int(os.environ.get("HERD_TEST_CYCLES", "2"))
 WORKERS = 4
 
 
@@ -71,7 +72,7 @@ def test_frozen_etcd_stops_nothing_and_membership_waits(load):
 def test_join_and_drain_under_load(load):
     load.until_serving(WORKERS)
     coordinator = load.status()["coordinators"][0]["url"]
-    for _ in range(2):
+    for _ in range(CYCLES):
         command = [str(BINARY), "--log", "error", "worker", "--coordinator", coordinator, "--model", str(MODEL_DIR)]
         joined = []
 

@@ -1,0 +1,211 @@
+"""Runs the fault scenarios at full length on a cluster of real processes and writes what clients saw.
+
+Needs a release binary, etcd and nothing else; scripts/chaos-full builds and calls it. Every scenario gets a cluster of
+its own. Figures are those of `herd chaos`: a stall is the longest time between two pieces of one stream.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import signal
+import socket
+import statistics
+import subprocess
+import threading
+import time
+import urllib.request
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+HERD = ROOT / "target" / "release" / "herd"
+SCENARIOS = ["kill-workers", "freeze-workers", "kill-leader"]
+STREAMS = 40  # of the parts that this file loads itself
+WORKERS = 4
+
+
+class Cluster:
+    def __init__(self, *flags):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        command = [HERD, "--log", "warn", "up", "--processes", "--sequences", "80", "--rebalance-s", "0", "--listen", f"127.0.0.1:{port}", *flags]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+    def __enter__(self):
+        self.until(WORKERS)
+        return self
+
+    def __exit__(self, *_):
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise
+
+    def status(self):
+        with urllib.request.urlopen(f"{self.url}/status", timeout=10) as reply:
+            return json.load(reply)
+
+    def members(self):
+        try:
+            return [member for member in self.status().get("members", []) if member["state"] == "serving"]
+        except OSError:
+            return []
+
+    def until(self, workers):
+        deadline = time.monotonic() + 60
+        while len(self.members()) != workers:
+            assert time.monotonic() < deadline, f"{workers} workers do not serve"
+            time.sleep(0.05)
+
+    def herd(self, *arguments):
+        return subprocess.run([HERD, "--log", "error", *arguments, "--url", self.url], check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+class Load:
+    """Greedy streams, one after the other, of which every text must always be the same."""
+
+    def __init__(self, cluster, skewed):
+        self.url, self.skewed = f"{cluster.url}/v1/chat/completions", skewed
+        self.ended, self.gaps, self.texts, self.errors, self.different = False, [], {}, [], 0
+        self.threads = [threading.Thread(target=self.run, args=(number,)) for number in range(STREAMS)]
+        for thread in self.threads:
+            thread.start()
+
+    def run(self, number):
+        kind = number % 4 if self.skewed else number
+        while not self.ended:
+            try:
+                text = self.stream("What is 17 + 25?" if self.skewed and kind else f"Tell a long story about Carlos and number {kind}.")
+            except (OSError, RuntimeError) as error:
+                self.errors.append(str(error))
+                continue
+            if self.texts.setdefault(kind, text) != text:
+                self.different += 1
+
+    def stream(self, prompt):
+        body = {"model": "toy-maverick", "messages": [{"role": "user", "content": prompt}], "max_tokens": 200, "temperature": 0, "stream": True, "ignore_eos": True}
+        request = urllib.request.Request(self.url, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"})
+        pieces, last = [], None
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            for line in reply:
+                if not line.startswith(b"data: {"):
+                    continue
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise RuntimeError(event["error"]["message"])
+                now = time.monotonic()
+                if last:
+                    self.gaps.append((now, now - last))
+                last = now
+                pieces.append(event["choices"][0]["delta"].get("content") or "" if event["choices"] else "")
+        return "".join(pieces)
+
+    def end(self):
+        self.ended = True
+        for thread in self.threads:
+            thread.join()
+        return {"streams_ended": len(self.texts), "failed": len(self.errors), "different": self.different}
+
+    def gap_p99(self, since, until):
+        gaps = sorted(gap for at, gap in self.gaps if since <= at < until)
+        return round(gaps[int(len(gaps) * 0.99)], 4)
+
+
+def scenario(name, rounds):
+    flags = ["--rounds", str(rounds)] if rounds else []
+    with Cluster() as cluster:
+        command = [HERD, "--log", "error", "chaos", ROOT / "bench" / "chaos" / f"{name}.toml", "--url", cluster.url, *flags]
+        done = subprocess.run(command, capture_output=True, text=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    p50, p99 = ([row[f"stall_{part}_s"] for row in rows] for part in ("p50", "p99"))
+    detect = [change["detect_ms"] for row in rows for change in row["changes"] if change["detect_ms"] is not None]
+    first = [change["first_token_ms"] for row in rows for change in row["changes"] if change["first_token_ms"] is not None and " lost" in change["cause"]]
+    return {
+        "scenario": name,
+        "exit_code": done.returncode,
+        "rounds": len(rows),
+        "streams_lost": sum(row["lost"] for row in rows),
+        "streams_different": sum(row["different"] for row in rows),
+        "stall_p50_s": {"median": statistics.median(p50), "worst_round": max(p50)},
+        "stall_p99_s": {"median": statistics.median(p99), "worst_round": max(p99)},
+        "stall_max_s": max(row["stall_max_s"] for row in rows),
+        "detect_ms_median": statistics.median(detect) if detect else None,
+        "decision_to_first_token_ms_median": round(statistics.median(first), 1) if first else None,
+    }
+
+
+def join_and_drain(cycles):
+    with Cluster() as cluster:
+        load = Load(cluster, skewed=False)
+        coordinator = cluster.status()["coordinators"][0]["url"]
+        time.sleep(3)
+        start = time.monotonic()
+        for _ in range(cycles):
+            command = [HERD, "--log", "error", "worker", "--coordinator", coordinator, "--model", ROOT / "models" / "toy-maverick", "--sequences", "80"]
+            joined = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            cluster.until(WORKERS + 1)
+            time.sleep(0.5)
+            worker = next(member["worker"] for member in cluster.members() if member["pid"] == joined.pid)
+            cluster.herd("drain", str(worker))
+            assert joined.wait(60) == 0
+            cluster.until(WORKERS)
+        end = time.monotonic()
+        time.sleep(3)
+        changes = cluster.status()["changes"]
+        outcome = load.end()
+    return {
+        "scenario": "join-and-drain",
+        "cycles": cycles,
+        **outcome,
+        "gap_p99_s": {"before": load.gap_p99(0, start), "during": load.gap_p99(start, end)},
+        "gap_max_during_s": round(max(gap for at, gap in load.gaps if start <= at < end), 4),
+        "view_changes": len(changes),
+    }
+
+
+def rebalance(window_s):
+    with Cluster("--spare-experts", "0") as cluster:
+        load = Load(cluster, skewed=True)
+        time.sleep(2 * window_s + 1)
+        before, start = cluster.status()["load"]["fullest"], time.monotonic()
+        answer = json.loads(cluster.herd("rebalance", "--json"))
+        moved = time.monotonic() + 2
+        time.sleep(2 * window_s + 1)
+        after, end = cluster.status()["load"]["fullest"], time.monotonic()
+        outcome = load.end()
+    return {
+        "scenario": "rebalance",
+        **outcome,
+        "planned": {"before": round(answer["before"], 3), "after": round(answer["after"], 3), "outcome": answer["outcome"]},
+        "measured_max_over_mean": {"before": round(before, 3), "after": round(after, 3)},
+        "gap_p99_s": {"before": load.gap_p99(0, start), "during": load.gap_p99(start, moved), "after": load.gap_p99(moved, end)},
+    }
+
+
+def main():
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--rounds", type=int, help="of every scenario, instead of its own")
+    arguments.add_argument("--output", type=pathlib.Path, default=ROOT / "bench" / "results" / "chaos.json")
+    arguments = arguments.parse_args()
+    results = []
+
+    def note(result):
+        print(json.dumps(result), flush=True)
+        results.append(result)
+
+    for name in SCENARIOS:
+        note(scenario(name, arguments.rounds))
+    note(join_and_drain(arguments.rounds or 20))
+    note(rebalance(10))
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    machine = {"cpu": cpu, "cores": os.cpu_count(), "model": "toy-maverick", "workers": WORKERS}
+    version = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    arguments.output.write_text(json.dumps({"command": "scripts/chaos-full", "commit": version, "machine": machine, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
