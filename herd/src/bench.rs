@@ -58,9 +58,9 @@ pub fn run(model: &Model, options: Options, report: &mut dyn FnMut(&Value)) -> a
         Shape { moe_layers: model.config.moe_layers().len(), experts: model.config.experts };
     let placement = placement::plan(shape, options.workers, 0)?;
     let kv = KvBlocks::plan(&model.config, model.dtype, u64::MAX, 32)?;
-    let target = |layer, expert, source| placement.target(layer, expert, source);
+    let targets = |layer, expert, source| placement.targets(layer, expert, source);
     let threads = options.threads;
-    let ranks = Ranks { model, placement: &placement, target: &target, threads, kv };
+    let ranks = Ranks { model, placement: &placement, targets: &targets, threads, kv };
     cluster(&ranks, |run_step| {
         let pools = pools(kv.pools(&model.config));
         let weights = Weights::of(model)?;

@@ -189,7 +189,8 @@ pub fn rank(
 /// One expert on every rank.
 fn view(me: u16, ranks: u16) -> anyhow::Result<View> {
     let held = LAYERS.map(|_| (0..ranks).map(|rank| vec![ExpertId(rank)]).collect::<Vec<_>>());
-    let routes = Routes::new(Rank(me), usize::from(ranks), &held, |_, expert| Rank(expert.0))?;
+    let routes =
+        Routes::new(Rank(me), usize::from(ranks), &held, |_, expert| vec![Rank(expert.0)])?;
     let active = vec![true; usize::from(ranks)];
     Ok(View { epoch: Epoch(1), me: Rank(me), ranks, active, routes: Arc::new(routes) })
 }

@@ -151,7 +151,7 @@ pub fn run(model: &Model, prompt: &[u32], options: Options) -> anyhow::Result<Ou
     let ranks = Ranks {
         model,
         placement: &placement,
-        target: &|layer, expert, source| placement.target(layer, expert, source),
+        targets: &|layer, expert, source| placement.targets(layer, expert, source),
         threads: options.threads,
         kv: KvBlocks { full: blocks, chunked: blocks },
     };

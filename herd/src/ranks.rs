@@ -19,7 +19,7 @@ pub struct Ranks<'a> {
     pub model: &'a Model,
     pub placement: &'a Placement,
     /// (MoE layer, expert, source) to one of the expert's replicas.
-    pub target: &'a (dyn Fn(usize, ExpertId, Rank) -> Rank + Sync),
+    pub targets: &'a (dyn Fn(usize, ExpertId, Rank) -> Vec<Rank> + Sync),
     /// Of the device, per rank.
     pub threads: usize,
     pub kv: KvBlocks,
@@ -74,9 +74,9 @@ pub fn cluster<T>(
             let (answers, done) = mpsc::channel::<Answer>();
             let (hub, held) = (&hub, &held);
             scope.spawn(move || {
-                let target = |layer, expert| (ranks.target)(layer, expert, rank);
+                let targets = |layer, expert| (ranks.targets)(layer, expert, rank);
                 let (epoch, count) = (Epoch(1), placement.ranks());
-                let shard = Shard { epoch, rank, ranks: count, held, target: &target };
+                let shard = Shard { epoch, rank, ranks: count, held, targets: &targets };
                 let engine = Engine::new(ranks.model, &shard, hub, ranks.threads, ranks.kv);
                 serve(engine, &todo, &answers);
             });

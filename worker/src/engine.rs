@@ -65,7 +65,7 @@ pub struct Shard<'a> {
     pub rank: Rank,
     pub ranks: u16,
     pub held: &'a [Vec<Vec<ExpertId>>],
-    pub target: &'a dyn Fn(usize, ExpertId) -> Rank,
+    pub targets: &'a dyn Fn(usize, ExpertId) -> Vec<Rank>,
 }
 
 /// A rank's place in a view, with its experts in memory: ready to be taken at a step boundary.
@@ -89,7 +89,7 @@ impl Seat {
             ranks[shard.rank.index()].iter().map(|expert| expert.index()).collect()
         };
         let local: Vec<Vec<usize>> = shard.held.iter().map(of_rank).collect();
-        let routes = Routes::new(shard.rank, model.config.experts, shard.held, shard.target)?;
+        let routes = Routes::new(shard.rank, model.config.experts, shard.held, shard.targets)?;
         let own = shard.held.iter().map(|ranks| ranks[shard.rank.index()].clone());
         Ok(Self {
             experts: model.experts(&local)?,

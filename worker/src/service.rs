@@ -173,9 +173,9 @@ fn seat(model: &Model, view: &View, rank: Rank) -> Result<Seat, EngineError> {
         (0..placement.ranks()).map(of_rank).collect()
     };
     let held: Vec<_> = (0..placement.moe_layers()).map(of_layer).collect();
-    let target = |layer, expert| placement.target(layer, expert, rank);
+    let targets = |layer, expert| placement.targets(layer, expert, rank);
     let (epoch, ranks) = (view.epoch, placement.ranks());
-    let seat = Seat::load(model, &Shard { epoch, rank, ranks, held: &held, target: &target })?;
+    let seat = Seat::load(model, &Shard { epoch, rank, ranks, held: &held, targets: &targets })?;
     Ok(seat.with_peers(peers(view)?))
 }
 

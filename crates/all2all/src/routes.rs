@@ -24,7 +24,7 @@ impl View {
             return Some("its mask has another number of ranks");
         }
         let reachable = |rank: &Rank| self.active.get(rank.index()) == Some(&true);
-        let mut targets = self.routes.targets.iter().flatten();
+        let mut targets = self.routes.targets.iter();
         if !targets.all(|(rank, _)| reachable(rank)) {
             return Some("its routes lead to a rank that takes no part");
         }
@@ -41,12 +41,14 @@ pub struct RoutesError {
     pub target: Rank,
 }
 
-/// For every (MoE layer, expert) the rank that serves the rows of one source, and the expert's slot
-/// there: its index among the ascending experts of that rank.
+/// For every (MoE layer, expert) the ranks that take turns with the rows of one source, and the expert's
+/// slot on each: its index among the ascending experts of that rank.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Routes {
-    /// `[moe layers][experts]`
-    targets: Vec<Vec<(Rank, u16)>>,
+    /// Those of one expert stand together.
+    targets: Vec<(Rank, u16)>,
+    /// `[moe layers][experts]`: where its targets begin, and how many there are.
+    spans: Vec<Vec<(u32, u32)>>,
     /// `[moe layers]`: experts that the source itself holds.
     local: Vec<usize>,
 }
@@ -55,7 +57,7 @@ impl Routes {
     /// The routes of rank `me`.
     ///
     /// * `held`: `[moe layers][ranks]`, ascending experts that a rank holds
-    /// * `target`: which rank serves (layer, expert) for `me`
+    /// * `targets`: which ranks take turns serving (layer, expert) for `me`; at least one
     ///
     /// # Errors
     ///
@@ -63,35 +65,48 @@ impl Routes {
     ///
     /// # Panics
     ///
-    /// If a rank holds more experts than 16 bits can number.
+    /// If an expert has no target, or a rank holds more experts than 16 bits can number.
     pub fn new(
         me: Rank,
         experts: usize,
         held: &[Vec<Vec<ExpertId>>],
-        target: impl Fn(usize, ExpertId) -> Rank,
+        targets: impl Fn(usize, ExpertId) -> Vec<Rank>,
     ) -> Result<Self, RoutesError> {
-        let route = |layer: usize, expert: ExpertId| {
-            let target = target(layer, expert);
-            let ranks = &held[layer];
-            let slot = ranks.get(target.index()).and_then(|held| held.binary_search(&expert).ok());
+        let slot = |layer: usize, expert: ExpertId, target: Rank| {
+            let of_rank = held[layer].get(target.index());
+            let slot = of_rank.and_then(|held| held.binary_search(&expert).ok());
             let slot = slot.ok_or(RoutesError { layer, expert, target })?;
             Ok((target, u16::try_from(slot).expect("experts are numbered in 16 bits")))
         };
-        let layer = |layer| (0..).map(ExpertId).take(experts).map(|e| route(layer, e)).collect();
-        Ok(Self {
-            targets: (0..held.len()).map(layer).collect::<Result<_, _>>()?,
-            local: held.iter().map(|ranks| ranks[me.index()].len()).collect(),
-        })
+        let small =
+            |n: usize| u32::try_from(n).expect("layers, experts and ranks have 16 bits each");
+        let (mut all, mut spans) = (Vec::new(), Vec::new());
+        for layer in 0..held.len() {
+            let mut of_layer = Vec::with_capacity(experts);
+            for expert in (0..).map(ExpertId).take(experts) {
+                let (first, ranks) = (small(all.len()), targets(layer, expert));
+                assert!(!ranks.is_empty(), "layer {layer} sends {expert} nowhere");
+                of_layer.push((first, small(ranks.len())));
+                for target in ranks {
+                    all.push(slot(layer, expert, target)?);
+                }
+            }
+            spans.push(of_layer);
+        }
+        let local = held.iter().map(|ranks| ranks[me.index()].len()).collect();
+        Ok(Self { targets: all, spans, local })
     }
 
-    /// Rank and slot that serve an expert.
+    /// Rank and slot that serve a row. The rows of a step take turns over the expert's targets, so that
+    /// these share its load whatever the sources send.
     ///
     /// # Panics
     ///
     /// If the layer or expert does not exist.
     #[must_use]
-    pub fn target(&self, layer: u16, expert: u16) -> (Rank, u16) {
-        self.targets[usize::from(layer)][usize::from(expert)]
+    pub fn target(&self, layer: u16, expert: u16, row: usize) -> (Rank, u16) {
+        let (first, count) = self.spans[usize::from(layer)][usize::from(expert)];
+        self.targets[first as usize + row % count as usize]
     }
 
     /// How many experts of a layer this rank holds.

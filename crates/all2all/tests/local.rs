@@ -32,7 +32,7 @@ all2all::conformance!(InProcess(Hub::new()), allocations);
 /// One expert, on rank 0.
 fn view(epoch: u64, me: u16, ranks: u16) -> View {
     let held = (0..ranks).map(|r| if r == 0 { vec![ExpertId(0)] } else { vec![] }).collect();
-    let routes = Routes::new(Rank(me), 1, &[held], |_, _| Rank(0)).unwrap();
+    let routes = Routes::new(Rank(me), 1, &[held], |_, _| vec![Rank(0)]).unwrap();
     let active = vec![true; usize::from(ranks)];
     View { epoch: Epoch(epoch), me: Rank(me), ranks, active, routes: Arc::new(routes) }
 }

@@ -118,22 +118,23 @@ impl Placement {
             .collect()
     }
 
-    /// The rank that serves the tokens of rank `source`: itself if it can, else the replicas take turns,
-    /// so that each serves as many sources as any other. Which one it is changes no bit of a result.
+    /// The ranks that take turns with the tokens of rank `source`, so that all copies of an expert share
+    /// its load. An expert that every rank holds is served where its tokens are. Which rank serves a token
+    /// changes no bit of a result.
     ///
     /// # Panics
     ///
     /// If the layer or the expert does not exist.
     #[must_use]
-    pub fn target(&self, moe_layer: usize, expert: ExpertId, source: Rank) -> Rank {
+    pub fn targets(&self, moe_layer: usize, expert: ExpertId, source: Rank) -> Vec<Rank> {
         let replicas = self.replicas(moe_layer, expert);
-        if replicas.contains(&source) {
-            return source;
+        if replicas.len() == usize::from(self.ranks) {
+            return vec![source];
         }
-        let is_other = |rank: &u16| !replicas.contains(&Rank(*rank));
-        let turn = (0..source.0).filter(is_other).count();
-        // Who serves one source more than the others changes with expert and layer.
-        replicas[(turn + expert.index() + moe_layer) % replicas.len()]
+        // Every source begins with another one: a step of few tokens does not meet on the first.
+        let mut turns = replicas.to_vec();
+        turns.rotate_left(source.index() % replicas.len());
+        turns
     }
 }
 

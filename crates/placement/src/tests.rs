@@ -44,12 +44,15 @@ fn impossible_placements_are_refused() {
 }
 
 #[test]
-fn a_rank_serves_its_own_tokens_if_it_can() {
-    let layer = vec![vec![Rank(1), Rank(2)]];
+fn copies_take_turns_and_what_all_hold_stays_at_home() {
+    let layer = vec![vec![Rank(1), Rank(2)], vec![Rank(3), Rank(1), Rank(0), Rank(2)]];
     let placement = Placement::new(4, vec![layer]).unwrap();
-    let targets: Vec<Rank> =
-        (0..4).map(|source| placement.target(0, ExpertId(0), Rank(source))).collect();
-    assert_eq!(targets, [Rank(1), Rank(1), Rank(2), Rank(2)]);
+    let targets = |expert, source| placement.targets(0, ExpertId(expert), Rank(source));
+    assert_eq!(targets(0, 0), [Rank(1), Rank(2)]);
+    assert_eq!(targets(0, 1), [Rank(2), Rank(1)], "its own copy takes its turn as any other");
+    for source in 0..4 {
+        assert_eq!(targets(1, source), [Rank(source)]);
+    }
 }
 
 proptest! {

@@ -47,8 +47,8 @@ pub(crate) fn check_blocks(
     let config = &model.config;
     let experts = (0..).map(ExpertId).take(config.experts).collect::<Vec<_>>();
     let held = vec![vec![experts]; config.moe_layers().len()];
-    let target = |_: usize, _: ExpertId| Rank(0);
-    let shard = Shard { epoch: Epoch(1), rank: Rank(0), ranks: 1, held: &held, target: &target };
+    let targets = |_: usize, _: ExpertId| vec![Rank(0)];
+    let shard = Shard { epoch: Epoch(1), rank: Rank(0), ranks: 1, held: &held, targets: &targets };
     let kv = KvBlocks { full: blocks, chunked: blocks };
     let hub = all2all::local::Hub::new();
     let mut engine = Engine::new(model, &shard, &hub, 1, kv).unwrap();

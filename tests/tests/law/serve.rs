@@ -95,7 +95,7 @@ pub(crate) fn serve(
     let ranks = Ranks {
         model,
         placement: &world.placement,
-        target: &|layer, expert, source| world.target(layer, expert, source),
+        targets: &|layer, expert, source| world.targets(layer, expert, source),
         threads: world.threads,
         kv,
     };
@@ -233,7 +233,8 @@ impl<'a> Service<'a> {
         for (rank, done) in (0..).map(Rank).zip(done) {
             for (layer, experts) in done.experts.iter().enumerate() {
                 for expert in experts.iter().copied().map(ExpertId) {
-                    let remote = self.world.target(layer, expert, rank) != rank;
+                    let targets = self.world.targets(layer, expert, rank);
+                    let remote = targets.iter().any(|target| *target != rank);
                     let replicas = self.world.placement.replicas(layer, expert).len();
                     evidence.remote_rows += u64::from(remote);
                     evidence.replicated_rows += u64::from(1 < replicas);

@@ -63,7 +63,7 @@ pub(crate) fn clients(rng: &mut Rng, config: &Config, prompt_max: u32) -> Vec<Cl
 pub(crate) struct World {
     pub(crate) placement: Placement,
     /// `[moe layers][experts][source]`
-    pub(crate) targets: Vec<Vec<Vec<Rank>>>,
+    pub(crate) targets: Vec<Vec<Vec<Vec<Rank>>>>,
     pub(crate) threads: usize,
     pub(crate) scheduler: scheduler::Config,
     /// Step at which each client comes.
@@ -79,7 +79,7 @@ impl World {
     /// One rank, room for everything, no prompt is cut, nothing fails.
     pub(crate) fn plain(config: &Config, clients: usize) -> Self {
         let placement = placement::plan(shape(config), 1, 0).unwrap();
-        let targets = vec![vec![vec![Rank(0)]; config.experts]; placement.moe_layers()];
+        let targets = vec![vec![vec![vec![Rank(0)]]; config.experts]; placement.moe_layers()];
         Self {
             placement,
             targets,
@@ -134,8 +134,8 @@ impl World {
         }
     }
 
-    pub(crate) fn target(&self, layer: usize, expert: ExpertId, source: Rank) -> Rank {
-        self.targets[layer][expert.index()][source.index()]
+    pub(crate) fn targets(&self, layer: usize, expert: ExpertId, source: Rank) -> Vec<Rank> {
+        self.targets[layer][expert.index()][source.index()].clone()
     }
 }
 
@@ -149,12 +149,12 @@ fn pools(config: &Config, full_blocks: u32, chunked_blocks: u32) -> KvPools {
 }
 
 /// As the coordinator places, with its choice of replicas.
-fn planned(rng: &mut Rng, config: &Config, workers: u16) -> (Placement, Vec<Vec<Vec<Rank>>>) {
+fn planned(rng: &mut Rng, config: &Config, workers: u16) -> (Placement, Vec<Vec<Vec<Vec<Rank>>>>) {
     let redundancy = u16::try_from(rng.below(u32::from(workers))).unwrap();
     let placement = placement::plan(shape(config), workers, redundancy).unwrap();
     let target = |layer: usize, expert: usize, source: u16| {
         let expert = ExpertId(u16::try_from(expert).unwrap());
-        placement.target(layer, expert, Rank(source))
+        placement.targets(layer, expert, Rank(source))
     };
     let targets = (0..placement.moe_layers())
         .map(|layer| {
@@ -165,8 +165,8 @@ fn planned(rng: &mut Rng, config: &Config, workers: u16) -> (Placement, Vec<Vec<
     (placement, targets)
 }
 
-/// Every expert anywhere, one copy or more; every source served by any of them.
-fn placed(rng: &mut Rng, config: &Config, workers: u16) -> (Placement, Vec<Vec<Vec<Rank>>>) {
+/// Every expert anywhere, one copy or more; every source served by any of them, which take turns.
+fn placed(rng: &mut Rng, config: &Config, workers: u16) -> (Placement, Vec<Vec<Vec<Vec<Rank>>>>) {
     let (mut layers, mut targets) = (Vec::new(), Vec::new());
     for _ in 0..config.moe_layers().len() {
         let (mut replicas, mut served) = (Vec::new(), Vec::new());
@@ -174,7 +174,13 @@ fn placed(rng: &mut Rng, config: &Config, workers: u16) -> (Placement, Vec<Vec<V
             let mut ranks: Vec<Rank> = (0..workers).map(Rank).collect();
             rng.shuffle(&mut ranks);
             ranks.truncate(1 + if rng.one_in(2) { 0 } else { rng.index(usize::from(workers)) });
-            served.push((0..workers).map(|_| rng.pick(&ranks)).collect());
+            let mut turns = |_| {
+                let mut turns = ranks.clone();
+                rng.shuffle(&mut turns);
+                turns.truncate(1 + rng.index(turns.len()));
+                turns
+            };
+            served.push((0..workers).map(&mut turns).collect());
             replicas.push(ranks);
         }
         layers.push(replicas);

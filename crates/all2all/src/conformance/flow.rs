@@ -22,8 +22,11 @@ struct Seen {
 impl Seen {
     fn note(&mut self, scene: &Scene, place: Place, source: Rank) {
         let experts = scene.experts(place, source);
-        let target = |&expert: &u16| scene.target(place.layer, ExpertId(expert), source);
-        let local = experts.iter().filter(|expert| target(expert) == source).count();
+        let target = |(row, &expert): (usize, &u16)| {
+            scene.target(place.layer, ExpertId(expert), (source, row))
+        };
+        let targets: Vec<Rank> = experts.iter().enumerate().map(target).collect();
+        let local = targets.iter().filter(|target| **target == source).count();
         self.local += local;
         self.remote += experts.len() - local;
         let holders = |expert: &u16| {
@@ -33,7 +36,7 @@ impl Seen {
         self.replicated += experts.iter().filter(|expert| 1 < holders(expert)).count();
         self.empty += usize::from(experts.is_empty());
         let one = experts.len() == usize::from(scene.rows_max)
-            && experts.iter().all(|expert| target(expert) == target(&experts[0]));
+            && targets.iter().all(|target| *target == targets[0]);
         self.all_to_one_rank += usize::from(one);
     }
 

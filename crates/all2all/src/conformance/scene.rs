@@ -21,7 +21,7 @@ pub(super) struct Scene {
     pub(super) rows_max: u16,
     pub(super) routing: Routing,
     /// `[layer][expert][source]`: who serves it.
-    targets: Vec<Vec<Vec<Rank>>>,
+    targets: Vec<Vec<Vec<Vec<Rank>>>>,
     /// `[layer][rank]`, ascending.
     held: Vec<Vec<Vec<ExpertId>>>,
 }
@@ -89,7 +89,13 @@ impl Scene {
                 for holder in &holders {
                     scene.held[layer][holder.index()].push(expert);
                 }
-                served.push((0..ranks).map(|_| holders[rng.index(holders.len())]).collect());
+                // One holder, or several that take turns.
+                let mut turns = |_| {
+                    let first = rng.index(holders.len());
+                    let count = 1 + rng.index(holders.len());
+                    holders.iter().cycle().skip(first).take(count).copied().collect()
+                };
+                served.push((0..ranks).map(&mut turns).collect());
             }
             scene.targets.push(served);
         }
@@ -108,9 +114,10 @@ impl Scene {
 
     /// What rank `me` is told.
     pub(super) fn view(&self, epoch: Epoch, me: Rank) -> View {
-        let target =
-            |layer: usize, expert: ExpertId| self.targets[layer][expert.index()][me.index()];
-        let routes = Routes::new(me, usize::from(self.experts), &self.held, target);
+        let targets = |layer: usize, expert: ExpertId| {
+            self.targets[layer][expert.index()][me.index()].clone()
+        };
+        let routes = Routes::new(me, usize::from(self.experts), &self.held, targets);
         let routes = Arc::new(routes.expect("targets hold the expert"));
         View { epoch, me, ranks: self.ranks, active: self.active.clone(), routes }
     }
@@ -177,7 +184,7 @@ impl Scene {
         for &expert in self.held(place.layer, me) {
             for source in self.active_ranks() {
                 for (row, &wanted) in self.experts(place, source).iter().enumerate() {
-                    if wanted == expert.0 && self.target(place.layer, expert, source) == me {
+                    if wanted == expert.0 && self.target(place.layer, expert, (source, row)) == me {
                         rows.extend(self.row(place, source, row));
                         count += 1;
                     }
@@ -192,8 +199,15 @@ impl Scene {
         &self.held[usize::from(layer)][rank.index()]
     }
 
-    pub(super) fn target(&self, layer: u16, expert: ExpertId, source: Rank) -> Rank {
-        self.targets[usize::from(layer)][expert.index()][source.index()]
+    /// Who serves a row of a source.
+    pub(super) fn target(
+        &self,
+        layer: u16,
+        expert: ExpertId,
+        (source, row): (Rank, usize),
+    ) -> Rank {
+        let turns = &self.targets[usize::from(layer)][expert.index()][source.index()];
+        turns[row % turns.len()]
     }
 
     pub(super) fn active_ranks(&self) -> impl Iterator<Item = Rank> + '_ {

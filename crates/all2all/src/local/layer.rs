@@ -34,8 +34,9 @@ impl Layer {
             parcel.rows.clear();
             parcel.slots.clear();
         }
-        for (row, &expert) in rows.bytes.chunks_exact(rows.row_bytes.max(1)).zip(experts) {
-            let (to, slot) = view.routes.target(layer, expert);
+        let bytes = rows.bytes.chunks_exact(rows.row_bytes.max(1));
+        for (index, (row, &expert)) in bytes.zip(experts).enumerate() {
+            let (to, slot) = view.routes.target(layer, expert, index);
             let parcel = &mut packed[to.index()];
             self.sent.push((to, count(parcel.slots.len())));
             parcel.rows.extend_from_slice(row);

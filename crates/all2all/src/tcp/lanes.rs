@@ -79,7 +79,7 @@ impl Layer {
             lane.own_slots.reserve(experts.len());
         }
         for (row, &expert) in experts.iter().enumerate() {
-            let (to, slot) = view.routes.target(layer, expert);
+            let (to, slot) = view.routes.target(layer, expert, row);
             let lane = &mut lanes[to.index()];
             lane.own.push(row * rows.row_bytes, rows.row_bytes);
             lane.own_slots.push(slot);

@@ -16,7 +16,7 @@ pub(crate) fn view(epoch: u64, me: usize, active: &[bool]) -> View {
     let experts: Vec<ExpertId> = (0..ranks).map(|e| ExpertId(small(e))).collect();
     let held = |_| (0..ranks).map(|_| experts.clone()).collect();
     let held: Vec<Vec<Vec<ExpertId>>> = (0..LAYERS).map(held).collect();
-    let target = |_, expert: ExpertId| Rank(small(able[usize::from(expert.0) % able.len()]));
+    let target = |_, expert: ExpertId| vec![Rank(small(able[usize::from(expert.0) % able.len()]))];
     let routes = Routes::new(Rank(small(me)), ranks, &held, target).unwrap();
     let (me, ranks) = (Rank(small(me)), small(ranks));
     View { epoch: Epoch(epoch), me, ranks, active: active.to_vec(), routes: Arc::new(routes) }
