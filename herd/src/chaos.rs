@@ -4,6 +4,7 @@
 //! again, round after round, kills and freezes processes while they run, and compares. Who is hit and
 //! when follows from the scenario's seed alone.
 
+pub mod links;
 mod load;
 mod report;
 mod scenario;

@@ -3,6 +3,7 @@
 //! A prepared seat waits beside the thread until a step of its epoch comes; so a planned view change
 //! costs a running epoch nothing, and the switch happens between two steps.
 
+use crate::chaos::Hooks;
 use crate::engine::{Engine, EngineError, Seat};
 use crate::joined::Transport;
 use crate::{Config, step};
@@ -40,6 +41,7 @@ pub(crate) struct Runner {
     waiting: Waiting,
     ended: watch::Receiver<Option<String>>,
     transport: Transport,
+    hooks: Hooks,
 }
 
 /// What the service and the thread share.
@@ -106,6 +108,16 @@ impl Runner {
         }
     }
 
+    /// Where faults for the thread are armed.
+    pub(crate) fn hooks(&self) -> &Hooks {
+        &self.hooks
+    }
+
+    /// Whether a frame that changes on its way is noticed.
+    pub(crate) fn sums(&self) -> bool {
+        self.transport.sums()
+    }
+
     /// Why the thread has ended, once it has.
     pub(crate) fn ended(&self) -> watch::Receiver<Option<String>> {
         self.ended.clone()
@@ -128,10 +140,12 @@ pub(crate) async fn start(config: &Config, transport: Transport) -> Result<Runne
     let waiting = Waiting::default();
     let seats = waiting.clone();
     let model = Arc::clone(&config.model);
-    let connecting = transport.clone();
+    let (connecting, hooks) = (transport.clone(), Hooks::default());
+    let armed = hooks.clone();
     let (threads, kv) = (config.threads, config.kv);
     let body = move || match Engine::unseated(&model, transport, threads, kv) {
-        Ok(engine) => {
+        Ok(mut engine) => {
+            engine.hook(armed);
             // Nobody waits any more if the start was given up.
             let _given_up = tell_ready.send(Ok(()));
             run(engine, &seats, inbox);
@@ -154,7 +168,7 @@ pub(crate) async fn start(config: &Config, transport: Transport) -> Result<Runne
         .map_err(|error| EngineError::Io(format!("cannot start the worker's thread: {error}")))?;
     let gone = |_| EngineError::Io("the worker's thread ended while it started".into());
     ready.await.map_err(gone)??;
-    Ok(Runner { jobs, waiting, ended, transport: connecting })
+    Ok(Runner { jobs, waiting, ended, transport: connecting, hooks })
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
@@ -193,6 +207,7 @@ fn execute(
         Err(error) => {
             tracing::debug!(epoch = wire.epoch, step = wire.step, %error, "step failed");
             result.suspects = suspects(&error);
+            result.not_finite = not_finite(&error, batch, wire);
             result.fault = error.to_string();
         }
     }
@@ -228,6 +243,13 @@ fn attempt(
     let deadline = job.received + Duration::from_millis(u64::from(wire.deadline_ms));
     let sampled = engine.step(StepId(wire.step), batch, deadline, &mut Unobserved)?;
     Ok((u32::from(engine.rank().0), step::sampled(wire, sampled)))
+}
+
+/// The sequence in whose rows a value is not finite.
+fn not_finite(error: &EngineError, batch: &StepBatch, step: &pb::Step) -> Option<u64> {
+    let EngineError::NonFinite(found) = error else { return None };
+    let row = batch.rows.get(found.row)?;
+    step.slices.get(usize::try_from(row.table).ok()?).map(|slice| slice.sequence)
 }
 
 /// The ranks that the exchange waited for in vain.

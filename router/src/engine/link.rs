@@ -22,7 +22,7 @@ const UNREAD_STEPS_MAX: usize = 4;
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StepFailure {
     #[error("rank {rank} reports: {text}; it suspects {suspects:?}")]
-    Fault { rank: usize, text: String, suspects: Vec<u32> },
+    Fault { rank: usize, text: String, suspects: Vec<u32>, not_finite: Option<SeqId> },
     #[error("the stream to rank {rank} broke: {text}")]
     Broken { rank: usize, text: String },
     #[error("no answer of all ranks within {limit:?}")]
@@ -49,6 +49,17 @@ impl StepFailure {
             Self::Fault { suspects, .. } => suspects.clone(),
             Self::Broken { rank, .. } => u32::try_from(*rank).into_iter().collect(),
             Self::Deadline { .. } | Self::Incomplete { .. } | Self::Superseded { .. } => Vec::new(),
+        }
+    }
+
+    /// The sequence that made it fail by a value that is not finite.
+    pub(super) fn not_finite(&self) -> Option<SeqId> {
+        match self {
+            Self::Fault { not_finite, .. } => *not_finite,
+            Self::Broken { .. }
+            | Self::Deadline { .. }
+            | Self::Incomplete { .. }
+            | Self::Superseded { .. } => None,
         }
     }
 
@@ -149,7 +160,8 @@ impl Link {
                 return Ok(result);
             }
             let (text, suspects) = (result.fault, result.suspects);
-            return Err(StepFailure::Fault { rank, text, suspects });
+            let not_finite = result.not_finite.map(SeqId);
+            return Err(StepFailure::Fault { rank, text, suspects, not_finite });
         }
     }
 }
