@@ -36,7 +36,7 @@ pub(crate) enum Kind {
     /// A bit of a frame to another rank changes behind its checksum.
     Corrupt,
     /// A value of an expert's result is not a number: once, or in every step until then.
-    Nan { until: Instant },
+    Nan { until: Option<Instant> },
 }
 
 /// A place within a layer.
@@ -119,7 +119,7 @@ impl Hooks {
         self.lock().iter_mut().for_each(|armed| armed.steps += 1);
     }
 
-    /// What strikes at this place of a step. `has_rows`: a fault in rows waits for some.
+    /// What strikes at this place of a step. A fault in rows waits for some.
     fn at(&self, key: LayerKey, phase: Phase, rows: usize) -> Strikes {
         let mut strikes = Strikes::default();
         if self.is_quiet() {
@@ -135,7 +135,8 @@ impl Hooks {
             };
             let over = match kind {
                 Kind::Slow { until, .. } => until <= now,
-                Kind::Kill | Kind::Pause(_) | Kind::Corrupt | Kind::Nan { .. } => false,
+                Kind::Nan { until } => until.is_some_and(|until| until <= now),
+                Kind::Kill | Kind::Pause(_) | Kind::Corrupt => false,
             };
             let here = is_due
                 && layer.is_none_or(|layer| layer == key.layer)
@@ -143,7 +144,7 @@ impl Hooks {
             if over || !here {
                 return !over;
             }
-            strikes.add(kind, phase, rows, now)
+            strikes.add(kind, phase, rows)
         });
         self.0.armed.store(!faults.is_empty(), Ordering::Relaxed);
         strikes
@@ -152,7 +153,7 @@ impl Hooks {
 
 impl Strikes {
     /// Adds a fault; whether it stays armed.
-    fn add(&mut self, kind: Kind, phase: Phase, rows: usize, now: Instant) -> bool {
+    fn add(&mut self, kind: Kind, phase: Phase, rows: usize) -> bool {
         match kind {
             Kind::Kill => {
                 self.kill = true;
@@ -174,7 +175,7 @@ impl Strikes {
             // The results exist when they are sent back.
             Kind::Nan { until } if phase == Phase::Combine && 0 < rows => {
                 self.nan = true;
-                now < until
+                until.is_some()
             }
             Kind::Corrupt | Kind::Nan { .. } => true,
         }
@@ -332,9 +333,13 @@ mod tests {
         assert_eq!(hooks.at(KEY, Phase::Combine, 0), Strikes::default());
         assert!(hooks.is_quiet());
 
-        let hooks = armed(Kind::Nan { until: Instant::now() }, From::Step(0));
-        assert!(!hooks.at(KEY, Phase::Combine, 0).nan);
-        assert!(hooks.at(KEY, Phase::Combine, 1).nan && !hooks.at(KEY, Phase::Combine, 1).nan);
+        let hooks = armed(Kind::Nan { until: None }, From::Step(0));
+        let nan = |hooks: &Hooks, rows| hooks.at(KEY, Phase::Combine, rows).nan;
+        assert!(!nan(&hooks, 0) && nan(&hooks, 1) && !nan(&hooks, 1), "once, and not without rows");
+        let lasting = Kind::Nan { until: Some(Instant::now() + Duration::from_secs(60)) };
+        let hooks = armed(lasting, From::Step(0));
+        assert!(nan(&hooks, 1) && nan(&hooks, 1));
+        assert!(!nan(&armed(Kind::Nan { until: Some(Instant::now()) }, From::Step(0)), 1));
     }
 
     #[test]

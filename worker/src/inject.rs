@@ -67,7 +67,7 @@ fn fault(request: &pb::InjectRequest, now: Instant) -> Result<Fault, Status> {
         wire::Kind::Pause => Kind::Pause(time),
         wire::Kind::Slow => Kind::Slow { by: time, until: now + lasts },
         wire::Kind::Corrupt => Kind::Corrupt,
-        wire::Kind::Nan => Kind::Nan { until: now + lasts },
+        wire::Kind::Nan => Kind::Nan { until: (!lasts.is_zero()).then(|| now + lasts) },
     };
     let phase = match request.phase() {
         wire::Phase::Any => None,

@@ -8,7 +8,7 @@ use crate::engine::{Engine, EngineError, Seat};
 use crate::finite::{NonFinite, Place};
 use crate::joined::Transport;
 use crate::{Config, step};
-use all2all::{Aborter, Reason};
+use all2all::{Aborter, FaultKind, Reason};
 use ids::{Epoch, StepId};
 use kernels::StepBatch;
 use model::forward::Unobserved;
@@ -208,6 +208,7 @@ fn execute(
         Err(error) => {
             tracing::debug!(epoch = wire.epoch, step = wire.step, %error, "step failed");
             result.suspects = suspects(&error);
+            result.echo = is_echo(&error);
             result.not_finite = not_finite(&error, batch, wire);
             result.fault = error.to_string();
         }
@@ -244,6 +245,11 @@ fn attempt(
     let deadline = job.received + Duration::from_millis(u64::from(wire.deadline_ms));
     let sampled = engine.step(StepId(wire.step), batch, deadline, &mut Unobserved)?;
     Ok((u32::from(engine.rank().0), step::sampled(wire, sampled)))
+}
+
+/// Whether another rank knows better what went wrong.
+fn is_echo(error: &EngineError) -> bool {
+    error.fault().is_some_and(|fault| fault.kind == FaultKind::Aborted(Reason::PeerFaulted))
 }
 
 /// The sequence in whose rows a value is not finite.

@@ -154,7 +154,9 @@ fn inflict(fault: &Fault, victim: &Victim) -> anyhow::Result<Option<Thaw>> {
                 Ok(())
             })
             .with_context(|| format!("{} does not take the fault", victim.name))?;
-            Ok(None)
+            // The worker ends it by itself; the next round must not see it.
+            let lasts = (fault.for_s > 0.0).then(|| Duration::from_secs_f64(fault.for_s));
+            Ok(lasts.map(|lasts| Thaw::start(lasts, || {})))
         }
     }
 }

@@ -15,6 +15,8 @@ use tonic::{Streaming, transport::Endpoint};
 const OPEN_MAX: Duration = Duration::from_secs(2);
 /// The router waits this much longer than the workers, who know better what went wrong.
 const GRACE: Duration = Duration::from_millis(500);
+/// Longest that the echo of a fault waits for the fault: answers of a step come within a few milliseconds.
+const ECHO_MAX: Duration = Duration::from_millis(50);
 /// Steps a worker may leave unread. More than one only after failed steps.
 const UNREAD_STEPS_MAX: usize = 4;
 
@@ -158,6 +160,10 @@ impl Link {
             }
             if result.fault.is_empty() {
                 return Ok(result);
+            }
+            if result.echo {
+                // The answer of the rank where it began is on its way, and says more.
+                tokio::time::sleep(ECHO_MAX).await;
             }
             let (text, suspects) = (result.fault, result.suspects);
             let not_finite = result.not_finite.map(SeqId);
