@@ -59,13 +59,9 @@ fn left(status: &Value) -> (u64, u64) {
     (number(&router["streams"]) + number(&router["queued"]), held)
 }
 
-fn broken(is_broken: bool, text: impl FnOnce() -> String) -> Option<String> {
-    is_broken.then(text)
-}
-
 fn tokens(_: &Report, round: &Round) -> Option<String> {
     let count = round.outcome.different;
-    broken(count > 0, || format!("{count} streams yielded other tokens"))
+    (count > 0).then(|| format!("{count} streams yielded other tokens"))
 }
 
 fn epochs(_: &Report, round: &Round) -> Option<String> {
@@ -74,7 +70,7 @@ fn epochs(_: &Report, round: &Round) -> Option<String> {
         && round.epoch_before <= round.epoch_after
         && epochs.last().is_none_or(|last| *last <= round.epoch_after);
     let (before, after) = (round.epoch_before, round.epoch_after);
-    broken(!rise, || format!("from {before} by {epochs:?} to {after}"))
+    (!rise).then(|| format!("from {before} by {epochs:?} to {after}"))
 }
 
 fn members(_: &Report, round: &Round) -> Option<String> {
@@ -83,9 +79,8 @@ fn members(_: &Report, round: &Round) -> Option<String> {
         member["state"] == "serving" && member["experts"].as_u64().is_some_and(|n| n > 0)
     };
     let bad = members.len() - members.iter().filter(holds).count();
-    broken(bad > 0 || members.is_empty(), || {
-        format!("{bad} of {} members do not serve experts", members.len())
-    })
+    (bad > 0 || members.is_empty())
+        .then(|| format!("{bad} of {} members do not serve experts", members.len()))
 }
 
 fn recovery(report: &Report, round: &Round) -> Option<String> {
@@ -93,24 +88,23 @@ fn recovery(report: &Report, round: &Round) -> Option<String> {
     let stall_s = round.outcome.stall_s(1.0);
     match round.recovered_s {
         None => Some(format!("the cluster is not whole and idle after {max_s} s")),
-        Some(_) => broken(max_s < stall_s, || format!("a stream stood still for {stall_s:.3} s")),
+        Some(_) => (max_s < stall_s).then(|| format!("a stream stood still for {stall_s:.3} s")),
     }
 }
 
 fn leaks(_: &Report, round: &Round) -> Option<String> {
     let (streams, held) = left(&round.after);
-    broken((streams, held) != (0, 0), || {
-        format!("{streams} streams and the memory of {held} sequences are left")
-    })
+    ((streams, held) != (0, 0))
+        .then(|| format!("{streams} streams and the memory of {held} sequences are left"))
 }
 
 fn ends(_: &Report, round: &Round) -> Option<String> {
     let (count, error) = (round.outcome.lost, &round.outcome.first_error);
-    broken(count > 0, || format!("{count} streams failed: {}", error.as_deref().unwrap_or("?")))
+    (count > 0).then(|| format!("{count} streams failed: {}", error.as_deref().unwrap_or("?")))
 }
 
 fn leaders(_: &Report, round: &Round) -> Option<String> {
     let all = round.after["coordinators"].as_array().into_iter().flatten();
     let count = all.filter(|coordinator| coordinator["leader"] == true).count();
-    broken(count != 1, || format!("{count} lead"))
+    (count != 1).then(|| format!("{count} lead"))
 }

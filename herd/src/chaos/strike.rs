@@ -15,11 +15,14 @@ use std::time::{Duration, Instant};
 /// Longest wait for a worker or the links to take a fault.
 const CALL_MAX: Duration = Duration::from_secs(5);
 
+/// A fault's number and its rules.
+type Rules = (u64, Vec<pb::LinkRule>);
+
 /// The rules that are in force, by the fault that made them.
 #[derive(Clone)]
 pub(super) struct Network {
     url: Option<String>,
-    rules: Arc<Mutex<Vec<(u64, Vec<pb::LinkRule>)>>>,
+    rules: Arc<Mutex<Vec<Rules>>>,
 }
 
 impl Network {
