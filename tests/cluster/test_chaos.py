@@ -24,7 +24,7 @@ def test_worker_dies_between_its_experts_and_their_results(strikable, tmp_path):
 def test_passing_nan_costs_one_step_and_names_the_expert(strikable, tmp_path):
     run = Run(strikable, tmp_path, 'kind = "nan"\nat = { step = 20, layer = 1, phase = "combine" }').check()
     (cause,) = run.causes
-    assert re.search(r"the result of expert \d+ of MoE layer 1 on rank \d in row \d+ of the step is not finite", cause), cause
+    assert re.search(r"a value is not finite: the result of expert \d+ of MoE layer 1 on rank \d, row \d+ of the step", cause), cause
 
 
 def test_lasting_nan_ends_in_an_explicit_error_and_service_goes_on(strikable, tmp_path):

@@ -37,6 +37,7 @@ pub enum Place {
 
 impl fmt::Display for NonFinite {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a value is not finite: ")?;
         match self.place {
             Place::Hidden { layer } => write!(f, "the input of MoE layer {layer}")?,
             Place::Expert { layer, expert, rank } => {
@@ -44,7 +45,7 @@ impl fmt::Display for NonFinite {
             }
             Place::Logits => f.write_str("the logits")?,
         }
-        write!(f, " in row {} of the step is not finite", self.row)
+        write!(f, ", row {} of the step", self.row)
     }
 }
 

@@ -5,7 +5,6 @@
 
 use crate::chaos::Hooks;
 use crate::engine::{Engine, EngineError, Seat};
-use crate::finite::{NonFinite, Place};
 use crate::joined::Transport;
 use crate::{Config, step};
 use all2all::{Aborter, FaultKind, Reason};
@@ -259,11 +258,9 @@ fn not_finite(error: &EngineError, batch: &StepBatch, step: &pb::Step) -> Option
     step.slices.get(usize::try_from(row.table).ok()?).map(|slice| slice.sequence)
 }
 
-/// The ranks that the exchange waited for in vain, or whose expert gave what is no number.
+/// The ranks that the exchange waited for in vain. A value that is not finite may be the doing of the
+/// request, and accuses nobody.
 fn suspects(error: &EngineError) -> Vec<u32> {
-    if let EngineError::NonFinite(NonFinite { place: Place::Expert { rank, .. }, .. }) = error {
-        return vec![u32::from(*rank)];
-    }
     error.fault().map_or_else(Vec::new, |fault| {
         fault.suspects.iter().map(|rank| u32::from(rank.0)).collect()
     })
