@@ -7,6 +7,7 @@
 //! Any number of coordinators may run over one store; the one that is elected leads, the others stand
 //! by. A new leader takes the view over from the store and changes nothing that works.
 
+mod meter;
 mod report;
 mod service;
 mod shell;
@@ -31,6 +32,8 @@ const LEASE: Duration = Duration::from_secs(2);
 /// A busy machine delays an answer by tens of milliseconds.
 const PING: Duration = Duration::from_millis(200);
 const PING_MAX: Duration = Duration::from_millis(500);
+/// Longest wait for the store when somebody asks who leads; the answer is a courtesy.
+const ASK_MAX: Duration = Duration::from_millis(500);
 /// The key that the leader holds; its value is the leader's address.
 const LEADER_KEY: &str = "/herd/leader";
 
@@ -50,8 +53,9 @@ pub fn start(config: Config) -> Handle {
     let (terms, term) = watch::channel(None);
     let store = Arc::clone(&config.store);
     let (resign, resigned) = watch::channel(false);
+    let (url, store_urls) = (config.url.clone(), config.store_urls.clone());
     telemetry::spawn("coordinator", stand(config, terms, resigned));
-    Handle { term, store, resign: Arc::new(resign) }
+    Handle { term, store, resign: Arc::new(resign), url, store_urls }
 }
 
 /// The time of one leadership.
@@ -110,6 +114,8 @@ pub struct Handle {
     term: watch::Receiver<Option<Term>>,
     store: Arc<dyn Store>,
     resign: Arc<watch::Sender<bool>>,
+    url: String,
+    store_urls: Vec<String>,
 }
 
 impl Handle {
@@ -156,9 +162,17 @@ impl Handle {
         self.term.borrow().clone()
     }
 
-    /// Who leads, as far as the store tells.
-    async fn leader(&self) -> Option<String> {
-        let entry = self.store.get(LEADER_KEY).await.ok()??;
-        String::from_utf8(entry.value).ok()
+    /// What a coordinator that stands by says of itself.
+    fn standby_status(&self) -> serde_json::Value {
+        report::standby(&self.url, &self.store_urls)
+    }
+
+    /// Who leads, as far as the store tells in time.
+    async fn leader(&self) -> String {
+        match tokio::time::timeout(ASK_MAX, self.store.get(LEADER_KEY)).await {
+            Ok(Ok(Some(entry))) => String::from_utf8_lossy(&entry.value).into_owned(),
+            Ok(Ok(None)) => "nobody".into(),
+            Ok(Err(_)) | Err(_) => "nobody knows who (the store does not answer)".into(),
+        }
     }
 }

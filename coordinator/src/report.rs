@@ -1,22 +1,57 @@
 //! The machine's status as the JSON of `herd status`. Fields are only ever added.
 
-use control::{Change, MemberState, MemberStatus, PhaseName, Status};
+use crate::meter::Measured;
+use control::{Change, Levelling, MemberState, MemberStatus, PhaseName, Status};
 use serde_json::{Value, json};
 use std::time::Duration;
 
 /// * `url`: of this coordinator, which leads
 /// * `store`: addresses of the store
-pub(crate) fn json(status: &Status, url: &str, store: &[String]) -> Value {
+/// * `load`: what the last window showed
+pub(crate) fn json(
+    status: &Status,
+    load: Option<&Measured>,
+    (url, store): (&str, &[String]),
+) -> Value {
     let leader = std::process::id();
     json!({
         "epoch": status.epoch.map(|epoch| epoch.0),
         "phase": phase(status.phase),
         "leader": leader,
-        "members": status.members.iter().map(member).collect::<Vec<_>>(),
+        "workers_wanted": status.wanted,
+        "load": load.map(|load| json!({ "fullest": load.fullest })),
+        "members": status.members.iter().map(|of| member(of, load)).collect::<Vec<_>>(),
         "coordinators": [{ "pid": leader, "url": url, "leader": true }],
-        "etcd": store.iter().map(|url| json!({ "url": url })).collect::<Vec<_>>(),
+        "etcd": etcd(store),
         "changes": status.changes.iter().map(change).collect::<Vec<_>>(),
     })
+}
+
+/// Of a coordinator that does not lead, as [`json`].
+pub(crate) fn standby(url: &str, store: &[String]) -> Value {
+    json!({
+        "phase": "standby",
+        "coordinators": [{ "pid": std::process::id(), "url": url, "leader": false }],
+        "etcd": etcd(store),
+    })
+}
+
+fn etcd(store: &[String]) -> Vec<Value> {
+    store.iter().map(|url| json!({ "url": url })).collect()
+}
+
+/// The answer to an operator who wanted the load level.
+pub(crate) fn levelling(levelling: Levelling) -> Value {
+    match levelling {
+        Levelling::Begun { epoch, before, after } => {
+            json!({ "outcome": "levelled", "epoch": epoch.0, "before": before, "after": after })
+        }
+        Levelling::Level { before, after } => {
+            json!({ "outcome": "level", "before": before, "after": after })
+        }
+        Levelling::Unknown => json!({ "outcome": "unknown" }),
+        Levelling::Busy => json!({ "outcome": "busy" }),
+    }
 }
 
 fn phase(phase: PhaseName) -> &'static str {
@@ -29,7 +64,7 @@ fn phase(phase: PhaseName) -> &'static str {
     }
 }
 
-fn member(member: &MemberStatus) -> Value {
+fn member(member: &MemberStatus, load: Option<&Measured>) -> Value {
     let state = match member.state {
         MemberState::Serving => "serving",
         MemberState::Joining => "joining",
@@ -45,6 +80,8 @@ fn member(member: &MemberStatus) -> Value {
         "roles": ["attention", "expert"],
         "state": state,
         "experts": member.experts,
+        // Rows that its experts computed in the last window.
+        "rows": load.map(|load| load.rows.get(&member.worker).copied().unwrap_or(0)),
     })
 }
 
@@ -53,9 +90,10 @@ fn change(change: &Change) -> Value {
     json!({
         "epoch": change.epoch.0,
         "cause": change.cause.to_string(),
+        "expert_loads": change.loads,
         "at_ms": ms(Some(change.at)),
-        // How long the loss went unseen: nobody here knows when it really happened.
-        "detect_ms": null,
+        // Null where a broken connection told: how long that went unseen nobody knows.
+        "detect_ms": ms(change.detect),
         "plan_ms": ms(change.plan),
         "prepare_ms": ms(change.prepare),
         "commit_ms": ms(change.commit),

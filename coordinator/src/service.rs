@@ -1,13 +1,14 @@
 //! The gRPC face of the coordinator.
 
 use crate::shell::{Dismissal, Event, Registration};
-use crate::{Handle, Term};
-use control::{Hello, Input};
+use crate::{Handle, Term, report};
+use control::{Hello, Input, Silence};
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use ids::{Epoch, Rank, WorkerId};
 use placement::Shape;
 use proto::pb;
+use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tonic::{Request, Response, Status};
@@ -28,7 +29,6 @@ impl Service {
             return Ok(term);
         }
         let leader = self.handle.leader().await;
-        let leader = leader.unwrap_or_else(|| "nobody".into());
         Err(Status::failed_precondition(format!("this coordinator stands by; {leader} leads")))
     }
 
@@ -80,12 +80,27 @@ impl pb::coordinator_server::Coordinator for Service {
         let pb::ReportRequest { epoch, news } = request.into_inner();
         let epoch = Epoch(epoch);
         let input = match news {
-            Some(pb::report_request::News::Fault(pb::Fault { text, suspects })) => {
-                let ranks = suspects.into_iter().filter_map(|rank| u16::try_from(rank).ok());
-                Input::Fault { epoch, text, suspects: ranks.map(Rank).collect() }
+            Some(pb::report_request::News::Fault(pb::Fault {
+                text,
+                suspects,
+                silent,
+                silent_ms,
+            })) => {
+                let ranks = |ranks: Vec<u32>| {
+                    let ranks = ranks.into_iter().filter_map(|rank| u16::try_from(rank).ok());
+                    ranks.map(Rank).collect()
+                };
+                let lasted = Duration::from_millis(u64::from(silent_ms));
+                let silence = Silence { ranks: ranks(silent), lasted };
+                Input::Fault { epoch, text, suspects: ranks(suspects), silence }
             }
             Some(pb::report_request::News::FirstToken(pb::FirstToken {})) => {
                 Input::FirstToken { epoch }
+            }
+            Some(pb::report_request::News::Load(pb::ExpertLoad { worker, layers })) => {
+                let layers = layers.into_iter().map(|layer| layer.rows).collect();
+                self.send(Event::Load { worker: WorkerId(worker), layers }).await?;
+                return Ok(Response::new(pb::ReportResponse {}));
             }
             None => return Err(Status::invalid_argument("a report without news")),
         };
@@ -104,12 +119,40 @@ impl pb::coordinator_server::Coordinator for Service {
         Ok(Response::new(pb::DrainResponse {}))
     }
 
+    async fn rebalance(
+        &self,
+        _request: Request<pb::RebalanceRequest>,
+    ) -> Result<Response<pb::RebalanceResponse>, Status> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Event::Rebalance { reply }).await?;
+        let levelling = answer.await.map_err(|_| ended())?;
+        let json = report::levelling(levelling).to_string();
+        Ok(Response::new(pb::RebalanceResponse { json }))
+    }
+
+    async fn scale(
+        &self,
+        request: Request<pb::ScaleRequest>,
+    ) -> Result<Response<pb::ScaleResponse>, Status> {
+        let workers = request.into_inner().workers;
+        let workers = u16::try_from(workers).ok().filter(|&workers| 0 < workers);
+        let workers =
+            workers.ok_or_else(|| Status::invalid_argument("workers must be 1 to 65535"))?;
+        let (reply, answer) = oneshot::channel();
+        self.send(Event::Scale { workers, reply }).await?;
+        let scaled = answer.await.map_err(|_| ended())?.map_err(Status::failed_precondition)?;
+        let drained = scaled.left.iter().map(|worker| worker.0).collect();
+        Ok(Response::new(pb::ScaleResponse { missing: u32::from(scaled.missing), drained }))
+    }
+
     async fn status(
         &self,
         _request: Request<pb::StatusRequest>,
     ) -> Result<Response<pb::StatusResponse>, Status> {
-        self.term().await?;
-        let status = self.handle.status().await.ok_or_else(ended)?;
+        let status = match self.handle.status().await {
+            Some(status) => status,
+            None => self.handle.standby_status(),
+        };
         Ok(Response::new(pb::StatusResponse { json: status.to_string() }))
     }
 }

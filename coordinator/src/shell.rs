@@ -1,7 +1,8 @@
 //! The task that owns the machine: events in, calls out.
 
+use crate::meter::Meter;
 use crate::{report, view_store};
-use control::{Control, Hello, Input, Output, Settings};
+use control::{Control, Hello, Input, Levelling, Output, Settings};
 use ids::{Epoch, Rank, WorkerId};
 use placement::View;
 use proto::pb;
@@ -15,6 +16,9 @@ use view_store::Written;
 
 /// Between attempts to read the store at the start.
 const STORE_RETRY: Duration = Duration::from_millis(500);
+/// Span of time whose load is one sample for the planner: long enough for thousands of tokens, short
+/// beside the time in which traffic changes.
+const WINDOW: Duration = Duration::from_secs(10);
 /// A worker that answers no ping for this long while it prepares is gone. Preparing itself may take
 /// as long as loading does.
 const PING: Duration = Duration::from_secs(1);
@@ -39,6 +43,20 @@ pub(crate) enum Event {
         worker: WorkerId,
         reply: oneshot::Sender<Result<(), String>>,
     },
+    /// What a worker's experts had to do, `[moe layers][experts]`.
+    Load {
+        worker: WorkerId,
+        layers: Vec<Vec<u64>>,
+    },
+    /// An operator wants the load level; answered when it is, or will not be.
+    Rebalance {
+        reply: oneshot::Sender<Levelling>,
+    },
+    /// An operator wants so many workers; answered when those beyond have left.
+    Scale {
+        workers: u16,
+        reply: oneshot::Sender<Result<Scaled, String>>,
+    },
     Written {
         epoch: Epoch,
         result: Result<Written, StoreError>,
@@ -55,6 +73,14 @@ pub(crate) struct Registration {
     pub(crate) connection: u64,
     /// Fires when the membership ends.
     pub(crate) dismissed: oneshot::Receiver<Dismissal>,
+}
+
+/// What became of an operator's wish for a number of workers.
+#[derive(Debug)]
+pub(crate) struct Scaled {
+    pub(crate) left: Vec<WorkerId>,
+    /// Workers that somebody must start.
+    pub(crate) missing: u16,
 }
 
 /// Why a membership ends.
@@ -81,6 +107,16 @@ pub(crate) struct Context {
     pub(crate) url: String,
 }
 
+/// What an operator is told.
+enum Answer {
+    Scaled { leaving: Vec<(WorkerId, Left)>, missing: u16 },
+    ScaleRefused(String),
+    Levelling(Levelling),
+}
+
+/// Fires when a worker has left, or cannot.
+type Left = oneshot::Receiver<Result<(), String>>;
+
 pub(crate) struct Shell {
     /// Weak: the shell ends when nobody else can send any more.
     events: mpsc::WeakSender<Event>,
@@ -95,6 +131,11 @@ pub(crate) struct Shell {
     connections: u64,
     /// Who waits for a worker to leave.
     draining: BTreeMap<WorkerId, Vec<oneshot::Sender<Result<(), String>>>>,
+    /// Who waits for a levelled view, with its epoch.
+    levelling: Vec<(Epoch, Levelling, oneshot::Sender<Levelling>)>,
+    meter: Meter,
+    /// The machine's answer to the operator whose wish it has just taken in.
+    answer: Option<Answer>,
     /// The registration that waits for the machine's answer.
     registering: Option<Result<WorkerId, String>>,
 }
@@ -116,6 +157,9 @@ impl Shell {
             started: Instant::now(),
             peers: BTreeMap::new(),
             draining: BTreeMap::new(),
+            levelling: Vec::new(),
+            meter: Meter::default(),
+            answer: None,
             connections: 0,
             registering: None,
         }
@@ -124,6 +168,8 @@ impl Shell {
     pub(crate) async fn run(mut self, settings: Settings) {
         let stands = self.read_store().await;
         let mut control = Control::new(settings, self.started.elapsed(), stands);
+        let mut windows = tokio::time::interval(WINDOW);
+        windows.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         while !self.is_fenced {
             let deadline = control.deadline().map(|at| self.started + at);
             let tick = async {
@@ -138,6 +184,7 @@ impl Shell {
                     None => return,
                 },
                 () = tick => self.feed(&mut control, Input::Tick),
+                _ = windows.tick() => self.close_window(&mut control),
             }
         }
     }
@@ -164,6 +211,14 @@ impl Shell {
                 self.draining.entry(worker).or_default().push(reply);
                 self.feed(control, Input::Drain { worker });
             }
+            Event::Load { worker, layers } => {
+                let Some(shape) = control.shape() else { return };
+                if let Err(text) = self.meter.add(worker, layers, shape) {
+                    tracing::warn!(text, "a load report is dropped");
+                }
+            }
+            Event::Rebalance { reply } => self.rebalance(control, reply),
+            Event::Scale { workers, reply } => self.scale(control, workers, reply),
             Event::Register { hello, reply } => self.register(control, hello, reply),
             Event::Gone { worker, connection } => {
                 // A worker that has registered again meanwhile is not gone.
@@ -181,9 +236,64 @@ impl Shell {
             Event::Status { reply } => {
                 // Whoever asked may have left.
                 let Context { url, store_urls, .. } = &self.context;
-                let _left = reply.send(report::json(&control.status(), url, store_urls));
+                let load = self.meter.last();
+                let _left = reply.send(report::json(&control.status(), load, (url, store_urls)));
             }
         }
+    }
+
+    /// Hands what was counted to the machine.
+    fn close_window(&mut self, control: &mut Control) {
+        let members: Vec<WorkerId> = control.status().members.iter().map(|m| m.worker).collect();
+        if let Some(window) = self.meter.close(&members) {
+            self.feed(control, Input::Load { window });
+        }
+    }
+
+    fn rebalance(&mut self, control: &mut Control, reply: oneshot::Sender<Levelling>) {
+        // What was counted until now is the best that is known.
+        self.close_window(control);
+        self.feed(control, Input::Rebalance);
+        let Some(Answer::Levelling(levelling)) = self.answer.take() else {
+            unreachable!("the machine answers every wish for a level load")
+        };
+        match levelling {
+            Levelling::Begun { epoch, .. } => self.levelling.push((epoch, levelling, reply)),
+            Levelling::Level { .. } | Levelling::Unknown | Levelling::Busy => {
+                // Whoever asked may have left.
+                let _left = reply.send(levelling);
+            }
+        }
+    }
+
+    fn scale(
+        &mut self,
+        control: &mut Control,
+        workers: u16,
+        reply: oneshot::Sender<Result<Scaled, String>>,
+    ) {
+        self.feed(control, Input::Scale { workers });
+        let (leaving, missing) = match self.answer.take() {
+            Some(Answer::Scaled { leaving, missing }) => (leaving, missing),
+            Some(Answer::ScaleRefused(reason)) => {
+                // Whoever asked may have left.
+                let _left = reply.send(Err(reason));
+                return;
+            }
+            Some(Answer::Levelling(_)) | None => {
+                unreachable!("the machine answers every wish for a number of workers")
+            }
+        };
+        telemetry::spawn("coordinator.scale", async move {
+            let mut left = Vec::new();
+            for (worker, has_left) in leaving {
+                // A worker that was lost meanwhile is gone as well.
+                if has_left.await.is_ok() {
+                    left.push(worker);
+                }
+            }
+            let _left = reply.send(Ok(Scaled { left, missing }));
+        });
     }
 
     fn register(
@@ -263,11 +373,28 @@ impl Shell {
                 tracing::warn!(%worker, reason, "drain refused");
                 self.drained(worker, &Err(reason));
             }
+            Output::Scaled { leaving, missing } => {
+                let waiting = |worker: WorkerId| {
+                    let (reply, left) = oneshot::channel();
+                    self.draining.entry(worker).or_default().push(reply);
+                    (worker, left)
+                };
+                let leaving = leaving.into_iter().map(waiting).collect();
+                self.answer = Some(Answer::Scaled { leaving, missing });
+            }
+            Output::ScaleRefused { reason } => self.answer = Some(Answer::ScaleRefused(reason)),
+            Output::Rebalanced(levelling) => self.answer = Some(Answer::Levelling(levelling)),
             Output::Prepare { worker, rank, view } => self.prepare(worker, rank, &view),
             Output::Store { view } => self.store(&view),
             Output::Publish { view } => {
                 tracing::info!(epoch = %view.epoch, ranks = view.members.len(), "view committed");
                 self.publish.send_replace(Some(Arc::new(proto::view_to_wire(&view))));
+                for (_, levelling, reply) in
+                    self.levelling.extract_if(.., |(epoch, ..)| *epoch <= view.epoch)
+                {
+                    // Whoever asked may have left.
+                    let _left = reply.send(levelling);
+                }
             }
             Output::Dismiss { worker, reason } => {
                 tracing::warn!(%worker, reason, "dismissed");

@@ -58,6 +58,8 @@ fn settings(workers_expected: u16) -> Settings {
         assemble_max: Duration::from_secs(600),
         adopt_max: Duration::from_millis(500),
         redundancy: 0,
+        spare: 0,
+        rebalance_every: None,
     }
 }
 
@@ -122,7 +124,7 @@ async fn members_come_and_go_and_every_watcher_sees_the_views() {
     assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
 
     let fault =
-        pb::report_request::News::Fault(pb::Fault { text: "late".into(), suspects: vec![] });
+        pb::report_request::News::Fault(pb::Fault { text: "late".into(), ..Default::default() });
     let report = |epoch| pb::ReportRequest { epoch, news: Some(fault.clone()) };
     client.report(report(1)).await.unwrap();
     client.report(report(2)).await.unwrap();

@@ -10,20 +10,13 @@ use store::Memory;
 use tokio::net::TcpListener;
 use worker::{KvBlocks, Model, Worker};
 
-/// Workers of one process register within this time of each other, or something is wrong.
-const ASSEMBLE_MAX: Duration = Duration::from_secs(60);
-
-/// A new store holds no view that could be adopted.
-const ADOPT_MAX: Duration = Duration::ZERO;
-
 /// What the cluster is made of.
 pub struct Config {
     pub model: Arc<Model>,
-    pub workers: u16,
     /// Threads of every worker.
     pub threads: usize,
-    /// Copies of every expert beyond the first.
-    pub redundancy: u16,
+    /// Of the coordinator; as many workers are started as it expects.
+    pub settings: Settings,
     pub kv: KvBlocks,
     /// Token budget per rank and step.
     pub step_tokens: u32,
@@ -55,16 +48,10 @@ impl Cluster {
     ///
     /// If a port cannot be had, weights cannot be loaded or memory is refused.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
-        let settings = Settings {
-            workers_expected: config.workers,
-            assemble_max: ASSEMBLE_MAX,
-            adopt_max: ADOPT_MAX,
-            redundancy: config.redundancy,
-        };
         let listener = loopback().await?;
         let coordinator = format!("http://{}", listener.local_addr()?);
         let handle = coordinator::start(coordinator::Config {
-            settings,
+            settings: config.settings,
             store: Arc::new(Memory::new()),
             url: coordinator.clone(),
             store_urls: Vec::new(),
@@ -86,7 +73,7 @@ impl Cluster {
         let hub = all2all::local::Hub::new();
         let workers = Vec::new();
         let mut cluster = Self { coordinator, engine, workers, hub, handle, config };
-        for _ in 0..cluster.config.workers {
+        for _ in 0..cluster.config.settings.workers_expected {
             cluster.add_worker().await?;
         }
         Ok(cluster)

@@ -1,5 +1,6 @@
 //! The subcommands: what each asks of the user, and how it runs.
 
+pub(crate) mod admin;
 pub(crate) mod bench;
 pub(crate) mod chaos;
 pub(crate) mod chat;
@@ -9,7 +10,9 @@ mod links;
 pub(crate) mod logits;
 mod parts;
 mod processes;
+pub(crate) mod rebalance;
 pub(crate) mod router;
+pub(crate) mod scale;
 pub(crate) mod status;
 pub(crate) mod synth;
 pub(crate) mod up;

@@ -4,7 +4,8 @@ mod commands;
 
 use clap::{Args, Command as Parser, CommandFactory, FromArgMatches};
 use commands::{
-    BadInput, bench, chaos, chat, coordinator, drain, logits, router, status, synth, up, worker,
+    BadInput, bench, chaos, chat, coordinator, drain, logits, rebalance, router, scale, status,
+    synth, up, worker,
 };
 use model::checkpoint::CheckpointError;
 use std::process::ExitCode;
@@ -38,6 +39,10 @@ enum Command {
     Chaos(chaos::Args),
     /// Moves a worker's experts and sequences away, and ends it.
     Drain(drain::Args),
+    /// Levels the load of the experts over the workers.
+    Rebalance(rebalance::Args),
+    /// Sets how many workers there shall be: drains those beyond, waits for the missing.
+    Scale(scale::Args),
     /// Computes the logits of a token sequence, through engine and exchange.
     Logits(logits::Args),
     /// Measures; prints one JSON object per line.
@@ -60,6 +65,8 @@ fn main() -> ExitCode {
         Command::Status(args) => status::run(args),
         Command::Chaos(args) => chaos::run(args),
         Command::Drain(args) => drain::run(args),
+        Command::Rebalance(args) => rebalance::run(args),
+        Command::Scale(args) => scale::run(args),
         Command::Logits(args) => logits::run(args),
         Command::Bench(command) => bench::run(command),
         Command::Synth(args) => synth::run(args),

@@ -22,6 +22,10 @@ pub mod pb {
 /// is below 1 MiB; full logits never travel.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
 
+/// Between the signs of life that a worker sends on its step stream while a step may be running: an
+/// answer with the epoch 0, which is no view's.
+pub const BEAT: Duration = Duration::from_millis(10);
+
 /// Longest wait for a TCP connection inside a cluster.
 const CONNECT_MAX: Duration = Duration::from_secs(2);
 /// A peer that answers no ping for this long is gone, even if TCP has not noticed.

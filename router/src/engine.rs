@@ -19,6 +19,7 @@ mod journal;
 mod link;
 mod report;
 mod run;
+mod suspicion;
 #[cfg(test)]
 pub(crate) mod tests;
 mod watch;
@@ -218,6 +219,27 @@ impl EngineHandle {
         })
     }
 
+    /// Epoch and members of the view that is served, as `herd status` shows them. Empty before the
+    /// first one.
+    #[must_use]
+    pub fn members_json(&self) -> (Option<u64>, serde_json::Value) {
+        let served = self.shared.served();
+        let peers = served.as_ref().map_or(&[][..], |target| &target.peers);
+        let member = |(rank, peer): (usize, &watch::Peer)| {
+            serde_json::json!({
+                "worker": peer.worker.0,
+                "rank": rank,
+                "pid": peer.pid,
+                "address": peer.address,
+                "device": peer.device,
+                "roles": ["attention", "expert"],
+                "state": "serving",
+            })
+        };
+        let members = peers.iter().enumerate().map(member).collect();
+        (served.as_ref().map(|target| target.epoch.0), serde_json::Value::Array(members))
+    }
+
     /// Running sequences of every rank of the view that is served.
     #[must_use]
     pub fn sequences_by_rank(&self) -> Vec<u32> {
@@ -290,6 +312,8 @@ struct Shared {
     last_failure: Mutex<Option<String>>,
     /// Running, by rank.
     sequences: Mutex<Vec<u32>>,
+    /// The view that is served, or was last.
+    served: Mutex<Option<watch::Target>>,
     /// A stream was dropped.
     wake: Notify,
     stream_ended: Notify,
@@ -309,6 +333,7 @@ impl Shared {
             failed_steps: AtomicU64::new(0),
             last_failure: Mutex::new(None),
             sequences: Mutex::new(Vec::new()),
+            served: Mutex::new(None),
             wake: Notify::new(),
             stream_ended: Notify::new(),
         }
@@ -317,6 +342,11 @@ impl Shared {
     fn sequences(&self) -> std::sync::MutexGuard<'_, Vec<u32>> {
         // Whole numbers are written one by one; a panic between them spoils a display.
         self.sequences.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn served(&self) -> std::sync::MutexGuard<'_, Option<watch::Target>> {
+        // It is put whole.
+        self.served.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn last_failure(&self) -> std::sync::MutexGuard<'_, Option<String>> {

@@ -13,7 +13,7 @@ from server import Server
 
 @pytest.fixture(scope="session")
 def cluster():
-    with Server("--processes", "--sequences", "64") as running:
+    with Server("--processes", "--sequences", "64", "--rebalance-s", "0") as running:
         yield running
 
 

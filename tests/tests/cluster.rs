@@ -23,9 +23,15 @@ async fn start(model: &Arc<Model>, workers: u16) -> Cluster {
     let kv = KvBlocks::plan(&model.config, model.dtype, 1 << 28, 32).unwrap();
     let config = Config {
         model: Arc::clone(model),
-        workers,
         threads: 1,
-        redundancy: 1,
+        settings: control::Settings {
+            workers_expected: workers,
+            assemble_max: Duration::from_secs(60),
+            adopt_max: Duration::ZERO,
+            redundancy: 1,
+            spare: 0,
+            rebalance_every: None,
+        },
         kv,
         step_tokens: 48,
         sequences_max: 16,

@@ -1,10 +1,11 @@
 //! One rank's steps: device, weights, KV cache and exchange of a view.
 
 use crate::chaos::{Hooks, Struck};
-use crate::exchange::StepExchange;
+use crate::exchange::{Rows, Served, StepExchange};
 use crate::finite::{NonFinite, Watch};
 use crate::joined::{Joined, Plantable, Transport};
 use crate::kv::KvBlocks;
+use crate::tally::Tally;
 use crate::weights::{Model, ModelError};
 use all2all::local::Hub;
 use all2all::tcp::Peer;
@@ -75,6 +76,8 @@ pub struct Shard<'a> {
 /// A rank's place in a view, with its experts in memory: ready to be taken at a step boundary.
 pub struct Seat {
     experts: Vec<Experts>,
+    /// `[moe layers]`: which these are, ascending.
+    local: Vec<Vec<ExpertId>>,
     view: View,
     /// `[ranks]`; empty within one process.
     peers: Vec<Peer>,
@@ -92,8 +95,10 @@ impl Seat {
         };
         let local: Vec<Vec<usize>> = shard.held.iter().map(of_rank).collect();
         let routes = Routes::new(shard.rank, model.config.experts, shard.held, shard.target)?;
+        let own = shard.held.iter().map(|ranks| ranks[shard.rank.index()].clone());
         Ok(Self {
             experts: model.experts(&local)?,
+            local: own.collect(),
             view: View {
                 epoch: shard.epoch,
                 me: shard.rank,
@@ -133,11 +138,13 @@ pub struct Engine {
     transport: Transport,
     hooks: Hooks,
     dtype: Dtype,
+    tally: Arc<Tally>,
     seated: Option<Seated>,
 }
 
 struct Seated {
     experts: Vec<Experts>,
+    served: Served,
     joined: Joined,
 }
 
@@ -172,6 +179,7 @@ impl Engine {
             transport,
             hooks: Hooks::default(),
             dtype: model.dtype,
+            tally: Arc::new(Tally::new(config.moe_layers().len(), config.experts)),
             seated: None,
         })
     }
@@ -205,18 +213,25 @@ impl Engine {
     ///
     /// [`EngineError::Exchange`]; the engine then serves what it served before.
     pub fn take(&mut self, seat: Seat) -> Result<(), EngineError> {
-        let Seat { experts, view, peers } = seat;
+        let Seat { experts, local, view, peers } = seat;
+        let served = Served { tally: Arc::clone(&self.tally), local };
         match &mut self.seated {
             Some(seated) => {
                 seated.joined.reconfigure(view)?;
                 seated.experts = experts;
+                seated.served = served;
             }
             None => {
                 let joined = self.transport.join(view, &peers)?;
-                self.seated = Some(Seated { experts, joined });
+                self.seated = Some(Seated { experts, served, joined });
             }
         }
         Ok(())
+    }
+
+    /// What its experts have to do.
+    pub(crate) fn tally(&self) -> Arc<Tally> {
+        Arc::clone(&self.tally)
     }
 
     /// Its rank in the view it serves; 0 before the first.
@@ -248,13 +263,15 @@ impl Engine {
         deadline: Instant,
         observer: &mut impl Observer<Cpu>,
     ) -> Result<Vec<Sampled>, EngineError> {
-        let Seated { experts, joined } = self.seated.as_mut().ok_or(EngineError::Unseated)?;
+        let Seated { experts, served, joined } =
+            self.seated.as_mut().ok_or(EngineError::Unseated)?;
         let rank = RankStep {
             device: &mut self.device,
             forward: &mut self.forward,
             row_bytes: self.row_bytes,
             dtype: self.dtype,
             hooks: &self.hooks,
+            served,
             deadline,
         };
         let pass = Pass { dense: &self.dense, experts, cache: &mut self.cache, step: batch };
@@ -272,6 +289,7 @@ struct RankStep<'a> {
     row_bytes: usize,
     dtype: Dtype,
     hooks: &'a Hooks,
+    served: &'a Served,
     deadline: Instant,
 }
 
@@ -286,8 +304,8 @@ impl RankStep<'_> {
         let epoch = all2all.view().epoch;
         let mut all2all = Struck::new(all2all, self.hooks, self.dtype);
         all2all.begin_step(epoch, step, self.deadline)?;
-        let rows = (self.row_bytes, self.dtype);
-        let mut exchange = StepExchange::new(&mut all2all, step, rows);
+        let rows = Rows { bytes: self.row_bytes, dtype: self.dtype };
+        let mut exchange = StepExchange::new(&mut all2all, step, rows, self.served);
         let mut watch = Watch { observer, batch: pass.step, found: None };
         let result = self.forward.run(self.device, &mut pass, &mut exchange, &mut watch);
         let found = exchange.found.or(watch.found);

@@ -1,10 +1,32 @@
 //! The forward pass's exchange over an all-to-all of host rows, and the watch over what travels.
 
 use crate::finite::{NonFinite, Place, first_bad_row};
+use crate::tally::Tally;
 use all2all::{AllToAll, Arrived, ExchangeError, HostRows, LayerKey, Pending, Sent};
-use ids::StepId;
+use ids::{ExpertId, StepId};
 use kernels::{Cpu, Device, Dtype, Experts, Route, Wire};
 use model::forward::MoeExchange;
+use std::sync::Arc;
+
+/// The experts of a rank, and the count of what they have to do.
+pub(crate) struct Served {
+    pub(crate) tally: Arc<Tally>,
+    /// `[moe layers]`, ascending.
+    pub(crate) local: Vec<Vec<ExpertId>>,
+}
+
+impl Served {
+    fn count(&self, moe_layer: usize, offsets: &[u32]) {
+        self.tally.count(moe_layer, &self.local[moe_layer], offsets);
+    }
+}
+
+/// The form of a row.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows {
+    pub(crate) bytes: usize,
+    pub(crate) dtype: Dtype,
+}
 
 /// Where a layer stands; the tickets of the exchange, kept between the calls of the forward pass.
 enum Layer {
@@ -19,6 +41,8 @@ pub(crate) struct StepExchange<'a, A> {
     pub(crate) step: StepId,
     pub(crate) row_bytes: usize,
     dtype: Dtype,
+    served: &'a Served,
+    moe_layer: usize,
     /// The chosen experts of the layer, `[rows]`, and its index.
     experts: Vec<u16>,
     index: u16,
@@ -28,13 +52,20 @@ pub(crate) struct StepExchange<'a, A> {
 }
 
 impl<'a, A> StepExchange<'a, A> {
-    pub(crate) fn new(
-        exchange: &'a mut A,
-        step: StepId,
-        (row_bytes, dtype): (usize, Dtype),
-    ) -> Self {
-        let (experts, layer, results) = (Vec::new(), Layer::Idle, Wire::default());
-        Self { exchange, step, row_bytes, dtype, experts, index: 0, found: None, layer, results }
+    pub(crate) fn new(exchange: &'a mut A, step: StepId, rows: Rows, served: &'a Served) -> Self {
+        Self {
+            exchange,
+            step,
+            row_bytes: rows.bytes,
+            dtype: rows.dtype,
+            served,
+            moe_layer: 0,
+            experts: Vec::new(),
+            index: 0,
+            found: None,
+            layer: Layer::Idle,
+            results: Wire::default(),
+        }
     }
 
     /// Remembers the first value that is not finite. The step goes on, since no row depends on another
@@ -73,6 +104,7 @@ impl<A: HostExchange> MoeExchange<Cpu> for StepExchange<'_, A> {
     type Error = ExchangeError;
 
     fn dispatch(&mut self, layer: usize, rows: &Wire, route: &Route) -> Result<(), ExchangeError> {
+        self.moe_layer = layer;
         let layer = u16::try_from(layer).expect("layers are numbered in 16 bits");
         let key = LayerKey { step: self.step, layer };
         self.experts.clear();
@@ -90,6 +122,7 @@ impl<A: HostExchange> MoeExchange<Cpu> for StepExchange<'_, A> {
         };
         let arrived: Arrived = self.exchange.dispatch_recv(sent)?;
         let (rows, offsets) = self.exchange.arrived(&arrived);
+        self.served.count(self.moe_layer, offsets);
         self.results.room(0);
         device.experts(rows.bytes, offsets, experts, &mut self.results);
         let results = HostRows { bytes: self.results.bytes(), row_bytes: self.row_bytes };

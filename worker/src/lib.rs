@@ -14,6 +14,7 @@ mod registration;
 mod runner;
 mod service;
 mod step;
+mod tally;
 mod weights;
 
 use joined::Transport;
@@ -95,7 +96,7 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
     let identity = (incarnation, profile);
     let service = service::Service::new(model, &runner, identity, stopped.clone());
     let (tell_end, ended) = watch::channel(None);
-    let register = registration::keep(config.coordinator, (card, service.epoch()));
+    let register = registration::keep(config.coordinator, (card, service.epoch()), runner.tally());
     let mut streams = service.streams();
     let server = tonic::transport::Server::builder()
         .add_service(service.into_server())

@@ -3,15 +3,22 @@
 //! Losing the coordinator stops no step; it only means that membership cannot change meanwhile.
 
 use crate::Config;
+use crate::tally::Tally;
 use kernels::Level;
 use proto::pb;
+use proto::pb::coordinator_client::CoordinatorClient;
+use proto::pb::report_request::News;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+use tonic::transport::Channel;
 
 /// Between attempts: soon at first, because most breaks are a failover.
 const BACKOFF_FIRST: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
+
+/// Between reports of what the experts had to do. A plan looks at many of them.
+const LOAD_PERIOD: Duration = Duration::from_secs(1);
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
@@ -39,13 +46,14 @@ pub(crate) fn card(config: &Config, address: &str, incarnation: &str) -> pb::Reg
 pub(crate) async fn keep(
     coordinators: String,
     (card, epoch): (pb::RegisterRequest, Arc<AtomicU64>),
+    tally: Arc<Tally>,
 ) {
     let mut backoff = BACKOFF_FIRST;
     let coordinators: Vec<&str> = coordinators.split(',').collect();
     for coordinator in coordinators.iter().cycle() {
         let mut was_registered = false;
         let card = pb::RegisterRequest { epoch: epoch.load(Ordering::SeqCst), ..card.clone() };
-        match register(coordinator, card, &mut was_registered).await {
+        match register(coordinator, (card, &tally), &mut was_registered).await {
             Ok(Registered::Drained) => {
                 tracing::info!(coordinator, "drained");
                 return;
@@ -68,20 +76,39 @@ enum Registered {
 
 async fn register(
     coordinator: &str,
-    card: pb::RegisterRequest,
+    (card, tally): (pb::RegisterRequest, &Tally),
     was_registered: &mut bool,
 ) -> Result<Registered, Error> {
     let channel = proto::standing(coordinator.to_owned())?.connect().await?;
-    let mut client = pb::coordinator_client::CoordinatorClient::new(channel);
+    let mut client = CoordinatorClient::new(channel);
     let mut events = client.register(card).await?.into_inner();
-    while let Some(event) = events.message().await? {
-        if event.leave {
-            return Ok(Registered::Drained);
+    let Some(welcome) = events.message().await? else { return Ok(Registered::Ended) };
+    tracing::info!(worker = welcome.worker, coordinator, "registered");
+    *was_registered = true;
+    // It never ends by itself.
+    let reporting = report_load(client, welcome.worker, tally);
+    let last = tokio::select! {
+        event = events.message() => event?,
+        () = reporting => None,
+    };
+    Ok(if last.is_some_and(|event| event.leave) { Registered::Drained } else { Registered::Ended })
+}
+
+/// Tells what the experts had to do, again and again. A report may be lost: the next ones make up
+/// for it.
+async fn report_load(mut client: CoordinatorClient<Channel>, worker: u32, tally: &Tally) {
+    loop {
+        tokio::time::sleep(LOAD_PERIOD).await;
+        let Some(layers) = tally.take() else { continue };
+        let layers = layers.into_iter().map(|rows| pb::LayerLoad { rows }).collect();
+        let news = News::Load(pb::ExpertLoad { worker, layers });
+        let report = pb::ReportRequest { epoch: 0, news: Some(news) };
+        match tokio::time::timeout(LOAD_PERIOD, client.report(report)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(status)) => tracing::debug!(%status, "the load report was not taken"),
+            Err(_elapsed) => tracing::debug!("the load report was not answered"),
         }
-        tracing::info!(worker = event.worker, coordinator, "registered");
-        *was_registered = true;
     }
-    Ok(Registered::Ended)
 }
 
 /// An error with all its causes: tonic's own text hides them.

@@ -6,6 +6,7 @@
 use crate::chaos::Hooks;
 use crate::engine::{Engine, EngineError, Seat};
 use crate::joined::Transport;
+use crate::tally::Tally;
 use crate::{Config, step};
 use all2all::{Aborter, FaultKind, Reason};
 use ids::{Epoch, StepId};
@@ -42,6 +43,7 @@ pub(crate) struct Runner {
     ended: watch::Receiver<Option<String>>,
     transport: Transport,
     hooks: Hooks,
+    tally: Arc<Tally>,
 }
 
 /// What the service and the thread share.
@@ -118,6 +120,11 @@ impl Runner {
         self.transport.sums()
     }
 
+    /// What the experts have to do.
+    pub(crate) fn tally(&self) -> Arc<Tally> {
+        Arc::clone(&self.tally)
+    }
+
     /// Why the thread has ended, once it has.
     pub(crate) fn ended(&self) -> watch::Receiver<Option<String>> {
         self.ended.clone()
@@ -147,7 +154,7 @@ pub(crate) async fn start(config: &Config, transport: Transport) -> Result<Runne
         Ok(mut engine) => {
             engine.hook(armed);
             // Nobody waits any more if the start was given up.
-            let _given_up = tell_ready.send(Ok(()));
+            let _given_up = tell_ready.send(Ok(engine.tally()));
             run(engine, &seats, inbox);
         }
         Err(error) => {
@@ -167,8 +174,8 @@ pub(crate) async fn start(config: &Config, transport: Transport) -> Result<Runne
         .spawn(guarded)
         .map_err(|error| EngineError::Io(format!("cannot start the worker's thread: {error}")))?;
     let gone = |_| EngineError::Io("the worker's thread ended while it started".into());
-    ready.await.map_err(gone)??;
-    Ok(Runner { jobs, waiting, ended, transport: connecting, hooks })
+    let tally = ready.await.map_err(gone)??;
+    Ok(Runner { jobs, waiting, ended, transport: connecting, hooks, tally })
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {

@@ -10,13 +10,17 @@ use placement::View;
 use proto::pb;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
+use tokio::time::MissedTickBehavior;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 /// Answers that wait for a router to read them.
 const ANSWERS_MAX: usize = 16;
+
+/// Beats go on for this long after the last step has come: longer than the router waits for any.
+const BEATS_LAST: Duration = Duration::from_secs(120);
 
 /// Implements `herd.v1.Worker`.
 pub(crate) struct Service {
@@ -196,8 +200,21 @@ async fn forward(
     (runner, jobs): (&Runner, mpsc::Sender<Job>),
     answer: mpsc::Sender<Result<pb::StepResult, Status>>,
 ) {
+    // Signs of life, as long as a step may be running.
+    let mut beats = tokio::time::interval(proto::BEAT);
+    beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut last: Option<Instant> = None;
     loop {
-        let step = match steps.message().await {
+        let message = tokio::select! {
+            message = steps.message() => message,
+            _ = beats.tick(), if last.is_some_and(|last| last.elapsed() < BEATS_LAST) => {
+                // A full channel is sign enough.
+                let _full = answer.try_send(Ok(pb::StepResult::default()));
+                continue;
+            }
+        };
+        last = Some(Instant::now());
+        let step = match message {
             Ok(Some(step)) => step,
             Ok(None) => return,
             Err(status) => {

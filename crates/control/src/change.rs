@@ -12,6 +12,10 @@ pub enum Cause {
     Joined(WorkerId),
     /// An operator wants it to leave.
     Drained(WorkerId),
+    /// An operator wants this many workers.
+    Scaled {
+        workers: u16,
+    },
     /// The load of the experts has shifted.
     Rebalance,
     Lost {
@@ -33,6 +37,7 @@ impl fmt::Display for Cause {
             Self::Start => f.write_str("start"),
             Self::Joined(worker) => write!(f, "{worker} joined"),
             Self::Drained(worker) => write!(f, "{worker} drained"),
+            Self::Scaled { workers } => write!(f, "scaled to {workers}"),
             Self::Rebalance => f.write_str("rebalance"),
             Self::Lost { worker, evidence } => write!(f, "{worker} lost: {evidence}"),
             Self::Fault { text, suspects } => {
@@ -50,6 +55,10 @@ pub struct Change {
     pub cause: Cause,
     /// When it was decided, since the coordinator's start.
     pub at: Duration,
+    /// Copies of experts that workers must load for it.
+    pub loads: usize,
+    /// How long what is wrong went unseen; unknown if it showed by a broken connection, at once.
+    pub detect: Option<Duration>,
     /// Computing the placement.
     pub plan: Option<Duration>,
     /// Until all members were prepared.
@@ -61,7 +70,17 @@ pub struct Change {
 }
 
 impl Change {
-    pub(crate) fn new(epoch: Epoch, cause: Cause, at: Duration) -> Self {
-        Self { epoch, cause, at, plan: None, prepare: None, commit: None, first_token: None }
+    pub(crate) fn new(epoch: Epoch, cause: Cause, at: Duration, loads: usize) -> Self {
+        Self {
+            epoch,
+            cause,
+            at,
+            loads,
+            detect: None,
+            plan: None,
+            prepare: None,
+            commit: None,
+            first_token: None,
+        }
     }
 }

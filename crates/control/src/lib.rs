@@ -23,8 +23,10 @@
 //! who were to take over are lost meanwhile, it stays.
 
 mod change;
+mod leave;
 mod machine;
 mod plan;
+mod silence;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -49,6 +51,10 @@ pub struct Settings {
     pub adopt_max: Duration,
     /// Copies of every expert beyond the first, as far as there are ranks for them.
     pub redundancy: u16,
+    /// Places per rank and layer for further copies, which level the load of hot experts.
+    pub spare: u16,
+    /// Level the load that often, if it gains enough; `None`: only when an operator asks.
+    pub rebalance_every: Option<Duration>,
 }
 
 /// How a worker introduces itself.
@@ -73,6 +79,13 @@ pub struct Hello {
     pub epoch: Epoch,
 }
 
+/// Ranks of which a router hears nothing, though it hears others, and for how long.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Silence {
+    pub ranks: Vec<Rank>,
+    pub lasted: Duration,
+}
+
 /// What happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Input {
@@ -90,22 +103,39 @@ pub enum Input {
     StoreFailed { epoch: Epoch, text: String },
     /// The store holds somebody else's view with this epoch.
     Superseded { found: Epoch },
-    /// A router saw a step of the epoch fail. Ranks it suspects are no more than a hint.
-    Fault { epoch: Epoch, text: String, suspects: Vec<Rank> },
+    /// A router saw a step of the epoch fail. Ranks it suspects are no more than a hint; those that are
+    /// silent cannot serve it, whatever is wrong with them.
+    Fault { epoch: Epoch, text: String, suspects: Vec<Rank>, silence: Silence },
     /// A router committed the first step of the epoch.
     FirstToken { epoch: Epoch },
     /// An operator wants a worker to leave without anybody noticing.
     Drain { worker: WorkerId },
+    /// An operator wants this many workers.
+    Scale { workers: u16 },
     /// What the experts had to do since the last such input.
     Load { window: Window },
-    /// Plan anew for the load, if that gains enough.
+    /// An operator wants the load level; answered with `Rebalanced`.
     Rebalance,
     /// [`Control::deadline`] has passed.
     Tick,
 }
 
+/// What levelling the load would do, or does. Loads are those of the fullest rank as a multiple of the
+/// mean, averaged over the layers; 1 is level.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Levelling {
+    /// A view change has begun.
+    Begun { epoch: Epoch, before: f64, after: f64 },
+    /// It would gain too little to make the streams wait.
+    Level { before: f64, after: f64 },
+    /// No tokens were counted yet.
+    Unknown,
+    /// Another view change is under way, or none serves.
+    Busy,
+}
+
 /// What to do.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Output {
     /// The worker is a member under this id.
     Welcome { incarnation: String, worker: WorkerId },
@@ -113,6 +143,12 @@ pub enum Output {
     Refuse { incarnation: String, reason: String },
     /// The worker cannot be drained.
     DrainRefused { worker: WorkerId, reason: String },
+    /// These workers leave, and so many must be started by somebody else.
+    Scaled { leaving: Vec<WorkerId>, missing: u16 },
+    /// The number of workers cannot be changed now.
+    ScaleRefused { reason: String },
+    /// The answer to `Rebalance`.
+    Rebalanced(Levelling),
     /// Ask a worker to prepare its rank of a view; answer with `Prepared` or `PrepareFailed`.
     Prepare { worker: WorkerId, rank: Rank, view: Arc<View> },
     /// Write the view to the store; answer with `Stored`, `StoreFailed` or `Superseded`.

@@ -1,5 +1,6 @@
 //! The machine itself; `lib.rs` draws it.
 
+use crate::silence::Distrust;
 use crate::{Cause, Change, Hello, Input, Output, Settings};
 use ids::{Epoch, WorkerId};
 use placement::{Load, Member, View, Window};
@@ -53,7 +54,13 @@ pub struct Control {
     pub(crate) draining: BTreeSet<WorkerId>,
     /// What the experts had to do; `None` before anybody told.
     pub(crate) load: Option<Load>,
+    /// When levelling was last thought about.
+    pub(crate) levelled: Duration,
+    /// How many workers an operator wants; `None`: as many as come.
+    pub(crate) wanted: Option<u16>,
     pub(crate) history: VecDeque<Change>,
+    /// Workers that were silent, by incarnation.
+    pub(crate) distrusted: BTreeMap<String, Distrust>,
 }
 
 impl Control {
@@ -80,7 +87,10 @@ impl Control {
             overtaken: None,
             draining: BTreeSet::new(),
             load: None,
+            levelled: now,
+            wanted: None,
             history: VecDeque::new(),
+            distrusted: BTreeMap::new(),
         }
     }
 
@@ -114,7 +124,10 @@ impl Control {
                 Vec::new()
             }
             Input::Superseded { found } => self.superseded(now, found),
-            Input::Fault { epoch, text, suspects } => {
+            Input::Fault { epoch, text, suspects, silence } => {
+                if let Some(outputs) = self.silent(now, epoch, &silence) {
+                    return outputs;
+                }
                 let is_current = self.committed.as_ref().is_some_and(|view| view.epoch == epoch);
                 match &self.phase {
                     Phase::Serving if is_current => self.plan(now, Cause::Fault { text, suspects }),
@@ -133,7 +146,8 @@ impl Control {
                 Vec::new()
             }
             Input::Drain { worker } => self.drain(now, worker),
-            Input::Load { window } => self.observe(&window),
+            Input::Load { window } => self.observe(now, &window),
+            Input::Scale { workers } => self.scale(now, workers),
             Input::Rebalance => self.rebalance(now),
             Input::Tick => self.tick(now),
         }
@@ -152,7 +166,7 @@ impl Control {
         if let Some((&worker, _)) = known {
             return vec![Output::Welcome { incarnation: hello.incarnation, worker }];
         }
-        if let Some(reason) = self.refusal(&hello) {
+        if let Some(reason) = self.refusal(&hello).or_else(|| self.distrust(now, &hello)) {
             return vec![Output::Refuse { incarnation: hello.incarnation, reason }];
         }
         self.epoch = self.epoch.max(hello.epoch);
@@ -238,7 +252,12 @@ impl Control {
         self.plan(now, Cause::Start)
     }
 
-    fn lost(&mut self, now: Duration, worker: WorkerId, evidence: String) -> Vec<Output> {
+    pub(crate) fn lost(
+        &mut self,
+        now: Duration,
+        worker: WorkerId,
+        evidence: String,
+    ) -> Vec<Output> {
         if self.members.remove(&worker).is_none() {
             return Vec::new();
         }
@@ -337,70 +356,29 @@ impl Control {
         }
     }
 
-    /// A member that is to leave stays until a view without it counts.
-    fn drain(&mut self, now: Duration, worker: WorkerId) -> Vec<Output> {
-        if let Some(reason) = self.drain_refusal(worker) {
-            return vec![Output::DrainRefused { worker, reason }];
-        }
-        if !self.draining.insert(worker) {
-            return Vec::new();
-        }
-        match &self.phase {
-            Phase::Adopting { .. } | Phase::Assembling { .. } => self.dismiss_drained(),
-            Phase::Serving => self.plan(now, Cause::Drained(worker)),
-            Phase::Preparing { .. } | Phase::Committing { .. } => {
-                self.overtaken.get_or_insert(Cause::Drained(worker));
-                Vec::new()
-            }
-        }
-    }
-
-    fn drain_refusal(&self, worker: WorkerId) -> Option<String> {
-        if !self.members.contains_key(&worker) {
-            return Some(format!("{worker} is no member"));
-        }
-        if let Phase::Adopting { .. } = self.phase {
-            return Some("a new leader is waiting for the members; try again".into());
-        }
-        let stays = |other: &&WorkerId| **other != worker && !self.draining.contains(other);
-        match self.members.keys().find(stays) {
-            Some(_) => None,
-            None => Some(format!("{worker} is the last member; start another one first")),
-        }
-    }
-
-    /// Ends the membership of those who are to leave and are in no view any more.
-    fn dismiss_drained(&mut self) -> Vec<Output> {
-        let committed = self.committed.as_deref();
-        let leaves = |worker: &WorkerId| !committed.is_some_and(|view| has(view, *worker));
-        let leaving: Vec<WorkerId> = self.draining.iter().copied().filter(leaves).collect();
-        let mut outputs = Vec::new();
-        for worker in leaving {
-            self.draining.remove(&worker);
-            self.members.remove(&worker);
-            outputs.push(Output::Dismiss { worker, reason: "drained".into() });
-        }
-        outputs
-    }
-
     /// Experts had to do this much since the last time.
-    fn observe(&mut self, window: &Window) -> Vec<Output> {
+    fn observe(&mut self, now: Duration, window: &Window) -> Vec<Output> {
         if self.load.as_ref().is_none_or(|load| load.shape() != window.shape()) {
             self.load = Some(Load::unknown(window.shape()));
         }
         let load = self.load.as_mut().expect("it was just made");
         load.observe(window).expect("it counts what this window does");
-        Vec::new()
+        let every = self.settings.rebalance_every;
+        if every.is_some_and(|every| self.levelled + every <= now) {
+            self.level(now)
+        } else {
+            Vec::new()
+        }
     }
 
-    fn note(&mut self, epoch: Epoch, note: impl FnOnce(&mut Change)) {
+    pub(crate) fn note(&mut self, epoch: Epoch, note: impl FnOnce(&mut Change)) {
         if let Some(change) = self.history.iter_mut().rev().find(|change| change.epoch == epoch) {
             note(change);
         }
     }
 }
 
-fn has(view: &View, worker: WorkerId) -> bool {
+pub(crate) fn has(view: &View, worker: WorkerId) -> bool {
     view.members.iter().any(|member| member.worker == worker)
 }
 

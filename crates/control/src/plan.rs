@@ -1,6 +1,6 @@
 //! Which view comes next: who is in it, and who holds which experts.
 
-use crate::{Cause, Change, Control, Hello, Output, machine::Phase};
+use crate::{Cause, Change, Control, Hello, Levelling, Output, machine::Phase};
 use ids::{Rank, WorkerId};
 use placement::{Aim, Holdings, Load, Member, Request, View, even_capacity, replan};
 use std::sync::Arc;
@@ -11,6 +11,12 @@ const HISTORY_MAX: usize = 256;
 /// What levelling the load must gain, as a part of the fullest rank's load. A view change makes every
 /// stream wait and computes its KV again, which nobody notices only if what follows is clearly faster.
 const REBALANCE_GAIN_MIN: f64 = 0.05;
+
+/// A view that may come, under the epoch before it, and how many copies of experts it makes workers load.
+struct Next {
+    view: View,
+    loads: usize,
+}
 
 impl Control {
     /// Starts the next view over all members that stay.
@@ -24,32 +30,47 @@ impl Control {
             // Those who were to take over are gone: better a cluster that nobody wanted than none.
             self.draining.clear();
         }
-        let view = self.next_view(aim(&cause));
-        self.start(now, cause, view)
+        let next = self.next_view(aim(&cause));
+        self.start(now, cause, next)
+    }
+
+    /// Levels the load, if that is worth a view change, and says so.
+    pub(crate) fn rebalance(&mut self, now: Duration) -> Vec<Output> {
+        let (levelling, mut outputs) = self.try_level(now);
+        outputs.insert(0, Output::Rebalanced(levelling));
+        outputs
     }
 
     /// Levels the load, if that is worth a view change.
-    pub(crate) fn rebalance(&mut self, now: Duration) -> Vec<Output> {
-        let (Phase::Serving, Some(view), Some(load)) = (&self.phase, &self.committed, &self.load)
-        else {
-            return Vec::new();
-        };
-        let next = self.next_view(Aim::Level);
-        let (before, after) = (load.balance(&view.placement), load.balance(&next.placement));
-        if 1.0 - before / after < REBALANCE_GAIN_MIN {
-            return Vec::new();
-        }
-        self.start(now, Cause::Rebalance, next)
+    pub(crate) fn level(&mut self, now: Duration) -> Vec<Output> {
+        self.try_level(now).1
     }
 
-    fn start(&mut self, now: Duration, cause: Cause, mut view: View) -> Vec<Output> {
+    fn try_level(&mut self, now: Duration) -> (Levelling, Vec<Output>) {
+        self.levelled = now;
+        let (Phase::Serving, Some(view)) = (&self.phase, &self.committed) else {
+            return (Levelling::Busy, Vec::new());
+        };
+        let Some(load) = &self.load else { return (Levelling::Unknown, Vec::new()) };
+        let next = self.next_view(Aim::Level);
+        let before = 1.0 / load.balance(&view.placement);
+        let after = 1.0 / load.balance(&next.view.placement);
+        if 1.0 - after / before < REBALANCE_GAIN_MIN {
+            return (Levelling::Level { before, after }, Vec::new());
+        }
+        let outputs = self.start(now, Cause::Rebalance, next);
+        (Levelling::Begun { epoch: self.epoch, before, after }, outputs)
+    }
+
+    fn start(&mut self, now: Duration, cause: Cause, next: Next) -> Vec<Output> {
+        let Next { mut view, loads } = next;
         self.epoch = self.epoch.next();
         view.epoch = self.epoch;
         let view = Arc::new(view);
         if self.history.len() == HISTORY_MAX {
             self.history.pop_front();
         }
-        self.history.push_back(Change::new(view.epoch, cause, now));
+        self.history.push_back(Change::new(view.epoch, cause, now, loads));
         let prepare = |member: &Member| Output::Prepare {
             worker: member.worker,
             rank: member.rank,
@@ -62,7 +83,7 @@ impl Control {
     }
 
     /// Members of the last view keep their order and what they hold, newcomers follow by id.
-    fn next_view(&self, aim: Aim) -> View {
+    fn next_view(&self, aim: Aim) -> Next {
         let last = self.committed.as_deref();
         let old_rank = |worker: WorkerId| {
             last?.members.iter().find(|member| member.worker == worker).map(|member| member.rank)
@@ -96,11 +117,13 @@ impl Control {
         };
         let unknown = Load::unknown(shape);
         let load = self.load.as_ref().filter(|load| load.shape() == shape).unwrap_or(&unknown);
-        let capacity = even_capacity(shape, ranks, redundancy, 0);
+        let capacity = even_capacity(shape, ranks, redundancy, usize::from(self.settings.spare));
         let request = Request { aim, capacity: &capacity, redundancy, current: &current, load };
         let planned =
             replan(&request).expect("there is a place for every copy, and a rank for each");
-        View { epoch: self.epoch, members, placement: planned.placement, profile, model }
+        let loads = planned.loads.len();
+        let placement = planned.placement;
+        Next { view: View { epoch: self.epoch, members, placement, profile, model }, loads }
     }
 }
 
@@ -108,6 +131,10 @@ impl Control {
 fn aim(cause: &Cause) -> Aim {
     match cause {
         Cause::Lost { .. } | Cause::Fault { .. } | Cause::Superseded => Aim::Restore,
-        Cause::Start | Cause::Joined(_) | Cause::Drained(_) | Cause::Rebalance => Aim::Level,
+        Cause::Start
+        | Cause::Joined(_)
+        | Cause::Drained(_)
+        | Cause::Scaled { .. }
+        | Cause::Rebalance => Aim::Level,
     }
 }

@@ -3,7 +3,7 @@
 use crate::machine::Phase;
 use crate::{Change, Control};
 use ids::{Epoch, Rank, WorkerId};
-use placement::{Member, View};
+use placement::{Member, Shape, View};
 
 /// Which phase, without its data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,12 +48,21 @@ pub struct Status {
     /// Of the view that counts; `None` before the first.
     pub epoch: Option<Epoch>,
     pub phase: PhaseName,
+    /// How many workers an operator wants, if one has said so.
+    pub wanted: Option<u16>,
     pub members: Vec<MemberStatus>,
     /// Oldest first.
     pub changes: Vec<Change>,
 }
 
 impl Control {
+    /// Layers and experts of the view that counts.
+    #[must_use]
+    pub fn shape(&self) -> Option<Shape> {
+        let placement = &self.standing()?.placement;
+        Some(Shape { moe_layers: placement.moe_layers(), experts: placement.experts() })
+    }
+
     /// A snapshot for `herd status`.
     #[must_use]
     pub fn status(&self) -> Status {
@@ -84,6 +93,7 @@ impl Control {
         Status {
             epoch: view.map(|view| view.epoch),
             phase,
+            wanted: self.wanted,
             members,
             changes: self.history.iter().cloned().collect(),
         }

@@ -118,8 +118,8 @@ impl Placement {
             .collect()
     }
 
-    /// The rank that serves the tokens of rank `source`: itself if it can, else one of the replicas,
-    /// so that sources spread over them. Which one it is changes no bit of a result.
+    /// The rank that serves the tokens of rank `source`: itself if it can, else the replicas take turns,
+    /// so that each serves as many sources as any other. Which one it is changes no bit of a result.
     ///
     /// # Panics
     ///
@@ -130,7 +130,10 @@ impl Placement {
         if replicas.contains(&source) {
             return source;
         }
-        replicas[source.index() % replicas.len()]
+        let is_other = |rank: &u16| !replicas.contains(&Rank(*rank));
+        let turn = (0..source.0).filter(is_other).count();
+        // Who serves one source more than the others changes with expert and layer.
+        replicas[(turn + expert.index() + moe_layer) % replicas.len()]
     }
 }
 

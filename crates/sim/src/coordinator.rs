@@ -20,6 +20,8 @@ pub(crate) fn settings(workers: u16) -> Settings {
         assemble_max: Duration::from_secs(2),
         adopt_max: Duration::from_secs(2),
         redundancy: 1,
+        spare: 0,
+        rebalance_every: None,
     }
 }
 
@@ -195,7 +197,12 @@ impl Coordinator {
         };
         match output {
             // `beat` takes the welcome; all workers of this world are alike.
-            Output::Welcome { .. } | Output::Refuse { .. } | Output::DrainRefused { .. } => {}
+            Output::Welcome { .. }
+            | Output::Refuse { .. }
+            | Output::DrainRefused { .. }
+            | Output::Scaled { .. }
+            | Output::ScaleRefused { .. }
+            | Output::Rebalanced(_) => {}
             Output::Prepare { worker, rank, view } => {
                 if rank == Rank(0) {
                     self.acts.push(Act::Planned { view: Arc::clone(&view) });

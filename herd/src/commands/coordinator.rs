@@ -1,16 +1,12 @@
 //! `herd coordinator`: the control plane of a cluster, as a process of its own.
 
 use super::BadInput;
-use super::parts::{ChildArgs, Signals, block_on, say};
+use super::parts::{ChildArgs, PlacementArgs, Signals, block_on, say};
 use anyhow::Context;
-use control::Settings;
 use std::sync::Arc;
 use std::time::Duration;
 use store::{Etcd, EtcdConfig, Memory, Store};
 use tokio::net::TcpListener;
-
-/// Registration again with a new leader takes a worker a second at most.
-const ADOPT_MAX: Duration = Duration::from_secs(5);
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -45,9 +41,8 @@ pub(crate) struct SettingsArgs {
     /// Longest wait for them, in seconds, from the first one on.
     #[arg(long, default_value_t = 60)]
     pub(crate) assemble_max_s: u64,
-    /// Copies of every expert beyond the first, so that a lost worker needs no loading.
-    #[arg(long, default_value_t = 1)]
-    pub(crate) redundancy: u16,
+    #[command(flatten)]
+    pub(crate) placement: PlacementArgs,
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
@@ -58,12 +53,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         let address = listener.local_addr()?.to_string();
         let url = format!("http://{}", args.advertise.as_ref().unwrap_or(&address));
         let handle = coordinator::start(coordinator::Config {
-            settings: Settings {
-                workers_expected: args.settings.workers,
-                assemble_max: Duration::from_secs(args.settings.assemble_max_s),
-                adopt_max: ADOPT_MAX,
-                redundancy: args.settings.redundancy,
-            },
+            settings: args
+                .settings
+                .placement
+                .settings(args.settings.workers, Duration::from_secs(args.settings.assemble_max_s)),
             store: args.store()?,
             url: url.clone(),
             store_urls: args

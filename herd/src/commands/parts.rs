@@ -2,6 +2,7 @@
 
 use super::{BadInput, DEFAULT_LISTEN, DEFAULT_MODEL, DtypeArg};
 use anyhow::{Context, ensure};
+use control::Settings;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -13,6 +14,9 @@ use worker::{KvBlocks, Model};
 const KV_MEMORY_SHARE: u64 = 4;
 /// Where the machine does not tell how much is free.
 const KV_BYTES_UNKNOWN: u64 = 1 << 30;
+
+/// Registration again with a new leader takes a worker a second at most.
+const ADOPT_MAX: Duration = Duration::from_secs(5);
 
 #[derive(clap::Args)]
 pub(crate) struct ModelArgs {
@@ -114,6 +118,49 @@ impl ServeArgs {
     pub(crate) fn model_name(&self, dir: &Path) -> String {
         let folder = || dir.file_name().map(|name| name.to_string_lossy().into_owned());
         self.name.clone().or_else(folder).unwrap_or_else(|| "llama4".into())
+    }
+}
+
+/// Where copies of experts go.
+#[derive(clap::Args)]
+pub(crate) struct PlacementArgs {
+    /// Copies of every expert beyond the first, so that a lost worker needs no loading.
+    #[arg(long, default_value_t = 1)]
+    redundancy: u16,
+    /// Places per worker and layer for further copies of hot experts, which level the load.
+    #[arg(long, default_value_t = 0)]
+    spare_experts: u16,
+    /// Level the load of the experts that often, in seconds, if it gains enough; 0: only by
+    /// `herd rebalance`.
+    #[arg(long, default_value_t = 60)]
+    rebalance_s: u64,
+}
+
+impl PlacementArgs {
+    /// The settings of a coordinator.
+    pub(crate) fn settings(&self, workers_expected: u16, assemble_max: Duration) -> Settings {
+        let rebalance = Duration::from_secs(self.rebalance_s);
+        Settings {
+            workers_expected,
+            assemble_max,
+            adopt_max: ADOPT_MAX,
+            redundancy: self.redundancy,
+            spare: self.spare_experts,
+            rebalance_every: (!rebalance.is_zero()).then_some(rebalance),
+        }
+    }
+
+    /// The flags that make another process of this program settle on the same.
+    pub(crate) fn flags(&self) -> [String; 6] {
+        let Self { redundancy, spare_experts, rebalance_s } = self;
+        [
+            "--redundancy".into(),
+            redundancy.to_string(),
+            "--spare-experts".into(),
+            spare_experts.to_string(),
+            "--rebalance-s".into(),
+            rebalance_s.to_string(),
+        ]
     }
 }
 

@@ -21,6 +21,10 @@ use tokio::process::{Child, ChildStdin, Command};
 const COORDINATORS: usize = 2;
 /// Between a child's end and its successor.
 const RESTART_PAUSE: Duration = Duration::from_millis(200);
+/// Between questions of how many workers an operator wants.
+const SCALE_POLL: Duration = Duration::from_millis(500);
+/// How the names of workers begin.
+const WORKER: &str = "worker ";
 /// Longest wait for a child to end by itself.
 const STOP_MAX: Duration = Duration::from_secs(5);
 /// Between looks at whether the cluster serves.
@@ -49,6 +53,10 @@ impl Role {
         self.stdin = child.stdin.take();
         self.child = Some(child);
         Ok(())
+    }
+
+    fn is_worker(&self) -> bool {
+        self.name.starts_with(WORKER)
     }
 
     /// Waits for its end; for ever, if it does not run.
@@ -115,6 +123,14 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
     }
     let mut signals = Signals::new()?;
     let name = args.serve.model_name(&dir);
+    let another = |number| {
+        let mut role = worker(args, &program, &urls, (&dir, number));
+        if args.allow_chaos {
+            // Its links have no relays: these are planned at the start.
+            role.args.extend(["--allow-chaos", "--exchange", "tcp"].map(OsString::from));
+        }
+        role
+    };
     let announce = async {
         ready(&address).await;
         say(&format!("\n{}", how_to_try(&name, &address)));
@@ -123,7 +139,7 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
     tokio::select! {
         () = signals.next() => {}
         () = announce => {}
-        result = supervise(&mut roles, args) => return result,
+        result = supervise(&mut roles, &urls, args, another) => return result,
     }
     say("stopping");
     // The router first: it lets running requests end, for which it needs the others.
@@ -141,11 +157,45 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Starts what ends again. Returns only if that fails.
-async fn supervise(roles: &mut [Role], args: &Args) -> anyhow::Result<()> {
+/// What the supervisor waits for.
+enum News {
+    /// The end of a role, by index.
+    Ended(std::io::Result<ExitStatus>, usize),
+    /// So many workers are wanted; 0 if nobody has said.
+    Wanted(u16),
+}
+
+/// Starts what ends again, and the workers that an operator wants beyond those that run. Returns only
+/// if that fails.
+async fn supervise(
+    roles: &mut Vec<Role>,
+    coordinators: &str,
+    args: &Args,
+    mut worker: impl FnMut(u16) -> Role,
+) -> anyhow::Result<()> {
+    let status = router::status::of_coordinators(coordinators);
+    let mut next_worker = args.workers;
     loop {
         let ends = roles.iter_mut().map(|role| Box::pin(role.ended()));
-        let (status, index, _) = futures::future::select_all(ends).await;
+        let news = tokio::select! {
+            (status, index, _) = futures::future::select_all(ends) => News::Ended(status, index),
+            workers = wanted(&status) => News::Wanted(workers),
+        };
+        let (status, index) = match news {
+            News::Ended(status, index) => (status, index),
+            News::Wanted(workers) => {
+                let runs = |role: &&Role| role.is_worker() && role.child.is_some();
+                let running = roles.iter().filter(runs).count();
+                for _ in running..usize::from(workers) {
+                    let mut role = worker(next_worker);
+                    next_worker += 1;
+                    role.spawn()?;
+                    // The router stays the last: it is stopped first.
+                    roles.insert(roles.len() - 1, role);
+                }
+                continue;
+            }
+        };
         let role = &mut roles[index];
         role.child = None;
         let (text, is_done) = match &status {
@@ -154,12 +204,23 @@ async fn supervise(roles: &mut [Role], args: &Args) -> anyhow::Result<()> {
             Err(error) => (error.to_string(), false),
         };
         say(&format!("{} ended: {text}", role.name));
+        if is_done && role.is_worker() {
+            roles.remove(index);
+            continue;
+        }
         if args.no_restart || is_done {
             continue;
         }
         tokio::time::sleep(RESTART_PAUSE).await;
         role.spawn()?;
     }
+}
+
+/// Waits a while, and asks how many workers an operator wants; 0 if nobody has said.
+async fn wanted(status: &router::http::ClusterStatus) -> u16 {
+    tokio::time::sleep(SCALE_POLL).await;
+    let wanted = status().await["workers_wanted"].as_u64();
+    wanted.and_then(|wanted| u16::try_from(wanted).ok()).unwrap_or(0)
 }
 
 async fn ready(address: &str) {
@@ -218,22 +279,11 @@ fn coordinators(
     for number in 0..COORDINATORS {
         let address = free_address()?;
         urls.push(format!("http://{address}"));
-        let (workers, redundancy) = (args.workers.to_string(), args.redundancy.to_string());
-        roles.push(role(
-            format!("coordinator {number}"),
-            program,
-            &[
-                "coordinator",
-                "--listen",
-                &address,
-                "--etcd",
-                etcd,
-                "--workers",
-                &workers,
-                "--redundancy",
-                &redundancy,
-            ],
-        ));
+        let workers = args.workers.to_string();
+        let flags = ["coordinator", "--listen", &address, "--etcd", etcd, "--workers", &workers];
+        let mut role = role(format!("coordinator {number}"), program, &flags);
+        role.args.extend(args.placement.flags().map(OsString::from));
+        roles.push(role);
     }
     Ok((roles, urls.join(",")))
 }
@@ -257,7 +307,7 @@ fn worker(args: &Args, program: &OsString, urls: &str, (dir, number): (&Path, u1
         "--sequences",
         &sequences,
     ];
-    let mut role = role(format!("worker {number}"), program, &flags);
+    let mut role = role(format!("{WORKER}{number}"), program, &flags);
     role.args.extend(["--model".into(), dir.as_os_str().to_owned()]);
     if let Some(mib) = compute.kv_mib {
         role.args.extend(["--kv-mib".into(), mib.to_string().into()]);

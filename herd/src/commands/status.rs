@@ -37,7 +37,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn of_router(url: &str) -> anyhow::Result<Value> {
+pub(crate) fn of_router(url: &str) -> anyhow::Result<Value> {
     let url = url.trim_end_matches('/');
     let agent: ureq::Agent =
         ureq::Agent::config_builder().timeout_global(Some(CALL_MAX)).build().into();
@@ -52,8 +52,10 @@ fn of_router(url: &str) -> anyhow::Result<Value> {
 /// The leading coordinator that a router knows.
 pub(crate) fn leader(router: &str) -> anyhow::Result<String> {
     let status = of_router(router)?;
-    let leader = status["coordinators"][0]["url"].as_str();
-    leader.map(str::to_owned).with_context(|| {
+    let coordinators = status["coordinators"].as_array().map_or(&[][..], Vec::as_slice);
+    let leader = coordinators.iter().find(|coordinator| coordinator["leader"] == true);
+    let url = leader.and_then(|leader| leader["url"].as_str());
+    url.map(str::to_owned).with_context(|| {
         format!("the router at {router} knows no coordinator: {}", status["coordinator_error"])
     })
 }
@@ -83,7 +85,7 @@ fn table(status: &Value) -> String {
     };
     line(format!("epoch {}   {}", cell(&status["epoch"]), cell(&status["phase"])));
     if let Some(error) = status["coordinator_error"].as_str() {
-        line(format!("the coordinator does not answer: {error}"));
+        line(format!("no coordinator leads: {error}"));
     }
     let router = &status["router"];
     if router.is_object() {
@@ -98,9 +100,14 @@ fn table(status: &Value) -> String {
         ));
     }
     line(String::new());
+    let columns = ["url", "pid", "leader", "error"];
+    let rows = rows(&status["coordinators"], &columns, usize::MAX);
+    line(aligned(&["coordinator", "pid", "leader", "error"], &rows));
+    line(String::new());
     let columns = ["worker", "rank", "state", "experts", "sequences", "pid", "address", "device"];
-    let rows = rows(&status["members"], &columns, usize::MAX);
+    let rows = self::rows(&status["members"], &columns, usize::MAX);
     line(aligned(&columns, &rows));
+    line(String::new());
     let columns = ["epoch", "prepare_ms", "commit_ms", "first_token_ms", "cause"];
     let rows = self::rows(&status["changes"], &columns, CHANGES_SHOWN);
     line(aligned(&columns, &rows));
@@ -156,6 +163,7 @@ mod tests {
                           "sequences": 3, "pid": 7, "address": "a:1", "device": "cpu:avx2 x1" }],
             "router": { "address": "b:2", "ready": true, "streams": 3, "queued": 0, "steps": 9,
                         "failed_steps": 0 },
+            "coordinators": [{ "url": "http://c:3", "pid": 5, "leader": true }],
             "changes": [{ "epoch": 2, "cause": "start", "prepare_ms": 1.25, "commit_ms": 0.5,
                           "first_token_ms": null }],
         });
@@ -163,8 +171,12 @@ mod tests {
 epoch 2   serving
 router b:2   ready true   streams 3   queued 0   steps 9   failed 0
 
+coordinator  pid  leader  error
+http://c:3   5    true    -
+
 worker  rank  state    experts  sequences  pid  address  device
 10      0     serving  8        3          7    a:1      cpu:avx2 x1
+
 epoch  prepare_ms  commit_ms  first_token_ms  cause
 2      1.2         0.5        -               start
 ";

@@ -1,6 +1,6 @@
 //! `herd up`: a whole cluster on this machine.
 
-use super::parts::{ComputeArgs, ModelArgs, ServeArgs, Signals, block_on, say};
+use super::parts::{ComputeArgs, ModelArgs, PlacementArgs, ServeArgs, Signals, block_on, say};
 use super::processes;
 use super::router::Door;
 use herd::cluster::{Cluster, Config};
@@ -10,6 +10,9 @@ use worker::{Ended, Model};
 
 /// Between a worker's end and its successor, so that one that cannot live does not fill the log.
 const RESTART_PAUSE: Duration = Duration::from_secs(1);
+
+/// Workers of one process register within this time of each other, or something is wrong.
+const ASSEMBLE_MAX: Duration = Duration::from_secs(60);
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -22,9 +25,8 @@ pub(crate) struct Args {
     /// Workers that share the experts.
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) workers: u16,
-    /// Copies of every expert beyond the first, so that a lost worker needs no loading.
-    #[arg(long, default_value_t = 1)]
-    pub(crate) redundancy: u16,
+    #[command(flatten)]
+    pub(crate) placement: PlacementArgs,
     /// Run every role as a process of its own, over a real etcd; what dies is started again.
     #[arg(long)]
     pub(crate) processes: bool,
@@ -53,9 +55,8 @@ async fn serve(args: &Args) -> anyhow::Result<()> {
     let model = Arc::new(Model::open(&dir, args.compute.dtype.into())?);
     let config = Config {
         model: Arc::clone(&model),
-        workers: args.workers,
         threads: args.compute.threads(args.workers),
-        redundancy: args.redundancy,
+        settings: args.placement.settings(args.workers, ASSEMBLE_MAX),
         kv: args.compute.kv(&model, args.workers)?,
         step_tokens: args.serve.step_tokens.max(args.compute.sequences),
         sequences_max: args.compute.sequences,
@@ -116,7 +117,7 @@ fn banner(config: &Config, name: &str, address: &str) -> String {
         model.experts,
         model.moe_layers().len(),
         config.model.dtype,
-        config.workers,
+        config.settings.workers_expected,
         config.threads,
         how_to_try(name, address),
     )

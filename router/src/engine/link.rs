@@ -1,6 +1,7 @@
 //! The step streams to all workers of one view. They carry a step to every rank and collect what
 //! every rank answers; they decide only whether an answer belongs to the step.
 
+use super::suspicion::{BEAT, Signs, Silence, Suspicion};
 use super::watch::{Peer, Target};
 use futures::future;
 use ids::{Epoch, SeqId, StepId};
@@ -8,6 +9,7 @@ use proto::pb;
 use scheduler::Plan;
 use std::{collections::BTreeSet, time::Duration};
 use tokio::sync::mpsc;
+use tokio::time::MissedTickBehavior;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Streaming, transport::Endpoint};
 
@@ -27,6 +29,8 @@ pub(super) enum StepFailure {
     Fault { rank: usize, text: String, suspects: Vec<u32>, not_finite: Option<SeqId> },
     #[error("the stream to rank {rank} broke: {text}")]
     Broken { rank: usize, text: String },
+    #[error("no sign of life from ranks {:?} for {:?}", silence.ranks, silence.lasted)]
+    Silent { silence: Silence },
     #[error("no answer of all ranks within {limit:?}")]
     Deadline { limit: Duration },
     #[error("rank {rank} did not sample {sequence}")]
@@ -50,6 +54,7 @@ impl StepFailure {
         match self {
             Self::Fault { suspects, .. } => suspects.clone(),
             Self::Broken { rank, .. } => u32::try_from(*rank).into_iter().collect(),
+            Self::Silent { silence } => silence.ranks.iter().map(|&rank| number(rank)).collect(),
             Self::Deadline { .. } | Self::Incomplete { .. } | Self::Superseded { .. } => Vec::new(),
         }
     }
@@ -59,6 +64,19 @@ impl StepFailure {
         match self {
             Self::Fault { not_finite, .. } => *not_finite,
             Self::Broken { .. }
+            | Self::Silent { .. }
+            | Self::Deadline { .. }
+            | Self::Incomplete { .. }
+            | Self::Superseded { .. } => None,
+        }
+    }
+
+    /// Ranks that give no sign of life, and for how long.
+    pub(super) fn silence(&self) -> Option<&Silence> {
+        match self {
+            Self::Silent { silence } => Some(silence),
+            Self::Fault { .. }
+            | Self::Broken { .. }
             | Self::Deadline { .. }
             | Self::Incomplete { .. }
             | Self::Superseded { .. } => None,
@@ -67,7 +85,10 @@ impl StepFailure {
 
     pub(super) fn remedy(&self) -> Remedy {
         match self {
-            Self::Fault { .. } | Self::Deadline { .. } | Self::Incomplete { .. } => Remedy::Retry,
+            Self::Fault { .. }
+            | Self::Silent { .. }
+            | Self::Deadline { .. }
+            | Self::Incomplete { .. } => Remedy::Retry,
             Self::Broken { .. } | Self::Superseded { .. } => Remedy::Reopen,
         }
     }
@@ -96,7 +117,10 @@ impl Links {
             match tokio::time::timeout(OPEN_MAX, open(rank, peer)).await {
                 Ok(Ok(link)) => Ok(link),
                 Ok(Err(error)) => Err(broken(error.to_string())),
-                Err(_elapsed) => Err(broken(format!("{} does not answer", peer.address))),
+                Err(_elapsed) => {
+                    let silence = Silence { ranks: vec![rank], lasted: OPEN_MAX };
+                    Err(StepFailure::Silent { silence })
+                }
             }
         });
         Ok(Self { epoch: target.epoch, links: future::try_join_all(opening).await? })
@@ -107,6 +131,7 @@ impl Links {
         &mut self,
         plan: &Plan,
         deadline: Duration,
+        suspicion: &mut Suspicion,
         sample: impl Fn(SeqId) -> pb::Sample,
     ) -> Result<Vec<pb::Sampled>, StepFailure> {
         for (link, slices) in self.links.iter().zip(&plan.ranks) {
@@ -126,11 +151,16 @@ impl Links {
             })?;
         }
         let (epoch, limit) = (self.epoch, deadline + GRACE);
+        let signs = Signs::new(self.links.len());
         let links = self.links.iter_mut();
-        let results = future::try_join_all(links.map(|link| link.result(epoch, plan.step)));
-        match tokio::time::timeout(limit, results).await {
-            Ok(results) => sampled(plan, results?),
-            Err(_elapsed) => Err(StepFailure::Deadline { limit }),
+        let results =
+            future::try_join_all(links.map(|link| link.result((epoch, plan.step), &signs)));
+        tokio::select! {
+            // What has come counts before the silence does.
+            biased;
+            results = results => sampled(plan, results?),
+            silence = silent(suspicion, &signs) => Err(StepFailure::Silent { silence }),
+            () = tokio::time::sleep(limit) => Err(StepFailure::Deadline { limit }),
         }
     }
 }
@@ -147,17 +177,41 @@ async fn open(rank: usize, peer: &Peer) -> Result<Link, Box<dyn std::error::Erro
     Ok(Link { rank, steps, results })
 }
 
+/// Waits until a rank is silent that should not be.
+async fn silent(suspicion: &mut Suspicion, signs: &Signs) -> Silence {
+    let mut ticks = tokio::time::interval(BEAT);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    // The first one fires at once.
+    ticks.tick().await;
+    loop {
+        ticks.tick().await;
+        if let Some(silence) = suspicion.tick(signs) {
+            return silence;
+        }
+    }
+}
+
+pub(super) fn number(rank: usize) -> u32 {
+    u32::try_from(rank).expect("ranks are numbered in 16 bits")
+}
+
 impl Link {
     /// The answer to `step`. Answers to earlier steps, which failed elsewhere, are dropped.
-    async fn result(&mut self, epoch: Epoch, step: StepId) -> Result<pb::StepResult, StepFailure> {
+    async fn result(
+        &mut self,
+        (epoch, step): (Epoch, StepId),
+        signs: &Signs,
+    ) -> Result<pb::StepResult, StepFailure> {
         let rank = self.rank;
         let broken = |text| StepFailure::Broken { rank, text };
         loop {
             let result = self.results.message().await.map_err(|s| broken(s.to_string()))?;
             let result = result.ok_or_else(|| broken("the worker ended it".into()))?;
+            signs.heard(rank);
             if (result.epoch, result.step) != (epoch.0, step.0) {
                 continue;
             }
+            signs.answered(rank);
             if result.fault.is_empty() {
                 return Ok(result);
             }

@@ -1,6 +1,7 @@
 //! Tells the coordinator what the engine sees of a view. News may be lost: a fault that nobody heard
 //! of makes the next step fail too, and that is reported again.
 
+use super::link::{StepFailure, number};
 use ids::Epoch;
 use proto::pb;
 use proto::pb::report_request::News;
@@ -18,8 +19,20 @@ const CALL_MAX: Duration = Duration::from_secs(2);
 pub(super) struct Reporter(mpsc::Sender<pb::ReportRequest>);
 
 impl Reporter {
-    pub(super) fn fault(&self, epoch: Epoch, text: String, suspects: Vec<u32>) {
-        self.send(epoch, News::Fault(pb::Fault { text, suspects }));
+    pub(super) fn fault(&self, epoch: Epoch, failure: &StepFailure) {
+        let silence = failure.silence();
+        let silent =
+            silence.map(|silence| silence.ranks.iter().map(|&rank| number(rank)).collect());
+        let silent_ms = silence.map_or(0, |silence| silence.lasted.as_millis());
+        self.send(
+            epoch,
+            News::Fault(pb::Fault {
+                text: failure.to_string(),
+                suspects: failure.suspects(),
+                silent: silent.unwrap_or_default(),
+                silent_ms: u32::try_from(silent_ms).unwrap_or(u32::MAX),
+            }),
+        );
     }
 
     pub(super) fn first_token(&self, epoch: Epoch) {

@@ -8,6 +8,7 @@ use super::{
     journal::Record,
     link::{Links, Remedy, StepFailure},
     report::{self, Reporter},
+    suspicion::Suspicion,
     watch::{Peer, Target},
 };
 use ids::{Epoch, SeqId, StepId};
@@ -61,6 +62,7 @@ pub(super) struct Engine {
     next_sequence: SeqId,
     next_step: StepId,
     retry_pause: Duration,
+    suspicion: Suspicion,
 }
 
 impl Engine {
@@ -82,6 +84,7 @@ impl Engine {
             next_sequence: SeqId(0),
             next_step: StepId(1),
             retry_pause: RETRY_FIRST,
+            suspicion: Suspicion::new(),
         }
     }
 
@@ -107,9 +110,13 @@ impl Engine {
             self.wait(None, None).await;
             return None;
         };
+        let epoch = target.epoch;
         let opened = match Links::open(&target).await {
             Ok(links) => self.session(target, links),
-            Err(failure) => Err(failure.to_string()),
+            Err(failure) => {
+                self.reporter.fault(epoch, &failure);
+                Err(failure.to_string())
+            }
         };
         match opened {
             Ok(session) => Some(session),
@@ -128,6 +135,7 @@ impl Engine {
             .map_err(|error| format!("the view {} cannot be served: {error}", target.epoch))?;
         self.shared.context_tokens.store(scheduler.context_tokens(), Ordering::SeqCst);
         self.shared.epoch.store(target.epoch.0, Ordering::SeqCst);
+        *self.shared.served() = Some(target.clone());
         let preemptions = scheduler.stats().preemptions;
         let kept = scheduler.stats().running;
         let plan = Plan::new();
@@ -200,8 +208,7 @@ impl Engine {
                         tracing::info!(%epoch, "a rank is gone; its step is void");
                         return;
                     }
-                    let (epoch, suspects) = (session.target.epoch, failure.suspects());
-                    self.reporter.fault(epoch, failure.to_string(), suspects);
+                    self.reporter.fault(session.target.epoch, &failure);
                     self.pause_after(&failure.to_string(), Some(session)).await;
                     match remedy {
                         Remedy::Retry => {}
@@ -217,7 +224,7 @@ impl Engine {
         let sample = |id| live.get(&id).expect("only live sequences are planned").record.sample();
         let Session { links, plan, target, .. } = session;
         let started = Instant::now();
-        let step = links.step(plan, self.config.step_deadline, sample);
+        let step = links.step(plan, self.config.step_deadline, &mut self.suspicion, sample);
         let sampled = tokio::select! {
             sampled = step => sampled?,
             // Nobody waits for the answer of a rank that is gone. A planned change keeps all ranks, and

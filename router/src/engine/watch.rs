@@ -1,7 +1,7 @@
 //! Follows the coordinator's view. Losing the coordinator changes nothing: the last view stands
 //! until a newer one arrives.
 
-use ids::Epoch;
+use ids::{Epoch, WorkerId};
 use proto::pb;
 use scheduler::KvPools;
 use std::time::Duration;
@@ -23,6 +23,9 @@ pub(super) struct Target {
 /// One worker of a view.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Peer {
+    pub(super) worker: WorkerId,
+    pub(super) pid: u32,
+    pub(super) device: String,
     pub(super) address: String,
     /// Random per process start.
     pub(super) incarnation: String,
@@ -97,6 +100,9 @@ fn target_from_wire(wire: pb::View) -> Result<Target, proto::WireError> {
             .members
             .into_iter()
             .map(|member| Peer {
+                worker: member.worker,
+                pid: member.pid,
+                device: member.device,
                 address: member.address,
                 incarnation: member.incarnation,
                 kv: KvPools {

@@ -84,9 +84,7 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
 
 pub(super) async fn status(State(app): State<Arc<App>>) -> Response {
     let cluster = (app.front.status)().await;
-    let sequences = app.engine.sequences_by_rank();
-    let status = crate::status::join(cluster, app.engine.status_json(), &sequences);
-    answer::json(status.to_string())
+    answer::json(crate::status::join(cluster, &app.engine).to_string())
 }
 
 pub(super) async fn unknown_path(method: Method, uri: Uri) -> Refusal {

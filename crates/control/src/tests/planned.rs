@@ -1,6 +1,7 @@
 //! View changes that nobody is in a hurry for: drains and rebalances; and what a loss moves.
 
 use super::*;
+use ids::ExpertId;
 
 fn drain(worker: u32) -> Input {
     Input::Drain { worker: WorkerId(worker) }
@@ -91,7 +92,7 @@ fn rebalance_changes_the_view_only_if_it_gains() {
     check(
         &mut control,
         vec![(5, Input::Rebalance), (5, load([10, 10, 10, 10])), (5, Input::Rebalance)],
-        &[],
+        &["no load", "is level at 1.00"],
     );
     let view = control.committed.clone().unwrap();
     let held = view.placement.local_experts(0, Rank(0));
@@ -102,13 +103,96 @@ fn rebalance_changes_the_view_only_if_it_gains() {
     check(
         &mut control,
         vec![(6, load(skewed)), (6, Input::Rebalance)],
-        &["prepare w0 as r0 of n2[w0 w1]", "prepare w1 as r1 of n2[w0 w1]"],
+        &[
+            "level 1.52 to 1.00 by n2",
+            "prepare w0 as r0 of n2[w0 w1]",
+            "prepare w1 as r1 of n2[w0 w1]",
+        ],
     );
     assert_eq!(control.status().changes.last().unwrap().cause, Cause::Rebalance);
     check(
         &mut control,
         vec![(7, prepared(2, 0)), (7, prepared(2, 1)), (7, stored(2)), (8, Input::Rebalance)],
-        &["store n2[w0 w1]", "publish n2[w0 w1]"],
+        &["store n2[w0 w1]", "publish n2[w0 w1]", "is level at 1.00"],
+    );
+}
+
+#[test]
+fn load_is_levelled_by_itself_at_most_that_often() {
+    let every = Some(Duration::from_secs(60));
+    let mut control =
+        serving_with(Settings { redundancy: 0, rebalance_every: every, ..settings(2) });
+    let held = control.committed.as_ref().unwrap().placement.local_experts(0, Rank(0));
+    let mut skewed = vec![10; 4];
+    for expert in held {
+        skewed[expert.index()] = 100;
+    }
+    let load = || Input::Load { window: Window::new(&[skewed.clone(), skewed.clone()]).unwrap() };
+    check(&mut control, vec![(50, load()), (59, load())], &[]);
+    check(
+        &mut control,
+        vec![(60, load())],
+        &["prepare w0 as r0 of n2[w0 w1]", "prepare w1 as r1 of n2[w0 w1]"],
+    );
+    control.step(Duration::from_secs(61), prepared(2, 0));
+    control.step(Duration::from_secs(61), prepared(2, 1));
+    control.step(Duration::from_secs(61), stored(2));
+    check(&mut control, vec![(119, load()), (121, load())], &[]);
+    assert_eq!(control.status().changes.len(), 2, "what is level stays");
+}
+
+#[test]
+fn spare_places_take_further_copies_of_hot_experts() {
+    let mut control = serving_with(Settings { redundancy: 0, spare: 1, ..settings(2) });
+    let hot = vec![100, 10, 10, 10];
+    let window = Window::new(&[hot.clone(), hot]).unwrap();
+    control.step(Duration::from_secs(5), Input::Load { window });
+    let outputs = control.step(Duration::from_secs(6), Input::Rebalance);
+    let Output::Rebalanced(Levelling::Begun { after, .. }) = outputs[0] else {
+        panic!("{outputs:?}")
+    };
+    assert!(after < 1.10, "{after}");
+    let Output::Prepare { view, .. } = &outputs[1] else { panic!("{outputs:?}") };
+    assert_eq!(view.placement.replicas(0, ExpertId(0)).len(), 2);
+    assert_eq!(control.status().changes.last().unwrap().loads, 4);
+}
+
+#[test]
+fn youngest_leave_in_one_view_change_when_scaled_down() {
+    let mut control = start(4);
+    for name in ["a", "b", "c", "d"] {
+        control.step(Duration::from_secs(1), Input::Hello(hello(name)));
+    }
+    for worker in 0..4 {
+        control.step(Duration::from_secs(1), prepared(1, worker));
+    }
+    control.step(Duration::from_secs(1), stored(1));
+    check(
+        &mut control,
+        vec![(2, Input::Scale { workers: 6 }), (3, Input::Scale { workers: 2 })],
+        &[
+            "leaving [], missing 2",
+            "leaving [w2, w3], missing 0",
+            "prepare w0 as r0 of n2[w0 w1]",
+            "prepare w1 as r1 of n2[w0 w1]",
+        ],
+    );
+    // Who leaves is not counted, and one always stays.
+    check(
+        &mut control,
+        vec![(3, Input::Scale { workers: 3 }), (4, prepared(2, 0)), (4, prepared(2, 1))],
+        &["leaving [], missing 1", "store n2[w0 w1]"],
+    );
+    check(
+        &mut control,
+        vec![(4, stored(2)), (5, Input::Scale { workers: 0 })],
+        &[
+            "publish n2[w0 w1]",
+            "dismiss w2: drained",
+            "dismiss w3: drained",
+            "leaving [w1], missing 0",
+            "prepare w0 as r0 of n3[w0]",
+        ],
     );
 }
 
@@ -147,4 +231,67 @@ fn standing_members_are_shown_before_they_have_met_the_new_leader() {
         ("b:1", Some(Rank(1)), MemberState::Serving),
     ];
     assert_eq!(shown, want);
+}
+
+fn silent(epoch: u64, ranks: &[u16]) -> Input {
+    let ranks = ranks.iter().copied().map(Rank).collect();
+    let silence = Silence { ranks, lasted: Duration::from_millis(60) };
+    Input::Fault { epoch: Epoch(epoch), text: "silence".into(), suspects: vec![], silence }
+}
+
+#[test]
+fn silent_rank_leaves_at_once_and_comes_back_later_each_time() {
+    let mut control = serving();
+    check(
+        &mut control,
+        vec![(5, silent(1, &[1])), (5, silent(1, &[1])), (5, Input::Hello(hello("b")))],
+        &[
+            "dismiss w1: the router heard nothing from it for 60ms",
+            "prepare w0 as r0 of n2[w0]",
+            "refuse b: the router heard nothing from it; it may come back in 1.0 s",
+        ],
+    );
+    let detect = control.status().changes.last().unwrap().detect;
+    assert_eq!(detect, Some(Duration::from_millis(60)));
+    check(
+        &mut control,
+        vec![
+            (6, prepared(2, 0)),
+            (6, stored(2)),
+            (6, Input::Hello(hello("b"))),
+            (6, prepared(3, 0)),
+            (6, prepared(3, 2)),
+            (6, stored(3)),
+        ],
+        &[
+            "store n2[w0]",
+            "publish n2[w0]",
+            "welcome b as w2",
+            "prepare w0 as r0 of n3[w0 w2]",
+            "prepare w2 as r1 of n3[w0 w2]",
+            "store n3[w0 w2]",
+            "publish n3[w0 w2]",
+        ],
+    );
+    check(
+        &mut control,
+        vec![(7, silent(3, &[1])), (8, Input::Hello(hello("b")))],
+        &[
+            "dismiss w2: the router heard nothing from it for 60ms",
+            "prepare w0 as r0 of n4[w0]",
+            "refuse b: the router heard nothing from it; it may come back in 1.0 s",
+        ],
+    );
+    check(&mut control, vec![(9, Input::Hello(hello("b")))], &["welcome b as w3"]);
+}
+
+#[test]
+fn router_that_hears_nobody_ends_no_membership() {
+    let mut control = serving();
+    check(
+        &mut control,
+        vec![(5, silent(1, &[0, 1]))],
+        &["prepare w0 as r0 of n2[w0 w1]", "prepare w1 as r1 of n2[w0 w1]"],
+    );
+    assert_eq!(control.status().members.len(), 2);
 }

@@ -10,7 +10,7 @@ use crate::net::{MS, Node};
 use crate::router::OPEN_MAX;
 use crate::store::{Mood, Written};
 use crate::worker::Seat;
-use control::Input;
+use control::{Input, Silence};
 use ids::SeqId;
 use placement::{Placement, View};
 use std::sync::Arc;
@@ -58,7 +58,8 @@ impl World {
                 }
             }
             Call::Fault { epoch, suspects } => {
-                let input = Input::Fault { epoch, text: "a step".into(), suspects };
+                let silence = Silence::default();
+                let input = Input::Fault { epoch, text: "a step".into(), suspects, silence };
                 self.lead(|leader| leader.feed(now, input));
             }
             Call::FirstToken { epoch } => {

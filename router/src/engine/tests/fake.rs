@@ -175,6 +175,20 @@ impl Coordinator for FakeCoordinator {
         Err(Status::unimplemented("nobody drains here"))
     }
 
+    async fn rebalance(
+        &self,
+        _request: Request<pb::RebalanceRequest>,
+    ) -> Result<Response<pb::RebalanceResponse>, Status> {
+        Err(Status::unimplemented("nobody asks a fake"))
+    }
+
+    async fn scale(
+        &self,
+        _request: Request<pb::ScaleRequest>,
+    ) -> Result<Response<pb::ScaleResponse>, Status> {
+        Err(Status::unimplemented("nobody asks a fake"))
+    }
+
     async fn status(
         &self,
         _request: Request<pb::StatusRequest>,

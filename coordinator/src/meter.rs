@@ -1,0 +1,130 @@
+//! Adds up what the workers report of their experts' work, window by window. It has no clock.
+
+use ids::WorkerId;
+use placement::{Shape, Window};
+use std::collections::BTreeMap;
+
+/// Rows of one window, by worker: `[moe layers][experts]`.
+#[derive(Debug, Default)]
+pub(crate) struct Meter {
+    rows: BTreeMap<WorkerId, Vec<Vec<u64>>>,
+    last: Option<Measured>,
+}
+
+/// What a window showed.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Measured {
+    /// Rows that experts computed, all layers together.
+    pub(crate) rows: BTreeMap<WorkerId, u64>,
+    /// Load of the fullest worker as a multiple of the mean, averaged over the layers: 1 is level.
+    pub(crate) fullest: f64,
+}
+
+impl Meter {
+    /// Takes a report in.
+    ///
+    /// # Errors
+    ///
+    /// If it counts another number of layers or experts than the model has.
+    pub(crate) fn add(
+        &mut self,
+        worker: WorkerId,
+        layers: Vec<Vec<u64>>,
+        shape: Shape,
+    ) -> Result<(), String> {
+        let is_known = layers.iter().all(|layer| layer.len() == shape.experts);
+        if layers.len() != shape.moe_layers || !is_known {
+            return Err(format!("the load of {worker} is not that of {shape}"));
+        }
+        match self.rows.get_mut(&worker) {
+            None => {
+                self.rows.insert(worker, layers);
+            }
+            Some(rows) => {
+                for (sum, new) in rows.iter_mut().flatten().zip(layers.into_iter().flatten()) {
+                    *sum += new;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the window. `None` if nobody had to do anything.
+    ///
+    /// * `members`: who could have
+    pub(crate) fn close(&mut self, members: &[WorkerId]) -> Option<Window> {
+        let rows = std::mem::take(&mut self.rows);
+        if rows.is_empty() {
+            return None;
+        }
+        self.last = Some(measured(&rows, members));
+        let mut all = rows.values();
+        let mut sum = all.next()?.clone();
+        for (sum, more) in sum.iter_mut().flatten().zip(all.flat_map(|rows| rows.iter().flatten()))
+        {
+            *sum += more;
+        }
+        Window::new(&sum).ok()
+    }
+
+    /// What the last window with any work showed.
+    pub(crate) fn last(&self) -> Option<&Measured> {
+        self.last.as_ref()
+    }
+}
+
+fn measured(rows: &BTreeMap<WorkerId, Vec<Vec<u64>>>, members: &[WorkerId]) -> Measured {
+    let per_layer = |rows: &Vec<Vec<u64>>| rows.iter().map(|layer| layer.iter().sum()).collect();
+    let layers: BTreeMap<WorkerId, Vec<u64>> =
+        rows.iter().map(|(&worker, rows)| (worker, per_layer(rows))).collect();
+    let count = layers.values().next().map_or(0, Vec::len);
+    let workers =
+        members.iter().filter(|member| !layers.contains_key(member)).count() + layers.len();
+    let mut sum = 0.0;
+    for layer in 0..count {
+        let loads = layers.values().map(|rows| rows[layer]);
+        let (total, most) =
+            loads.fold((0, 0), |(total, most): (u64, u64), l| (total + l, most.max(l)));
+        // A layer without rows is level.
+        sum += if total == 0 { 1.0 } else { most as f64 * workers as f64 / total as f64 };
+    }
+    let fullest = if count == 0 { 1.0 } else { sum / count as f64 };
+    let rows = layers.into_iter().map(|(worker, rows)| (worker, rows.iter().sum())).collect();
+    Measured { rows, fullest }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPE: Shape = Shape { moe_layers: 2, experts: 2 };
+
+    #[test]
+    fn reports_add_up_and_the_fullest_worker_shows() {
+        let mut meter = Meter::default();
+        let [a, b, c] = [0, 1, 2].map(WorkerId);
+        assert_eq!(meter.close(&[a, b]), None);
+        for (worker, layers) in [
+            (a, vec![vec![3, 1], vec![0, 0]]),
+            (b, vec![vec![0, 1], vec![0, 0]]),
+            (b, vec![vec![0, 1], vec![0, 2]]),
+        ] {
+            meter.add(worker, layers, SHAPE).unwrap();
+        }
+        let window = meter.close(&[a, b, c]);
+        assert_eq!(window, Some(Window::new(&[vec![3, 3], vec![0, 2]]).unwrap()));
+        let last = meter.last().unwrap();
+        assert_eq!(last.rows, BTreeMap::from([(a, 4), (b, 4)]));
+        // Three workers: 4 of 6 rows in one layer, all in the other.
+        assert!((last.fullest - f64::midpoint(4.0 / 2.0, 3.0)).abs() < 1e-9, "{}", last.fullest);
+        assert_eq!(meter.close(&[a, b]), None, "the next window starts empty");
+    }
+
+    #[test]
+    fn report_of_another_model_is_refused() {
+        let mut meter = Meter::default();
+        let error = meter.add(WorkerId(4), vec![vec![1, 2, 3]], SHAPE).unwrap_err();
+        assert_eq!(error, "the load of w4 is not that of 2 layers of 2 experts");
+        assert_eq!(meter.close(&[]), None);
+    }
+}
