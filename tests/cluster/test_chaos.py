@@ -16,9 +16,15 @@ def strikable():
         yield running
 
 
+def left_and_came_back(run):
+    """How many joined after somebody was lost. Several may be lost in one change, and a fault may be seen first."""
+    lost = next((index for index, cause in enumerate(run.causes) if " lost: " in cause), len(run.causes))
+    return sum("joined" in cause for cause in run.causes[lost:])
+
+
 def test_worker_dies_between_its_experts_and_their_results(strikable, tmp_path):
     run = Run(strikable, tmp_path, 'kind = "kill"\nat = { step = 20, layer = 1, phase = "combine" }').check()
-    assert "lost" in run.causes[0] and "joined" in run.causes[-1], run.causes
+    assert left_and_came_back(run) == 1, run.causes
 
 
 def test_passing_nan_costs_one_step_and_names_the_expert(strikable, tmp_path):
@@ -58,33 +64,33 @@ def test_worker_that_stands_still_but_answers_is_waited_for(strikable, tmp_path)
 
 
 def test_late_links_slow_down_and_nothing_else(strikable, tmp_path):
-    run = Run(strikable, tmp_path, 'kind = "delay"\nms = 30\nfor_s = 1\nafter_s = [0.4, 0.4]').check()
+    run = Run(strikable, tmp_path, 'kind = "delay"\nms = 10\nfor_s = 1\nafter_s = [0.4, 0.4]').check()
     assert run.causes == []
     # A step crosses the links of the worker twice in each of the MoE layers, and to the router and back.
-    assert run.round["stall_p50_s"] > 0.15
+    assert run.round["stall_p50_s"] > run.report["in_peace"]["stall_p50_s"] + 0.03
 
 
 def test_ended_connections_come_back(strikable, tmp_path):
     run = Run(strikable, tmp_path, 'kind = "drop"\nfor_s = 0.5\nafter_s = [0.4, 0.4]').check()
-    assert "lost" in run.causes[0] and "joined" in run.causes[-1], run.causes
+    assert left_and_came_back(run) == 1, run.causes
 
 
 @pytest.mark.parametrize("way", ["to", "from"])
 def test_worker_that_is_cut_off_one_way_is_left_behind_and_comes_back(strikable, tmp_path, way):
     run = Run(strikable, tmp_path, f'kind = "partition"\nway = "{way}"\nfor_s = 2\nafter_s = [0.4, 0.4]').check()
-    assert "lost" in run.causes[0] and "joined" in run.causes[-1], run.causes
+    assert left_and_came_back(run) == 1, run.causes
 
 
 def test_two_workers_are_cut_off_together_and_come_back(strikable, tmp_path):
     run = Run(strikable, tmp_path, 'kind = "partition"\nworkers = 2\nfor_s = 2\nafter_s = [0.4, 0.4]').check()
     assert len(run.round["faults"]) == 2
-    assert sum("lost" in cause for cause in run.causes) == 2, run.causes
+    assert left_and_came_back(run) == 2, run.causes
 
 
 def test_two_workers_die_at_once(strikable, tmp_path):
     run = Run(strikable, tmp_path, 'kind = "kill"\nworkers = 2\nafter_s = [0.4, 0.4]').check()
     assert len({fault["pid"] for fault in run.round["faults"]}) == 2
-    assert sum("lost" in cause for cause in run.causes) == 2, run.causes
+    assert left_and_came_back(run) == 2, run.causes
 
 
 def test_cluster_that_was_not_started_for_it_takes_no_faults(cluster, tmp_path):
