@@ -4,20 +4,25 @@
 //! again, round after round, kills and freezes processes while they run, and compares. Who is hit and
 //! when follows from the scenario's seed alone.
 
+mod fault;
+mod invariants;
+pub mod links;
 mod load;
 mod report;
 mod scenario;
+mod strike;
 
+pub use fault::{At, Between, Fault, Kind, Phase, Target, Way};
 pub use report::{Report, html};
-pub use scenario::{Fault, Kind, Scenario, ScenarioError, Target};
+pub use scenario::{Scenario, ScenarioError};
 
 use anyhow::{Context, ensure};
 use load::Streams;
-use report::{Hit, Round};
+use report::Round;
 use scenario::Dice;
 use serde_json::Value;
-use std::process::Command;
 use std::time::{Duration, Instant};
+use strike::Network;
 
 /// Longest wait for the cluster to be whole again between two rounds.
 const WHOLE_MAX: Duration = Duration::from_secs(60);
@@ -31,6 +36,8 @@ pub struct Cluster {
     pub url: String,
     /// The status does not know it.
     pub etcd_pid: Option<u32>,
+    /// Where the links take rules, `http://host:port`.
+    pub links: Option<String>,
 }
 
 /// Runs a scenario; `progress` is called after every round.
@@ -48,10 +55,11 @@ pub fn run(
     let mut streams = Streams::new(&cluster.url, scenario.streams, scenario.tokens)?;
     let peace = streams.in_peace()?;
     let mut dice = Dice::new(scenario.seed);
+    let network = Network::new(cluster.links.clone());
     let mut rounds = Vec::new();
     for number in 0..scenario.rounds {
         whole(cluster, workers)?;
-        let round = round(scenario, cluster, (&streams, &mut dice), number)?;
+        let round = round((scenario, number, workers), cluster, &network, (&streams, &mut dice))?;
         progress(&round);
         rounds.push(round);
     }
@@ -59,72 +67,58 @@ pub fn run(
 }
 
 fn round(
-    scenario: &Scenario,
+    (scenario, number, workers): (&Scenario, u32, usize),
     cluster: &Cluster,
+    network: &Network,
     (streams, dice): (&Streams, &mut Dice),
-    number: u32,
 ) -> anyhow::Result<Round> {
     let epoch_before = status(cluster)?["epoch"].as_u64().unwrap_or(0);
     let running = streams.start();
     let mut hits = Vec::new();
-    let mut planned: Vec<(f64, &Fault)> =
-        scenario.faults.iter().map(|fault| (dice.between(fault.after_s), fault)).collect();
+    let when = |fault: &Fault| fault.after_s.unwrap_or_default();
+    let mut planned: Vec<(f64, (&Fault, u64))> =
+        scenario.faults.iter().zip(0..).map(|f| (dice.between(when(f.0)), f)).collect();
     planned.sort_by(|a, b| a.0.total_cmp(&b.0));
     for (at_s, fault) in planned {
         let wait = Duration::from_secs_f64(at_s).saturating_sub(running.started.elapsed());
         std::thread::sleep(wait);
-        hits.push(hit(cluster, fault, dice, running.started)?);
+        hits.extend(strike::strike(cluster, network, fault, dice, running.started)?);
     }
     let outcome = running.finish();
     for hit in &mut hits {
         // Waits for the fault's own end, which may come after that of the streams.
         drop(hit.thaw.take());
     }
-    let after = status(cluster)?;
+    let (after, recovered_s) = settled(cluster, workers, scenario.recovery_max_s)?;
     let changes = after["changes"].as_array().cloned().unwrap_or_default();
     let changes =
         changes.into_iter().filter(|c| c["epoch"].as_u64().unwrap_or(0) > epoch_before).collect();
     let epoch_after = after["epoch"].as_u64().unwrap_or(0);
-    Ok(Round { number, hits, outcome, epoch_before, epoch_after, changes })
+    Ok(Round { number, hits, outcome, epoch_before, epoch_after, changes, after, recovered_s })
 }
 
-/// Strikes one process.
-fn hit(cluster: &Cluster, fault: &Fault, dice: &mut Dice, started: Instant) -> anyhow::Result<Hit> {
-    let status = status(cluster)?;
-    let (pid, name) = match fault.target {
-        Target::Worker => {
-            let members = status["members"].as_array().map_or(&[][..], Vec::as_slice);
-            let serving: Vec<&Value> = members.iter().filter(|m| m["state"] == "serving").collect();
-            ensure!(!serving.is_empty(), "no worker serves");
-            let victim = serving[dice.below(serving.len())];
-            (victim["pid"].as_u64(), format!("worker {}", victim["worker"]))
+/// The status once the cluster is whole and idle, and the seconds until then; or the last one, if that
+/// takes too long.
+fn settled(
+    cluster: &Cluster,
+    workers: usize,
+    limit_s: f64,
+) -> anyhow::Result<(Value, Option<f64>)> {
+    let start = Instant::now();
+    loop {
+        let status = status(cluster);
+        let elapsed_s = start.elapsed().as_secs_f64();
+        match status {
+            Ok(status)
+                if workers <= serving_members(&status).len() && invariants::is_idle(&status) =>
+            {
+                return Ok((status, Some(elapsed_s)));
+            }
+            status if limit_s < elapsed_s => return Ok((status?, None)),
+            // An error is a coordinator that is being replaced.
+            Ok(_) | Err(_) => std::thread::sleep(Duration::from_millis(50)),
         }
-        Target::Leader => (status["leader"].as_u64(), "leader".to_owned()),
-        Target::Etcd => (cluster.etcd_pid.map(u64::from), "etcd".to_owned()),
-    };
-    let pid = pid.with_context(|| format!("the pid of the {name} is unknown; see --etcd-pid"))?;
-    let at_s = started.elapsed().as_secs_f64();
-    let thaw = match fault.kind {
-        Kind::Kill => {
-            signal(pid, "KILL")?;
-            None
-        }
-        Kind::Freeze => {
-            signal(pid, "STOP")?;
-            Some(report::Thaw::start(Duration::from_secs_f64(fault.for_s), move || {
-                // A supervisor may have ended it meanwhile.
-                let _ended = signal(pid, "CONT");
-            }))
-        }
-    };
-    Ok(Hit { at_s, kind: fault.kind, name, pid, thaw })
-}
-
-/// Without unsafe code there is no `kill(2)`; every system has the command.
-fn signal(pid: u64, name: &str) -> anyhow::Result<()> {
-    let status = Command::new("kill").args([format!("-{name}"), pid.to_string()]).status()?;
-    ensure!(status.success(), "cannot send SIG{name} to {pid}; run this on the cluster's host");
-    Ok(())
+    }
 }
 
 fn status(cluster: &Cluster) -> anyhow::Result<Value> {
@@ -135,10 +129,14 @@ fn status(cluster: &Cluster) -> anyhow::Result<Value> {
     Ok(answer.body_mut().read_json()?)
 }
 
+/// The members that serve.
+fn serving_members(status: &Value) -> Vec<&Value> {
+    let members = status["members"].as_array().into_iter().flatten();
+    members.filter(|member| member["state"] == "serving").collect()
+}
+
 fn serving(cluster: &Cluster) -> anyhow::Result<usize> {
-    let status = status(cluster)?;
-    let members = status["members"].as_array().map_or(&[][..], Vec::as_slice);
-    Ok(members.iter().filter(|member| member["state"] == "serving").count())
+    Ok(serving_members(&status(cluster)?).len())
 }
 
 /// Waits until as many workers serve as at the start.

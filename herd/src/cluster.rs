@@ -91,6 +91,8 @@ impl Cluster {
             threads: self.config.threads,
             kv: self.config.kv,
             coordinator: self.coordinator.clone(),
+            advertise: None,
+            chaos: worker::Chaos::Refused,
         };
         self.workers.push(worker::start(config, loopback().await?).await?);
         Ok(())

@@ -35,7 +35,7 @@ enum Command {
     Chat(chat::Args),
     /// Shows members, epoch, placement and load of a running cluster.
     Status(status::Args),
-    /// Kills and freezes processes of a running cluster under load, and checks that no client noticed.
+    /// Inflicts faults on a running cluster under load, and checks that no client noticed.
     Chaos(chaos::Args),
     /// Moves a worker's experts and sequences away, and ends it.
     Drain(drain::Args),

@@ -1,15 +1,17 @@
 //! One rank's steps: device, weights, KV cache and exchange of a view.
 
-use crate::exchange::{HostExchange, Served, StepExchange};
-use crate::joined::{Joined, Transport};
+use crate::chaos::{Hooks, Struck};
+use crate::exchange::{Rows, Served, StepExchange};
+use crate::finite::{NonFinite, Watch};
+use crate::joined::{Joined, Plantable, Transport};
 use crate::kv::KvBlocks;
 use crate::tally::Tally;
 use crate::weights::{Model, ModelError};
 use all2all::local::Hub;
 use all2all::tcp::Peer;
-use all2all::{Aborter, ExchangeError, Fault, Reason, Routes, StepOutcome, View};
+use all2all::{Aborter, AllToAll, ExchangeError, Fault, Reason, Routes, StepOutcome, View};
 use ids::{Epoch, ExpertId, Rank, StepId};
-use kernels::{Cache, Cpu, DeviceError, Experts, Level, Pool, Sampled, StepBatch};
+use kernels::{Cache, Cpu, DeviceError, Dtype, Experts, Level, Pool, Sampled, StepBatch};
 use model::forward::{Forward, ForwardError, Observer, Pass, pools, shape};
 use model::weights::Dense;
 use std::sync::Arc;
@@ -28,6 +30,8 @@ pub enum EngineError {
     Routes(#[from] all2all::RoutesError),
     #[error("step failed: {0}")]
     Step(Fault),
+    #[error("{0}")]
+    NonFinite(NonFinite),
     #[error("the worker has no rank yet")]
     Unseated,
     #[error("the step belongs to {got}, the worker serves {serving:?}")]
@@ -51,6 +55,7 @@ impl EngineError {
             | Self::Model(_)
             | Self::Device(_)
             | Self::Routes(_)
+            | Self::NonFinite(_)
             | Self::Unseated
             | Self::Epoch { .. }
             | Self::Io(_) => None,
@@ -131,6 +136,8 @@ pub struct Engine {
     forward: Forward<Cpu>,
     row_bytes: usize,
     transport: Transport,
+    hooks: Hooks,
+    dtype: Dtype,
     tally: Arc<Tally>,
     seated: Option<Seated>,
 }
@@ -170,6 +177,8 @@ impl Engine {
             dense,
             cache,
             transport,
+            hooks: Hooks::default(),
+            dtype: model.dtype,
             tally: Arc::new(Tally::new(config.moe_layers().len(), config.experts)),
             seated: None,
         })
@@ -191,6 +200,11 @@ impl Engine {
         let mut engine = Self::unseated(model, transport, threads, kv)?;
         engine.take(Seat::load(model, shard)?)?;
         Ok(engine)
+    }
+
+    /// Faults strike it that are armed there.
+    pub(crate) fn hook(&mut self, hooks: Hooks) {
+        self.hooks = hooks;
     }
 
     /// Takes a seat, between steps. The KV cache keeps its bytes.
@@ -255,6 +269,8 @@ impl Engine {
             device: &mut self.device,
             forward: &mut self.forward,
             row_bytes: self.row_bytes,
+            dtype: self.dtype,
+            hooks: &self.hooks,
             served,
             deadline,
         };
@@ -271,12 +287,14 @@ struct RankStep<'a> {
     device: &'a mut Cpu,
     forward: &'a mut Forward<Cpu>,
     row_bytes: usize,
+    dtype: Dtype,
+    hooks: &'a Hooks,
     served: &'a Served,
     deadline: Instant,
 }
 
 impl RankStep<'_> {
-    fn run<A: HostExchange>(
+    fn run<A: Plantable>(
         self,
         step: StepId,
         mut pass: Pass<'_, Cpu>,
@@ -284,25 +302,29 @@ impl RankStep<'_> {
         observer: &mut impl Observer<Cpu>,
     ) -> Result<Vec<Sampled>, EngineError> {
         let epoch = all2all.view().epoch;
+        let mut all2all = Struck::new(all2all, self.hooks, self.dtype);
         all2all.begin_step(epoch, step, self.deadline)?;
-        let mut exchange = StepExchange::new(all2all, step, self.row_bytes, self.served);
-        let result = self.forward.run(self.device, &mut pass, &mut exchange, observer);
-        let sampled = match result {
-            Ok(sampled) => sampled,
+        let rows = Rows { bytes: self.row_bytes, dtype: self.dtype };
+        let mut exchange = StepExchange::new(&mut all2all, step, rows, self.served);
+        let mut watch = Watch { observer, batch: pass.step, found: None };
+        let result = self.forward.run(self.device, &mut pass, &mut exchange, &mut watch);
+        let found = exchange.found.or(watch.found);
+        match result {
+            Ok(sampled) => match (all2all.end_step(), found) {
+                (StepOutcome::Faulted(fault), _) => Err(EngineError::Step(fault)),
+                (StepOutcome::Complete, Some(found)) => Err(EngineError::NonFinite(found)),
+                (StepOutcome::Complete, None) => Ok(sampled),
+            },
             Err(ForwardError::Exchange(error)) => {
                 all2all.end_step();
-                return Err(error.into());
+                Err(error.into())
             }
             Err(ForwardError::Device(error)) => {
                 // The others wait for this rank's rows: tell them at once.
                 all2all.aborter().abort(epoch, Reason::Abandoned);
                 all2all.end_step();
-                return Err(error.into());
+                Err(error.into())
             }
-        };
-        match all2all.end_step() {
-            StepOutcome::Complete => Ok(sampled),
-            StepOutcome::Faulted(fault) => Err(EngineError::Step(fault)),
         }
     }
 }

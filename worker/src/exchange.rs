@@ -1,9 +1,10 @@
-//! The forward pass's exchange over an all-to-all of host rows.
+//! The forward pass's exchange over an all-to-all of host rows, and the watch over what travels.
 
+use crate::finite::{NonFinite, Place, first_bad_row};
 use crate::tally::Tally;
 use all2all::{AllToAll, Arrived, ExchangeError, HostRows, LayerKey, Pending, Sent};
 use ids::{ExpertId, StepId};
-use kernels::{Cpu, Device, Experts, Route, Wire};
+use kernels::{Cpu, Device, Dtype, Experts, Route, Wire};
 use model::forward::MoeExchange;
 use std::sync::Arc;
 
@@ -20,6 +21,13 @@ impl Served {
     }
 }
 
+/// The form of a row.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows {
+    pub(crate) bytes: usize,
+    pub(crate) dtype: Dtype,
+}
+
 /// Where a layer stands; the tickets of the exchange, kept between the calls of the forward pass.
 enum Layer {
     Idle,
@@ -32,22 +40,42 @@ pub(crate) struct StepExchange<'a, A> {
     pub(crate) exchange: &'a mut A,
     pub(crate) step: StepId,
     pub(crate) row_bytes: usize,
+    dtype: Dtype,
     served: &'a Served,
     moe_layer: usize,
-    rows: usize,
+    /// The chosen experts of the layer, `[rows]`, and its index.
+    experts: Vec<u16>,
+    index: u16,
+    pub(crate) found: Option<NonFinite>,
     layer: Layer,
     results: Wire,
 }
 
 impl<'a, A> StepExchange<'a, A> {
-    pub(crate) fn new(
-        exchange: &'a mut A,
-        step: StepId,
-        row_bytes: usize,
-        served: &'a Served,
-    ) -> Self {
-        let (rows, layer, results) = (0, Layer::Idle, Wire::default());
-        Self { exchange, step, row_bytes, served, moe_layer: 0, rows, layer, results }
+    pub(crate) fn new(exchange: &'a mut A, step: StepId, rows: Rows, served: &'a Served) -> Self {
+        Self {
+            exchange,
+            step,
+            row_bytes: rows.bytes,
+            dtype: rows.dtype,
+            served,
+            moe_layer: 0,
+            experts: Vec::new(),
+            index: 0,
+            found: None,
+            layer: Layer::Idle,
+            results: Wire::default(),
+        }
+    }
+
+    /// Remembers the first value that is not finite. The step goes on, since no row depends on another
+    /// one and the other ranks need theirs; it fails when it is over.
+    fn watch(&mut self, bytes: &[u8], place: impl Fn(&Self, usize) -> Place) {
+        if self.found.is_none()
+            && let Some(row) = first_bad_row(bytes, self.row_bytes, self.dtype)
+        {
+            self.found = Some(NonFinite { place: place(self, row), row });
+        }
     }
 }
 
@@ -79,7 +107,10 @@ impl<A: HostExchange> MoeExchange<Cpu> for StepExchange<'_, A> {
         self.moe_layer = layer;
         let layer = u16::try_from(layer).expect("layers are numbered in 16 bits");
         let key = LayerKey { step: self.step, layer };
-        self.rows = route.experts().len();
+        self.experts.clear();
+        self.experts.extend_from_slice(route.experts());
+        self.index = layer;
+        self.watch(rows.bytes(), |_, _| Place::Hidden { layer });
         let rows = HostRows { bytes: rows.bytes(), row_bytes: self.row_bytes };
         self.layer = Layer::Sent(self.exchange.dispatch_send(key, rows, route.experts())?);
         Ok(())
@@ -103,7 +134,13 @@ impl<A: HostExchange> MoeExchange<Cpu> for StepExchange<'_, A> {
         let Layer::Pending(pending) = std::mem::replace(&mut self.layer, Layer::Idle) else {
             unreachable!("the forward pass serves before it combines")
         };
-        let bytes = self.rows * self.row_bytes;
-        self.exchange.combine_recv(pending, results.room(bytes))
+        let bytes = results.room(self.experts.len() * self.row_bytes);
+        self.exchange.combine_recv(pending, bytes)?;
+        self.watch(bytes, |this, row| {
+            let (layer, expert) = (this.index, this.experts[row]);
+            let rank = this.exchange.view().routes.target(layer, expert).0.0;
+            Place::Expert { layer, expert, rank }
+        });
+        Ok(())
     }
 }

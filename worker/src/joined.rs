@@ -1,9 +1,10 @@
 //! Where a worker exchanges rows, and its end of it in a view.
 
+use crate::exchange::HostExchange;
 use all2all::local::{Hub, Local};
 use all2all::tcp::{Identity, Mesh, Options, Peer, Tcp};
 use all2all::{Aborter, AllToAll, ExchangeError, View};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,15 +16,34 @@ const RECONFIGURE_MAX: Duration = Duration::from_secs(2);
 pub enum Exchange {
     /// They are threads of this process.
     Local(Arc<Hub>),
-    /// They are processes, which reach this one under this address.
-    Processes(IpAddr),
+    /// They are processes.
+    Processes(Processes),
+}
+
+/// How a process exchanges rows with others.
+#[derive(Debug, Clone, Copy)]
+pub struct Processes {
+    /// Port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Where the others reach it, if that is not where it listens.
+    pub advertise: Option<SocketAddr>,
+    pub within_host: WithinHost,
+}
+
+/// What carries rows between processes of one host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WithinHost {
+    /// Memory that both map, where that works.
+    SharedMemory,
+    /// Connections, with checksums, as between hosts.
+    Tcp,
 }
 
 /// The transport of this process.
 #[derive(Clone)]
 pub(crate) enum Transport {
     Local(Arc<Hub>),
-    Mesh(Arc<Mesh>),
+    Mesh(Arc<Mesh>, SocketAddr),
 }
 
 impl Transport {
@@ -36,14 +56,17 @@ impl Transport {
     ) -> std::io::Result<Self> {
         match exchange {
             Exchange::Local(hub) => Ok(Self::Local(Arc::clone(hub))),
-            Exchange::Processes(ip) => {
+            Exchange::Processes(Processes { listen, advertise, within_host }) => {
                 let identity = Identity {
                     cluster: cluster.to_owned(),
                     incarnation: incarnation.to_owned(),
                     host: host(),
                 };
-                let mesh = Mesh::listen(SocketAddr::new(*ip, 0), identity, Options::default())?;
-                Ok(Self::Mesh(Arc::new(mesh)))
+                let shared_memory = *within_host == WithinHost::SharedMemory;
+                let options = Options { shared_memory, ..Options::default() };
+                let mesh = Mesh::listen(*listen, identity, options)?;
+                let address = advertise.unwrap_or(mesh.address());
+                Ok(Self::Mesh(Arc::new(mesh), address))
             }
         }
     }
@@ -52,7 +75,7 @@ impl Transport {
     pub(crate) fn address(&self) -> String {
         match self {
             Self::Local(_) => String::new(),
-            Self::Mesh(mesh) => mesh.address().to_string(),
+            Self::Mesh(_, address) => address.to_string(),
         }
     }
 
@@ -60,15 +83,39 @@ impl Transport {
     pub(crate) fn prepare(&self, view: &View, peers: &[Peer]) {
         match self {
             Self::Local(_) => {}
-            Self::Mesh(mesh) => mesh.prepare(view.epoch, peers),
+            Self::Mesh(mesh, _) => mesh.prepare(view.epoch, peers),
+        }
+    }
+
+    /// Whether a frame that changes on its way to another rank is noticed.
+    pub(crate) fn sums(&self) -> bool {
+        match self {
+            Self::Local(_) => false,
+            Self::Mesh(mesh, _) => mesh.sums(),
         }
     }
 
     pub(crate) fn join(&self, view: View, peers: &[Peer]) -> Result<Joined, ExchangeError> {
         match self {
             Self::Local(hub) => Ok(Joined::Local(hub.join(view)?)),
-            Self::Mesh(mesh) => Ok(Joined::Tcp(mesh.join(view, peers)?)),
+            Self::Mesh(mesh, _) => Ok(Joined::Tcp(mesh.join(view, peers)?)),
         }
+    }
+}
+
+/// An exchange that can spoil a frame.
+pub(crate) trait Plantable: HostExchange {
+    /// The next frame with rows for another rank arrives changed. Only where [`Transport::sums`].
+    fn corrupt_next_frame(&mut self);
+}
+
+impl Plantable for Local {
+    fn corrupt_next_frame(&mut self) {}
+}
+
+impl Plantable for Tcp {
+    fn corrupt_next_frame(&mut self) {
+        Self::corrupt_next_frame(self);
     }
 }
 

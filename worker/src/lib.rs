@@ -3,8 +3,11 @@
 //! It executes steps and decides nothing. [`start`] runs it as a gRPC service that registers with a
 //! coordinator; [`Engine`] is the rank alone, for tools.
 
+mod chaos;
 mod engine;
 mod exchange;
+mod finite;
+mod inject;
 mod joined;
 mod kv;
 mod registration;
@@ -21,8 +24,10 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
+pub use chaos::Chaos;
 pub use engine::{Engine, EngineError, Seat, Shard};
-pub use joined::Exchange;
+pub use finite::{NonFinite, Place};
+pub use joined::{Exchange, Processes, WithinHost};
 pub use kv::{KvBlocks, KvTooSmall};
 pub use weights::{Model, ModelError};
 
@@ -36,6 +41,9 @@ pub struct Config {
     pub kv: KvBlocks,
     /// `http://host:port` of the coordinator. Several, separated by commas, are tried in turn.
     pub coordinator: String,
+    /// `host:port` under which the others reach it, if that is not where it listens.
+    pub advertise: Option<String>,
+    pub chaos: Chaos,
 }
 
 /// A running worker. Dropping it ends the worker.
@@ -78,7 +86,8 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
     let cluster = config.model.config.fingerprint();
     let transport = Transport::open(&config.exchange, &cluster, &incarnation)
         .map_err(|error| EngineError::Io(format!("cannot start the exchange: {error}")))?;
-    let mut card = registration::card(&config, &address.to_string(), &incarnation);
+    let reached = config.advertise.clone().unwrap_or_else(|| address.to_string());
+    let mut card = registration::card(&config, &reached, &incarnation);
     card.exchange = transport.address();
     let profile = Level::detect().profile(config.model.dtype);
     let runner = runner::start(&config, transport).await?;
@@ -91,6 +100,7 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
     let mut streams = service.streams();
     let server = tonic::transport::Server::builder()
         .add_service(service.into_server())
+        .add_service(inject::server(config.chaos, runner.clone()))
         .serve_with_incoming(proto::incoming(listener));
     telemetry::spawn("worker", async move {
         let mut thread = runner.ended();

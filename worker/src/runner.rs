@@ -3,11 +3,12 @@
 //! A prepared seat waits beside the thread until a step of its epoch comes; so a planned view change
 //! costs a running epoch nothing, and the switch happens between two steps.
 
+use crate::chaos::Hooks;
 use crate::engine::{Engine, EngineError, Seat};
 use crate::joined::Transport;
 use crate::tally::Tally;
 use crate::{Config, step};
-use all2all::{Aborter, Reason};
+use all2all::{Aborter, FaultKind, Reason};
 use ids::{Epoch, StepId};
 use kernels::StepBatch;
 use model::forward::Unobserved;
@@ -41,6 +42,7 @@ pub(crate) struct Runner {
     waiting: Waiting,
     ended: watch::Receiver<Option<String>>,
     transport: Transport,
+    hooks: Hooks,
     tally: Arc<Tally>,
 }
 
@@ -108,6 +110,16 @@ impl Runner {
         }
     }
 
+    /// Where faults for the thread are armed.
+    pub(crate) fn hooks(&self) -> &Hooks {
+        &self.hooks
+    }
+
+    /// Whether a frame that changes on its way is noticed.
+    pub(crate) fn sums(&self) -> bool {
+        self.transport.sums()
+    }
+
     /// What the experts have to do.
     pub(crate) fn tally(&self) -> Arc<Tally> {
         Arc::clone(&self.tally)
@@ -135,10 +147,12 @@ pub(crate) async fn start(config: &Config, transport: Transport) -> Result<Runne
     let waiting = Waiting::default();
     let seats = waiting.clone();
     let model = Arc::clone(&config.model);
-    let connecting = transport.clone();
+    let (connecting, hooks) = (transport.clone(), Hooks::default());
+    let armed = hooks.clone();
     let (threads, kv) = (config.threads, config.kv);
     let body = move || match Engine::unseated(&model, transport, threads, kv) {
-        Ok(engine) => {
+        Ok(mut engine) => {
+            engine.hook(armed);
             // Nobody waits any more if the start was given up.
             let _given_up = tell_ready.send(Ok(engine.tally()));
             run(engine, &seats, inbox);
@@ -161,7 +175,7 @@ pub(crate) async fn start(config: &Config, transport: Transport) -> Result<Runne
         .map_err(|error| EngineError::Io(format!("cannot start the worker's thread: {error}")))?;
     let gone = |_| EngineError::Io("the worker's thread ended while it started".into());
     let tally = ready.await.map_err(gone)??;
-    Ok(Runner { jobs, waiting, ended, transport: connecting, tally })
+    Ok(Runner { jobs, waiting, ended, transport: connecting, hooks, tally })
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
@@ -200,6 +214,8 @@ fn execute(
         Err(error) => {
             tracing::debug!(epoch = wire.epoch, step = wire.step, %error, "step failed");
             result.suspects = suspects(&error);
+            result.echo = is_echo(&error);
+            result.not_finite = not_finite(&error, batch, wire);
             result.fault = error.to_string();
         }
     }
@@ -237,7 +253,20 @@ fn attempt(
     Ok((u32::from(engine.rank().0), step::sampled(wire, sampled)))
 }
 
-/// The ranks that the exchange waited for in vain.
+/// Whether another rank knows better what went wrong.
+fn is_echo(error: &EngineError) -> bool {
+    error.fault().is_some_and(|fault| fault.kind == FaultKind::Aborted(Reason::PeerFaulted))
+}
+
+/// The sequence in whose rows a value is not finite.
+fn not_finite(error: &EngineError, batch: &StepBatch, step: &pb::Step) -> Option<u64> {
+    let EngineError::NonFinite(found) = error else { return None };
+    let row = batch.rows.get(found.row)?;
+    step.slices.get(usize::try_from(row.table).ok()?).map(|slice| slice.sequence)
+}
+
+/// The ranks that the exchange waited for in vain. A value that is not finite may be the doing of the
+/// request, and accuses nobody.
 fn suspects(error: &EngineError) -> Vec<u32> {
     error.fault().map_or_else(Vec::new, |fault| {
         fault.suspects.iter().map(|rank| u32::from(rank.0)).collect()

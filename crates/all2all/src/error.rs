@@ -48,7 +48,9 @@ impl fmt::Display for FaultKind {
         match self {
             Self::Deadline => f.write_str("the step's deadline passed"),
             Self::PeerClosed => f.write_str("a peer is gone"),
-            Self::Corrupt => f.write_str("a peer sent rows of another step"),
+            Self::Corrupt => {
+                f.write_str("a peer sent rows of another step, or they changed on their way")
+            }
             Self::Aborted(reason) => write!(f, "aborted ({reason:?})"),
         }
     }

@@ -87,6 +87,8 @@ pub struct Tcp {
     lanes: Vec<Lane>,
     layer: Layer,
     waiting: wait::Waiting,
+    /// The next frame with rows gets a fault.
+    corrupts: bool,
 }
 
 impl Tcp {
@@ -94,13 +96,19 @@ impl Tcp {
         let waiting = wait::Waiting::new(&view);
         let lanes = (0..view.ranks).map(|_| Lane::default()).collect();
         let (state, layer) = (State::Idle, Layer::default());
-        Self { core, view, state, lanes, layer, waiting }
+        Self { core, view, state, lanes, layer, waiting, corrupts: false }
     }
 
     /// Frames of old epochs that came over the present connections and were dropped.
     #[must_use]
     pub fn dropped_frames(&self) -> u64 {
         self.lanes.iter().flat_map(|lane| &lane.wire).map(|wire| wire.inbound.dropped).sum()
+    }
+
+    /// Plants a fault: a bit of the next frame that holds rows for another rank changes on its way, behind
+    /// the sender's checksum. Frames in shared memory have none and are let alone.
+    pub fn corrupt_next_frame(&mut self) {
+        self.corrupts = true;
     }
 
     /// Records the fault of the step and tells the peers, so that none waits for its deadline.
@@ -143,6 +151,9 @@ impl Tcp {
             let (epoch, sequence) = (self.view.epoch, 0);
             let head = Head { epoch, key, phase, from: me, to, rows, row_bytes, sequence };
             wire.outbound.begin(head, own_slots);
+            if self.corrupts && 0 < head.rows_bytes() {
+                self.corrupts = !wire.outbound.corrupt();
+            }
             wire.outbound.reserve(runs);
             wire.inbound.expect(Head { from: to, to: me, ..head });
         }

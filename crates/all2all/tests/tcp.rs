@@ -80,3 +80,27 @@ fn large_frames(mut network: Meshes, rows: usize) {
     });
     assert!(0 < dropped, "vacuous: no frame was cut");
 }
+
+/// A bit that changes between the sender's checksum and the receiver ends the step on every rank, and the
+/// next epoch goes on over the same connections.
+#[test]
+fn frame_that_changes_on_its_way_fails_the_step() {
+    let network = &Meshes::apart();
+    std::thread::scope(|scope| {
+        let rank = |me: usize| {
+            let mut end = network.join(view(1, me, &[true; 3])).unwrap();
+            assert_eq!(step(&mut end, 1, 9, LONG), Ok(()));
+            if me == 1 {
+                end.corrupt_next_frame();
+            }
+            let fault = step(&mut end, 2, 9, LONG).unwrap_err();
+            end.reconfigure(view(2, me, &[true; 3]), LONG).unwrap();
+            assert_eq!(step(&mut end, 1, 9, LONG), Ok(()), "{me}");
+            format!("{fault:?}")
+        };
+        let ranks: Vec<_> = (0..3).map(|me| scope.spawn(move || rank(me))).collect();
+        let faults: Vec<String> = ranks.into_iter().map(|rank| rank.join().unwrap()).collect();
+        let seen = |fault: &&String| fault.contains("Corrupt") && fault.contains("suspects: [r1]");
+        assert_eq!(faults.iter().filter(seen).count(), 1, "{faults:?}");
+    });
+}

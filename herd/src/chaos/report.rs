@@ -1,7 +1,9 @@
 //! What happened: as JSON, and as one page to look at.
 
+use super::fault::Kind;
+use super::invariants::{self, Verdict};
 use super::load::Outcome;
-use super::scenario::{Kind, Scenario};
+use super::scenario::Scenario;
 use serde_json::{Value, json};
 use std::fmt::Write;
 use std::sync::mpsc::{Receiver, channel};
@@ -50,6 +52,10 @@ pub struct Round {
     pub epoch_after: u64,
     /// The view changes of the round, as `herd status` shows them.
     pub changes: Vec<Value>,
+    /// The status after it.
+    pub after: Value,
+    /// Seconds after it until the cluster was whole and idle; `None` if it did not get there.
+    pub recovered_s: Option<f64>,
 }
 
 /// A whole run.
@@ -70,6 +76,7 @@ impl Round {
         line["round"] = json!(self.number);
         line["faults"] = json!(self.hits.iter().map(hit).collect::<Vec<_>>());
         line["epochs"] = json!([self.epoch_before, self.epoch_after]);
+        line["recovered_s"] = json!(self.recovered_s.map(round));
         line["changes"] = json!(self.changes);
         line
     }
@@ -82,6 +89,12 @@ impl Report {
         let mut stalls_s: Vec<f64> = all.copied().collect();
         stalls_s.sort_by(f64::total_cmp);
         Outcome { stalls_s, ..Outcome::default() }
+    }
+
+    /// What must hold in every run.
+    #[must_use]
+    pub fn invariants(&self) -> Vec<Verdict> {
+        invariants::judge(self)
     }
 
     /// What the scenario's promises say of the run; empty if all were kept.
@@ -97,6 +110,11 @@ impl Report {
         }
         if different > 0 {
             broken.push(format!("{different} streams yielded other tokens"));
+        }
+        // What the first lines have said already.
+        let counted = ["I1, I2", "I7"];
+        for verdict in self.invariants().iter().filter(|v| !counted.contains(&v.id)) {
+            broken.extend(verdict.broken.iter().map(|text| format!("{}: {text}", verdict.id)));
         }
         let stalls = self.stalls_s();
         for (share, name, max) in [
@@ -129,6 +147,7 @@ impl Report {
             "stall_p99_s": round(stalls.stall_s(0.99)),
             "stall_max_s": round(stalls.stall_s(1.0)),
             "broken": self.broken(),
+            "invariants": self.invariants().iter().map(Verdict::json).collect::<Vec<_>>(),
             "in_peace": outcome_json(&self.peace),
             "by_round": self.rounds.iter().map(Round::json).collect::<Vec<_>>(),
         })
@@ -179,6 +198,19 @@ pub fn html(report: &Report) -> String {
     for broken in report.broken() {
         push(&mut page, format_args!("<p><b>Broken: {}</b>", escape(&broken)));
     }
+    page.push_str("<h2>invariants</h2><table>");
+    for Verdict { id, rule, broken } in report.invariants() {
+        let held = if broken.is_empty() { "held" } else { "<b>broken</b>" };
+        push(
+            &mut page,
+            format_args!(
+                "<tr><td>{id}<td style=text-align:left>{}<td>{held}<td>{}",
+                escape(rule),
+                escape(&broken.join("; "))
+            ),
+        );
+    }
+    page.push_str("</table>");
     push(&mut page, format_args!("<h2>in peace</h2>{}", chart(&report.peace, &[])));
     for round in &report.rounds {
         let (outcome, epochs) = (&round.outcome, (round.epoch_before, round.epoch_after));
@@ -214,10 +246,7 @@ fn chart(outcome: &Outcome, hits: &[Hit]) -> String {
     }
     for hit in hits {
         let x = hit.at_s * 60.0;
-        let name = match hit.kind {
-            Kind::Kill => format!("kill {}", hit.name),
-            Kind::Freeze => format!("freeze {}", hit.name),
-        };
+        let name = format!("{} {}", hit.kind.name(), hit.name);
         push(
             &mut svg,
             format_args!(
@@ -258,6 +287,12 @@ mod tests {
             epoch_before: 1,
             epoch_after: 2,
             changes: vec![],
+            after: json!({
+                "members": [{ "state": "serving", "experts": 4, "sequences": 0 }],
+                "coordinators": [{ "leader": true }, { "leader": false }],
+                "router": { "streams": 0, "queued": 0 },
+            }),
+            recovered_s: Some(0.1),
         };
         let scenario = Scenario { stall_p99_max_s: max, ..Scenario::default() };
         Report { scenario, workers: 2, peace: Outcome::default(), rounds: vec![round] }
@@ -271,6 +306,38 @@ mod tests {
             broken,
             ["2 streams were lost", "p99 of the stalls is 0.700 s, more than 0.5 s"]
         );
+    }
+
+    #[test]
+    fn every_invariant_can_break() {
+        let held = |report: &Report| -> Vec<&str> {
+            let broken = report.invariants().into_iter().filter(|v| !v.broken.is_empty());
+            broken.map(|verdict| verdict.id).collect()
+        };
+        #[track_caller]
+        fn check(
+            id: &str,
+            held: impl Fn(&Report) -> Vec<&'static str>,
+            spoil: impl Fn(&mut Round),
+        ) {
+            let mut report = report(0, &[0.1], None);
+            assert!(held(&report).is_empty());
+            spoil(&mut report.rounds[0]);
+            assert_eq!(held(&report), [id]);
+        }
+        let held = |report: &Report| held(report);
+        check("I1, I2", held, |round| round.outcome.different = 1);
+        check("I3", held, |round| round.epoch_after = 0);
+        check("I3", held, |round| {
+            round.changes = vec![json!({ "epoch": 2 }), json!({ "epoch": 2 })];
+        });
+        check("I4", held, |round| round.after["members"][0]["state"] = json!("joining"));
+        check("I5", held, |round| round.recovered_s = None);
+        check("I5", held, |round| round.outcome.stalls_s = vec![61.0]);
+        check("I6", held, |round| round.after["members"][0]["sequences"] = json!(1));
+        check("I6", held, |round| round.after["router"]["queued"] = json!(1));
+        check("I7", held, |round| round.outcome.lost = 1);
+        check("I8", held, |round| round.after["coordinators"][1]["leader"] = json!(true));
     }
 
     #[test]

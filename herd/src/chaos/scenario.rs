@@ -11,8 +11,13 @@
 //! kind = "kill"
 //! target = "worker"
 //! after_s = [0.5, 2.0]
+//!
+//! [[faults]]
+//! kind = "nan"
+//! at = { step = 3, layer = 1, phase = "combine" }
 //! ```
 
+use super::fault::Fault;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -43,6 +48,8 @@ pub struct Scenario {
     pub stall_p50_max_s: Option<f64>,
     /// Fail if one stream of a hundred stands still for longer.
     pub stall_p99_max_s: Option<f64>,
+    /// Fail if a stream stands still for longer, or the cluster is not whole and idle so long after a round.
+    pub recovery_max_s: f64,
     /// Of every round.
     pub faults: Vec<Fault>,
 }
@@ -56,41 +63,10 @@ impl Default for Scenario {
             rounds: 1,
             stall_p50_max_s: None,
             stall_p99_max_s: None,
+            recovery_max_s: 60.0,
             faults: Vec::new(),
         }
     }
-}
-
-/// One fault.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Fault {
-    pub kind: Kind,
-    pub target: Target,
-    /// When it strikes, after the start of the streams: somewhere from the first to the second.
-    pub after_s: [f64; 2],
-    /// How long a freeze lasts.
-    #[serde(default)]
-    pub for_s: f64,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Kind {
-    /// SIGKILL.
-    Kill,
-    /// SIGSTOP, and SIGCONT after `for_s`.
-    Freeze,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Target {
-    /// One of those that serve, drawn by the seed.
-    Worker,
-    /// The leading coordinator.
-    Leader,
-    Etcd,
 }
 
 impl Scenario {
@@ -114,23 +90,7 @@ impl Scenario {
         if self.streams == 0 || self.tokens == 0 || self.rounds == 0 {
             return Err("streams, tokens and rounds must be at least 1".into());
         }
-        for fault in &self.faults {
-            let [from, to] = fault.after_s;
-            if !(0.0..=3600.0).contains(&from) || !(from..=3600.0).contains(&to) {
-                return Err(format!("after_s is [{from}, {to}], not a span within an hour"));
-            }
-            let lasts = (0.001..=3600.0).contains(&fault.for_s);
-            match fault.kind {
-                Kind::Freeze if !lasts => {
-                    return Err(format!(
-                        "a freeze lasts for_s = {}; give 0.001 to 3600",
-                        fault.for_s
-                    ));
-                }
-                Kind::Freeze | Kind::Kill => {}
-            }
-        }
-        Ok(())
+        self.faults.iter().try_for_each(Fault::check)
     }
 }
 
@@ -178,9 +138,29 @@ mod tests {
     fn files_that_say_nothing_sensible_are_refused() {
         refused("streams = 0", "must be at least 1");
         refused("stream = 3", "unknown field `stream`");
-        let fault = "[[faults]]\nkind = \"freeze\"\ntarget = \"worker\"\n";
-        refused(&format!("{fault}after_s = [1.0, 2.0]"), "a freeze lasts for_s = 0");
-        refused(&format!("{fault}for_s = 1.0\nafter_s = [2.0, 1.0]"), "not a span within an hour");
+        let fault = |text: &str, want: &str| refused(&format!("[[faults]]\n{text}"), want);
+        fault("kind = 'freeze'\nafter_s = [1, 2]", "a freeze lasts for_s = 0");
+        fault("kind = 'freeze'\nfor_s = 1\nafter_s = [2, 1]", "not a span within an hour");
+        fault("kind = 'kill'", "neither after_s nor at");
+        fault("kind = 'kill'\nworkers = 0\nafter_s = [1, 1]", "workers = 0");
+        fault("kind = 'kill'\ntarget = 'etcd'\nworkers = 2\nafter_s = [1, 1]", "one etcd");
+        fault("kind = 'nan'\ntarget = 'leader'\nafter_s = [1, 1]", "only a worker");
+        fault("kind = 'kill'\ntarget = 'etcd'\nat = { step = 1 }", "only a worker has steps");
+        fault("kind = 'freeze'\nfor_s = 1\nat = { step = 1 }", "pause");
+        fault("kind = 'nan'\nat = { phase = 'experts' }", "results exist in the phase combine");
+        fault("kind = 'corrupt'\nat = { phase = 'experts' }", "no frame is sent");
+        fault("kind = 'slow'\nms = 5\nat = { step = 1 }", "a slow lasts for_s = 0");
+        fault("kind = 'slow'\nms = 5\nfor_s = 1\nafter_s = [1, 1]", "needs a layer and a phase");
+        fault("kind = 'pause'\nat = { step = 1 }", "a pause takes ms = 0");
+        fault("kind = 'delay'\nfor_s = 1\nafter_s = [1, 1]", "neither ms nor bytes_per_s");
+        fault("kind = 'kill'\nms = 3\nafter_s = [1, 1]", "a kill has no ms");
+        fault("kind = 'kill'\nfor_s = 3\nafter_s = [1, 1]", "a kill does not last");
+        fault("kind = 'kill'\nway = 'to'\nafter_s = [1, 1]", "a kill has no way");
+        fault(
+            "kind = 'partition'\nfor_s = 1\nway = 'up'\nafter_s = [1, 1]",
+            "unknown variant `up`",
+        );
+        fault("kind = 'nan'\nat = { stepp = 1 }", "unknown field `stepp`");
         refused("[[faults]]\nkind = \"melt\"", "unknown variant `melt`");
     }
 

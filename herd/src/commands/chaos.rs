@@ -16,6 +16,9 @@ pub(crate) struct Args {
     /// etcd's process, for scenarios that strike it.
     #[arg(long)]
     etcd_pid: Option<u32>,
+    /// Where the links between the workers take rules; `herd up --processes --allow-chaos` prints it.
+    #[arg(long)]
+    links: Option<String>,
     /// Folder for report.json and report.html.
     #[arg(long)]
     report: Option<PathBuf>,
@@ -29,7 +32,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         Scenario::load(&args.scenario).with_context(|| BadInput("bad scenario".into()))?;
     scenario.rounds = args.rounds.unwrap_or(scenario.rounds);
     let url = args.url.trim_end_matches('/').to_owned();
-    let cluster = Cluster { url, etcd_pid: args.etcd_pid };
+    let cluster = Cluster { url, etcd_pid: args.etcd_pid, links: args.links.clone() };
     let mut stdout = std::io::stdout();
     let report = chaos::run(&scenario, &cluster, &mut |round| {
         // A reader that has seen enough closes the pipe.

@@ -6,6 +6,7 @@
 //! dead.
 
 use super::DtypeArg;
+use super::links::Network;
 use super::parts::{Signals, say};
 use super::up::{Args, how_to_try};
 use anyhow::{Context, bail};
@@ -103,8 +104,16 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
     let program = std::env::current_exe().context("cannot find this program")?.into_os_string();
     let (coordinators, urls) = coordinators(args, &program, &etcd)?;
     roles.extend(coordinators);
-    for number in 0..args.workers {
-        roles.push(worker(args, &program, &urls, (&dir, number)));
+    if args.allow_chaos {
+        let (network, places) = Network::plan(args.workers, &urls)?;
+        for (number, place) in (0..).zip(places) {
+            let mut role = worker(args, &program, &place.coordinators, (&dir, number));
+            role.args.extend(place.flags);
+            roles.push(role);
+        }
+        say(&format!("links: {}", network.start()?));
+    } else {
+        roles.extend((0..args.workers).map(|n| worker(args, &program, &urls, (&dir, n))));
     }
     let address =
         if args.serve.listen.ends_with(":0") { free_address()? } else { args.serve.listen.clone() };
@@ -114,7 +123,14 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
     }
     let mut signals = Signals::new()?;
     let name = args.serve.model_name(&dir);
-    let another = |number| worker(args, &program, &urls, (&dir, number));
+    let another = |number| {
+        let mut role = worker(args, &program, &urls, (&dir, number));
+        if args.allow_chaos {
+            // Its links have no relays: these are planned at the start.
+            role.args.extend(["--allow-chaos", "--exchange", "tcp"].map(OsString::from));
+        }
+        role
+    };
     let announce = async {
         ready(&address).await;
         say(&format!("\n{}", how_to_try(&name, &address)));

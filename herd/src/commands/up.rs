@@ -33,6 +33,10 @@ pub(crate) struct Args {
     /// With --processes: leave dead what dies.
     #[arg(long, requires = "processes")]
     pub(crate) no_restart: bool,
+    /// With --processes: let `herd chaos` inflict faults on workers and on the links between them, which then
+    /// lead through this process.
+    #[arg(long, requires = "processes")]
+    pub(crate) allow_chaos: bool,
     /// With --processes: use this etcd, `http://host:port[,…]`, instead of starting one.
     #[arg(long, requires = "processes", env = "HERD_ETCD")]
     pub(crate) etcd: Option<String>,

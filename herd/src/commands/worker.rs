@@ -1,10 +1,12 @@
 //! `herd worker`: one worker of a cluster, as a process of its own.
 
+use super::BadInput;
 use super::parts::{ChildArgs, ComputeArgs, ModelArgs, Signals, block_on, say};
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tokio::net::TcpListener;
-use worker::{Ended, Exchange, Model};
+use worker::{Chaos, Ended, Exchange, Model, Processes, WithinHost};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -19,8 +21,54 @@ pub(crate) struct Args {
     /// takes another free port of the same address.
     #[arg(long, default_value = "127.0.0.1:0")]
     listen: String,
+    /// `host:port` under which coordinator and router reach it, if that is not --listen: behind a proxy, or
+    /// where it listens on every address of the host.
+    #[arg(long)]
+    advertise: Option<String>,
+    /// Where to exchange rows with other workers; a free port of the address of --listen if not given.
+    #[arg(long)]
+    exchange_listen: Option<SocketAddr>,
+    /// `address:port` under which other workers reach its exchange, if that is not where it listens.
+    #[arg(long)]
+    exchange_advertise: Option<SocketAddr>,
+    /// What carries rows between workers of one host.
+    #[arg(long, value_enum, default_value = "auto")]
+    exchange: ExchangeArg,
+    /// Let others inflict faults on this worker by gRPC; for tests of a cluster.
+    #[arg(long)]
+    allow_chaos: bool,
     #[command(flatten)]
     child: ChildArgs,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+pub(crate) enum ExchangeArg {
+    /// Shared memory where it works, TCP elsewhere.
+    Auto,
+    /// Always TCP, with checksums.
+    Tcp,
+}
+
+impl Args {
+    /// How the rows travel; `address` is where gRPC is served.
+    fn exchange(&self, address: SocketAddr) -> anyhow::Result<Processes> {
+        let listen = self.exchange_listen.unwrap_or(SocketAddr::new(address.ip(), 0));
+        let is_hidden = |ip: IpAddr, advertised: bool| ip.is_unspecified() && !advertised;
+        ensure!(
+            !is_hidden(address.ip(), self.advertise.is_some())
+                && !is_hidden(listen.ip(), self.exchange_advertise.is_some()),
+            BadInput(
+                "nobody reaches a worker at 0.0.0.0; listen on one address of the host, or give \
+                 --advertise and --exchange-advertise with --exchange-listen"
+                    .into()
+            )
+        );
+        let within_host = match self.exchange {
+            ExchangeArg::Auto => WithinHost::SharedMemory,
+            ExchangeArg::Tcp => WithinHost::Tcp,
+        };
+        Ok(Processes { listen, advertise: self.exchange_advertise, within_host })
+    }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
@@ -34,7 +82,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         let config = worker::Config {
             threads: args.compute.threads(1),
             kv,
-            exchange: Exchange::Processes(address.ip()),
+            exchange: Exchange::Processes(args.exchange(address)?),
+            advertise: args.advertise.clone(),
+            chaos: if args.allow_chaos { Chaos::Allowed } else { Chaos::Refused },
             coordinator: args.coordinator.clone(),
             model,
         };

@@ -17,6 +17,8 @@ use tonic::{Streaming, transport::Endpoint};
 const OPEN_MAX: Duration = Duration::from_secs(2);
 /// The router waits this much longer than the workers, who know better what went wrong.
 const GRACE: Duration = Duration::from_millis(500);
+/// Longest that the echo of a fault waits for the fault: answers of a step come within a few milliseconds.
+const ECHO_MAX: Duration = Duration::from_millis(50);
 /// Steps a worker may leave unread. More than one only after failed steps.
 const UNREAD_STEPS_MAX: usize = 4;
 
@@ -24,7 +26,7 @@ const UNREAD_STEPS_MAX: usize = 4;
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StepFailure {
     #[error("rank {rank} reports: {text}; it suspects {suspects:?}")]
-    Fault { rank: usize, text: String, suspects: Vec<u32> },
+    Fault { rank: usize, text: String, suspects: Vec<u32>, not_finite: Option<SeqId> },
     #[error("the stream to rank {rank} broke: {text}")]
     Broken { rank: usize, text: String },
     #[error("no sign of life from ranks {:?} for {:?}", silence.ranks, silence.lasted)]
@@ -54,6 +56,18 @@ impl StepFailure {
             Self::Broken { rank, .. } => u32::try_from(*rank).into_iter().collect(),
             Self::Silent { silence } => silence.ranks.iter().map(|&rank| number(rank)).collect(),
             Self::Deadline { .. } | Self::Incomplete { .. } | Self::Superseded { .. } => Vec::new(),
+        }
+    }
+
+    /// The sequence that made it fail by a value that is not finite.
+    pub(super) fn not_finite(&self) -> Option<SeqId> {
+        match self {
+            Self::Fault { not_finite, .. } => *not_finite,
+            Self::Broken { .. }
+            | Self::Silent { .. }
+            | Self::Deadline { .. }
+            | Self::Incomplete { .. }
+            | Self::Superseded { .. } => None,
         }
     }
 
@@ -201,8 +215,13 @@ impl Link {
             if result.fault.is_empty() {
                 return Ok(result);
             }
+            if result.echo {
+                // The answer of the rank where it began is on its way, and says more.
+                tokio::time::sleep(ECHO_MAX).await;
+            }
             let (text, suspects) = (result.fault, result.suspects);
-            return Err(StepFailure::Fault { rank, text, suspects });
+            let not_finite = result.not_finite.map(SeqId);
+            return Err(StepFailure::Fault { rank, text, suspects, not_finite });
         }
     }
 }

@@ -1,5 +1,7 @@
 //! The engine's task: inputs, plan, step, commit, deliver, and again.
 
+mod poisoned;
+
 use super::{
     EngineConfig, Event, Finish, RETRY_AFTER_S, SampledToken, Shared, Submission, SubmitError,
     TokenStream,
@@ -29,6 +31,8 @@ const RETRY_MAX: Duration = Duration::from_millis(500);
 struct Live {
     record: Record,
     events: mpsc::Sender<Event>,
+    /// Steps since its last token that failed because its values were not finite.
+    not_finite: u32,
 }
 
 /// Everything that lives as long as one set of step streams.
@@ -199,6 +203,7 @@ impl Engine {
                     session.scheduler.abort();
                     self.shared.failed_steps.fetch_add(1, Ordering::SeqCst);
                     let remedy = failure.remedy();
+                    self.give_up_on_poisoned(session, &failure);
                     if let StepFailure::Superseded { epoch } = &failure {
                         tracing::info!(%epoch, "a rank is gone; its step is void");
                         return;
@@ -253,6 +258,7 @@ impl Engine {
         for sampled in sampled {
             let id = SeqId(sampled.sequence);
             let Some(live) = self.live.get_mut(&id) else { continue };
+            live.not_finite = 0;
             let finish = live.record.append(sampled.token, context_tokens);
             if !matches!(finish, Some(Finish::Stop { .. })) {
                 deliver(&live.events, Event::Token(token_from_wire(sampled)));
@@ -315,7 +321,7 @@ impl Engine {
             None => {}
         }
         self.next_sequence = id.next();
-        self.live.insert(id, Live { record, events });
+        self.live.insert(id, Live { record, events, not_finite: 0 });
         self.count_streams();
         Ok(stream)
     }

@@ -165,6 +165,26 @@ async fn faulty_steps_are_retried_and_change_no_token() {
     assert_eq!(engine.status_json()["failed_steps"], 3);
 }
 
+/// A passing fault costs a step again; one that stays ends its own sequence, and no other.
+#[tokio::test]
+async fn poisoned_sequence_is_tried_again_and_given_up_in_the_end() {
+    let cluster = Cluster::start(2).await;
+    cluster.publish(1, 2, 64);
+    *cluster.script.poison.lock().unwrap() = Some((3, 2));
+    let engine = start(config(&cluster));
+    check(&engine, 8).await;
+    assert_eq!(engine.status_json()["failed_steps"], 2);
+
+    *cluster.script.poison.lock().unwrap() = Some((3, u32::MAX));
+    let mut poisoned = engine.submit(generate(3)).await.unwrap();
+    let good = engine.submit(generate(4)).await.unwrap();
+    let event = tokio::time::timeout(PATIENCE, poisoned.next()).await.expect("it hangs");
+    let Some(Event::Failed(text)) = event else { panic!("{event:?}") };
+    assert!(text.contains("3 attempts at the next token failed"), "{text}");
+    assert_eq!(collect(good).await, alone(&generate(4)));
+    assert_eq!(engine.status_json()["failed_steps"], 5);
+}
+
 #[tokio::test]
 async fn broken_stream_is_opened_again_and_changes_no_token() {
     let cluster = Cluster::start(2).await;

@@ -302,7 +302,7 @@ impl Dial {
         let offer = core.options.shared_memory.then(Offer::new).transpose()?;
         let found = offer.as_ref().map(Offer::found).transpose()?;
         let talk = |channel| {
-            let stream = socket::connect(address)?;
+            let stream = socket::connect(address, core.address.ip())?;
             socket::tune(&stream, &core.options)?;
             let (cluster, from, host) =
                 (us.cluster.clone(), us.incarnation.clone(), us.host.clone());

@@ -65,6 +65,12 @@ impl Mesh {
         self.core.address
     }
 
+    /// Whether frames between processes are always summed: they never go through shared memory.
+    #[must_use]
+    pub fn sums(&self) -> bool {
+        !self.core.options.shared_memory
+    }
+
     /// Begins to connect to the members of a coming view, `[ranks]`, without disturbing the present one.
     /// [`reconfigure`](crate::AllToAll::reconfigure) to an epoch that was not prepared keeps the members.
     pub fn prepare(&self, epoch: Epoch, peers: &[Peer]) {
@@ -117,7 +123,7 @@ impl Drop for Mesh {
 pub(super) struct Core {
     pub(super) identity: Identity,
     pub(super) options: Options,
-    address: SocketAddr,
+    pub(super) address: SocketAddr,
     pub(super) book: Mutex<Book>,
     /// Counts what a waiting rank should look at.
     news: AtomicU64,

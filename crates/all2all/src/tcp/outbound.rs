@@ -31,6 +31,8 @@ pub(super) struct Outbound {
     stage: Vec<u8>,
     staged: Runs,
     lent: bool,
+    /// Send the next byte of a row with a bit flipped, once: a planted fault.
+    flips: bool,
     /// Frames that were begun, and those that have gone out whole.
     begun: u64,
     frames: u64,
@@ -52,6 +54,7 @@ impl Outbound {
             stage: Vec::new(),
             staged: Runs::default(),
             lent: false,
+            flips: false,
             begun: 0,
             frames: 0,
         }
@@ -72,8 +75,15 @@ impl Outbound {
         }
         (self.front_sent, self.trailer_sent) = (0, 0);
         (self.place, self.summed) = (Place::default(), Place::default());
-        (self.open, self.lent) = (true, true);
+        (self.open, self.lent, self.flips) = (true, true, false);
         self.begun += 1;
+    }
+
+    /// Plants a fault in the frame that was begun: one bit of its rows changes after it was summed. False
+    /// if nobody would notice, because rows are not summed here.
+    pub(super) fn corrupt(&mut self) -> bool {
+        self.flips = self.sums;
+        self.flips
     }
 
     /// Whether everything has gone out.
@@ -120,6 +130,9 @@ impl Outbound {
         if self.open && self.place.at == self.summed.at {
             self.sum_on(rows, runs);
         }
+        if self.flips && self.open && self.place.at < self.summed.at {
+            return self.send_flipped(pipe, (rows, runs));
+        }
         let trailer = self.sum.trailer();
         let mut pieces = [IoSlice::new(&[]); PIECES];
         let mut count = 0;
@@ -145,6 +158,23 @@ impl Outbound {
         }
         match pipe.send(&pieces[..count]) {
             Ok(Some(sent)) => {
+                self.went(sent, runs);
+                Ok(true)
+            }
+            Ok(None) => Ok(false),
+            Err(_) => Err(Trouble::Closed),
+        }
+    }
+
+    /// Sends up to the next byte of a row, and that one with a bit flipped.
+    fn send_flipped(&mut self, pipe: &Pipe, (rows, runs): (&[u8], &Runs)) -> Result<bool, Trouble> {
+        let flipped = [rows[runs.piece(self.place, 1).start] ^ 1];
+        let (old, front) = (&self.old[self.old_sent..], &self.front[self.front_sent..]);
+        let all = old.len() + front.len() + flipped.len();
+        let pieces = [old, front, &flipped].map(IoSlice::new);
+        match pipe.send(&pieces) {
+            Ok(Some(sent)) => {
+                self.flips = sent < all;
                 self.went(sent, runs);
                 Ok(true)
             }

@@ -6,7 +6,7 @@ use rustix::event::EventfdFlags;
 use rustix::net::{self, AddressFamily, SendAncillaryBuffer, SendFlags, SocketFlags, SocketType};
 use rustix::net::{RecvFlags, sockopt};
 use std::io::{self, ErrorKind, IoSlice};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
@@ -22,11 +22,15 @@ pub(super) fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     Ok(listener)
 }
 
-/// Begins to connect.
-pub(super) fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+/// Begins to connect, from the address that this process listens on if it is a certain one: on a host with
+/// several networks the peer then sees the address it knows.
+pub(super) fn connect(address: SocketAddr, from: IpAddr) -> io::Result<TcpStream> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = net::socket_with(family, SocketType::STREAM, flags, None)?;
+    if !from.is_unspecified() && from.is_ipv4() == address.is_ipv4() {
+        net::bind(&socket, &SocketAddr::new(from, 0))?;
+    }
     match net::connect(&socket, &address) {
         Ok(()) | Err(rustix::io::Errno::INPROGRESS) => Ok(TcpStream::from(socket)),
         Err(error) => Err(error.into()),

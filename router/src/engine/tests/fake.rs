@@ -42,6 +42,8 @@ pub(crate) struct Script {
     pub(crate) faults: Mutex<BTreeSet<u64>>,
     /// A step at which the stream of rank 0 breaks; 0: none.
     pub(crate) break_at: AtomicU64,
+    /// A seed whose sequence is not finite, so many times more.
+    pub(crate) poison: Mutex<Option<(u64, u32)>>,
     pub(crate) failed: AtomicU64,
     /// The last step of any rank.
     pub(crate) last: AtomicU64,
@@ -121,6 +123,15 @@ impl Worker for FakeWorker {
                 script.failed.fetch_add(1, Ordering::SeqCst);
                 result.fault = "planted".into();
                 result.sampled.clear();
+            }
+            if let Some((seed, times)) = &mut *script.poison.lock().unwrap() {
+                let is_it = |s: &&pb::Slice| s.sample.as_ref().is_some_and(|s| s.seed == *seed);
+                if let Some(slice) = step.slices.iter().find(is_it).filter(|_| 0 < *times) {
+                    *times -= 1;
+                    result.fault = "planted".into();
+                    result.not_finite = Some(slice.sequence);
+                    result.sampled.clear();
+                }
             }
             Ok(result)
         });
