@@ -5,6 +5,7 @@
 
 mod engine;
 mod exchange;
+mod fence;
 mod joined;
 mod kv;
 mod registration;
