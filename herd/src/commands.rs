@@ -5,6 +5,7 @@ pub(crate) mod chaos;
 pub(crate) mod chat;
 pub(crate) mod coordinator;
 pub(crate) mod drain;
+mod etcd;
 pub(crate) mod logits;
 mod parts;
 mod processes;

@@ -12,7 +12,7 @@ mod tests;
 
 pub use candidate::{Candidate, Standing, stand};
 pub use election::{Leadership, campaign};
-pub use etcd::{Etcd, EtcdConfig};
+pub use etcd::{Etcd, EtcdConfig, EtcdTls};
 pub use futures::future::BoxFuture;
 pub use futures::stream::BoxStream;
 pub use memory::Memory;
