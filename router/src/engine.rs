@@ -250,6 +250,10 @@ impl EngineHandle {
         serde_json::json!({
             "address": shared.address,
             "pid": std::process::id(),
+            "term": match self.lead.now() {
+                Lead::Leads { term, .. } => Some(term),
+                Lead::StandsBy { .. } => None,
+            },
             "ready": self.is_ready(),
             "draining": shared.draining.load(Ordering::SeqCst),
             "epoch": shared.epoch.load(Ordering::SeqCst),

@@ -204,13 +204,16 @@ impl Shared {
                 within.await.unwrap_or_else(|_elapsed| Err(no_answer()))
             };
             let status = match answer.await {
-                Ok(answer) => return Ok(answer),
+                Ok(answer) => {
+                    member.trusted.store(true, Ordering::Relaxed);
+                    return Ok(answer);
+                }
                 Err(status) => status,
             };
             let remedy = member.distrust(&status).map_or_else(|| remedy(&status), Remedy::Distrust);
             match remedy {
                 Remedy::Next => {
-                    unanswered = format!("{}: {}", member.url, status.message());
+                    unanswered = format!("{}: {}", member.url, endpoint::causes(&status));
                     self.current.store(current + 1, Ordering::Relaxed);
                 }
                 Remedy::Distrust(error) => {

@@ -4,6 +4,7 @@ use super::CALL_MAX;
 use crate::StoreError;
 use std::error::Error;
 use std::fmt::Write as _;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tonic::Status;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
@@ -36,6 +37,8 @@ pub struct EtcdTls {
 pub(super) struct Member {
     pub(super) url: String,
     pub(super) channel: Channel,
+    /// It has answered a call.
+    pub(super) trusted: AtomicBool,
 }
 
 impl Member {
@@ -75,7 +78,7 @@ impl Member {
             .http2_keep_alive_interval(PING)
             .keep_alive_timeout(PING_MAX)
             .keep_alive_while_idle(true);
-        Ok(Self { channel: endpoint.connect_lazy(), url })
+        Ok(Self { channel: endpoint.connect_lazy(), url, trusted: AtomicBool::new(false) })
     }
 
     /// The error of a call that failed because the two sides do not trust or understand each other:
@@ -83,6 +86,10 @@ impl Member {
     pub(super) fn distrust(&self, status: &Status) -> Option<StoreError> {
         let text = causes(status);
         let has = |what: &str| text.contains(what);
+        // Whoever refuses a certificate says so and hangs up; the second may overtake the first.
+        let hangs_up = self.url.starts_with("https:")
+            && !self.trusted.load(Ordering::Relaxed)
+            && ["Connection reset", "Broken pipe", "connection closed"].into_iter().any(has);
         let remedy = if has("received fatal alert") {
             "etcd refuses this client's certificate; give --etcd-cert and --etcd-key that its \
              authority has signed"
@@ -91,6 +98,9 @@ impl Member {
              --etcd-ca or the URL"
         } else if has("InvalidContentType") || has("tls handshake eof") {
             "if etcd does not speak TLS there, use http://"
+        } else if hangs_up {
+            "etcd hangs up: if it wants a certificate, give --etcd-cert and --etcd-key that its \
+             authority has signed; if it does not speak TLS there, use http://"
         } else {
             return None;
         };
@@ -115,7 +125,7 @@ impl Member {
 }
 
 /// An error with its causes: tonic's own text hides them.
-fn causes(error: &(dyn Error + 'static)) -> String {
+pub(super) fn causes(error: &(dyn Error + 'static)) -> String {
     let mut text = String::new();
     let mut last = String::new();
     let chain = std::iter::successors(Some(error), |error| (*error).source());
