@@ -13,7 +13,7 @@ import time
 import pytest
 
 from load import Load
-from server import Server, free_port
+from server import BINARY, MODEL_DIR, Server, free_port
 
 OUTAGE_S = float(os.environ.get("HERD_TEST_OUTAGE_S", "4"))  # 60 in full
 SHORT_S = min(OUTAGE_S, 4)  # with a worker lost meanwhile: streams wait for etcd, and `Load` allows no longer stall
@@ -114,6 +114,20 @@ def leads_still(load):
     """The first router has never stood down: its clients would have lost their streams."""
     routers = load.status()["routers"]
     assert routers[0]["leader"] and routers[0]["address"] == load.cluster.url.removeprefix("http://"), routers
+
+
+@pytest.mark.parametrize("role", [["coordinator", "--listen", "127.0.0.1:0"], ["router", "--listen", "127.0.0.1:0", "--coordinator", "http://127.0.0.1:9", "--model", str(MODEL_DIR)]])
+def test_etcd_that_refuses_ends_a_role_at_once_and_says_why(etcd, role):
+    def ends_with(*flags):
+        done = subprocess.run([str(BINARY), *role, *flags], timeout=20, text=True, capture_output=True)
+        assert done.returncode == 2, done
+        return done.stderr
+
+    said = ends_with("--etcd", etcd.url, "--etcd-user", "herd", "--etcd-password", "x")
+    assert etcd.url in said and "leave --etcd-user out" in said
+    secure = etcd.url.replace("http:", "https:")
+    said = ends_with("--etcd", secure)
+    assert secure in said and "give --etcd-ca FILE" in said
 
 
 def test_frozen_etcd_pauses_nothing(load, etcd):

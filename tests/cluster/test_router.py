@@ -179,3 +179,33 @@ def test_frozen_leader_comes_back_and_is_refused(routers, peace):
     routers.until_standby(leader)
     assert routers.pid(leader) == zombie, "it lives on as a standby"
     assert routers.all(standby) == peace
+
+
+def test_zombie_that_cannot_ask_etcd_is_stopped_by_the_workers(routers, peace):
+    """It wakes when another one leads and etcd is away, so that nothing but the workers can tell it."""
+    leader = routers.leader()
+    standby = 1 - leader
+    routers.until_standby(standby)
+    zombie, etcd = routers.pid(leader), int(re.search(r"^etcd: pid (\d+)$", routers.log(), re.MULTILINE).group(1))
+    running = routers.disturbed(leader, lambda: os.kill(zombie, signal.SIGSTOP))
+    try:
+        Load.until(lambda: routers.serves(standby), "the standby serves", TAKE_OVER_MAX_S)
+        later = routers.disturbed(standby, lambda: os.kill(etcd, signal.SIGSTOP))
+        os.kill(zombie, signal.SIGCONT)
+        Load.until(lambda: "another router leads since term" in str(last_failure(routers, leader)), "a worker refuses the zombie")
+        assert [stream.result(60) for stream in later] == peace, "nothing that the zombie did shows"
+        assert not routers.serves(leader)
+    finally:
+        os.kill(zombie, signal.SIGCONT)
+        os.kill(etcd, signal.SIGCONT)
+    for stream in running:
+        stream.result(60)
+    routers.until_standby(leader)
+    assert routers.all(standby) == peace
+
+
+def last_failure(routers, index):
+    try:
+        return get(routers.urls[index], "/status")[1]["router"]["last_failure"]
+    except OSError:
+        return None
