@@ -6,6 +6,7 @@ pub(crate) mod chaos;
 pub(crate) mod chat;
 pub(crate) mod coordinator;
 pub(crate) mod drain;
+mod etcd;
 mod links;
 pub(crate) mod logits;
 mod parts;

@@ -24,6 +24,7 @@ mod suspicion;
 pub(crate) mod tests;
 mod watch;
 
+use crate::lead::{Lead, LeadHandle};
 use std::{
     sync::{
         Arc, Mutex, PoisonError,
@@ -98,13 +99,15 @@ impl Sampling {
     }
 }
 
-/// What a stream yields. Nothing follows `End` or `Failed`.
+/// What a stream yields. Nothing follows `End`, `Failed` or `Deposed`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     Token(SampledToken),
     End(Finish),
     /// The sequence cannot go on, on any view; the text says why.
     Failed(String),
+    /// Another router leads; the text says where to try again.
+    Deposed(String),
 }
 
 /// One token of a stream.
@@ -141,6 +144,13 @@ pub enum SubmitError {
     /// The router is about to leave.
     #[error("the router drains")]
     Draining,
+    /// Another router leads.
+    #[error("this router stands by; {}", serves(leader.as_deref()))]
+    StandsBy { leader: Option<String> },
+}
+
+fn serves(leader: Option<&str>) -> String {
+    leader.map_or_else(|| "no router leads yet".into(), |url| format!("{url} serves"))
 }
 
 /// What an engine works with.
@@ -164,12 +174,18 @@ pub struct EngineConfig {
 /// stream are gone.
 #[must_use]
 pub fn start(config: EngineConfig) -> EngineHandle {
+    start_elected(config, LeadHandle::alone())
+}
+
+/// The same for a router that steps only while it leads.
+#[must_use]
+pub fn start_elected(config: EngineConfig, lead: LeadHandle) -> EngineHandle {
     let (submissions, inbox) = mpsc::channel(SUBMISSIONS_MAX);
     let shared = Arc::new(Shared::new(config.address.clone()));
     let views = watch::spawn(&config.coordinator);
-    let engine = run::Engine::new(config, inbox, views, shared.clone());
+    let engine = run::Engine::new((config, lead.clone()), inbox, views, shared.clone());
     telemetry::spawn("router.engine", engine.run());
-    EngineHandle { submissions, shared }
+    EngineHandle { submissions, shared, lead }
 }
 
 /// The front door's end of the engine.
@@ -177,6 +193,7 @@ pub fn start(config: EngineConfig) -> EngineHandle {
 pub struct EngineHandle {
     submissions: mpsc::Sender<Submission>,
     shared: Arc<Shared>,
+    lead: LeadHandle,
 }
 
 impl EngineHandle {
@@ -195,6 +212,32 @@ impl EngineHandle {
         answer.await.map_err(|_| gone())?
     }
 
+    /// An error that names the router that leads, if this one stands by.
+    ///
+    /// # Errors
+    ///
+    /// [`SubmitError::StandsBy`].
+    pub fn check_lead(&self) -> Result<(), SubmitError> {
+        match self.lead.now() {
+            Lead::Leads { .. } => Ok(()),
+            Lead::StandsBy { leader } => Err(SubmitError::StandsBy { leader }),
+        }
+    }
+
+    /// What it knows of the routers: itself, and the one that leads.
+    #[must_use]
+    pub fn routers_json(&self) -> serde_json::Value {
+        let own = |leads| serde_json::json!({ "address": self.shared.address, "pid": std::process::id(), "leader": leads });
+        match self.lead.now() {
+            Lead::Leads { .. } => serde_json::json!([own(true)]),
+            Lead::StandsBy { leader: None } => serde_json::json!([own(false)]),
+            Lead::StandsBy { leader: Some(url) } => {
+                let address = url.trim_start_matches("http://");
+                serde_json::json!([{ "address": address, "pid": null, "leader": true }, own(false)])
+            }
+        }
+    }
+
     /// Whether a cluster serves and new sequences are welcome.
     #[must_use]
     pub fn is_ready(&self) -> bool {
@@ -208,6 +251,10 @@ impl EngineHandle {
         serde_json::json!({
             "address": shared.address,
             "pid": std::process::id(),
+            "term": match self.lead.now() {
+                Lead::Leads { term, .. } => Some(term),
+                Lead::StandsBy { .. } => None,
+            },
             "ready": self.is_ready(),
             "draining": shared.draining.load(Ordering::SeqCst),
             "epoch": shared.epoch.load(Ordering::SeqCst),

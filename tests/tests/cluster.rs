@@ -78,7 +78,7 @@ async fn collect(engine: &EngineHandle, n: u32) -> Output {
         match event.expect("a stream ends with its end") {
             Event::Token(t) => tokens.push((t.token, t.logprob.map(f32::to_bits))),
             Event::End(finish) => return (tokens, finish),
-            Event::Failed(text) => panic!("stream {n} failed: {text}"),
+            Event::Failed(text) | Event::Deposed(text) => panic!("stream {n} failed: {text}"),
         }
     }
 }

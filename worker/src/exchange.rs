@@ -42,7 +42,6 @@ pub(crate) struct StepExchange<'a, A> {
     pub(crate) row_bytes: usize,
     dtype: Dtype,
     served: &'a Served,
-    moe_layer: usize,
     /// The chosen experts of the layer, `[rows]`, and its index.
     experts: Vec<u16>,
     index: u16,
@@ -59,7 +58,7 @@ impl<'a, A> StepExchange<'a, A> {
             row_bytes: rows.bytes,
             dtype: rows.dtype,
             served,
-            moe_layer: 0,
+
             experts: Vec::new(),
             index: 0,
             found: None,
@@ -104,7 +103,6 @@ impl<A: HostExchange> MoeExchange<Cpu> for StepExchange<'_, A> {
     type Error = ExchangeError;
 
     fn dispatch(&mut self, layer: usize, rows: &Wire, route: &Route) -> Result<(), ExchangeError> {
-        self.moe_layer = layer;
         let layer = u16::try_from(layer).expect("layers are numbered in 16 bits");
         let key = LayerKey { step: self.step, layer };
         self.experts.clear();
@@ -122,7 +120,7 @@ impl<A: HostExchange> MoeExchange<Cpu> for StepExchange<'_, A> {
         };
         let arrived: Arrived = self.exchange.dispatch_recv(sent)?;
         let (rows, offsets) = self.exchange.arrived(&arrived);
-        self.served.count(self.moe_layer, offsets);
+        self.served.count(usize::from(self.index), offsets);
         self.results.room(0);
         device.experts(rows.bytes, offsets, experts, &mut self.results);
         let results = HostRows { bytes: self.results.bytes(), row_bytes: self.row_bytes };
@@ -138,7 +136,7 @@ impl<A: HostExchange> MoeExchange<Cpu> for StepExchange<'_, A> {
         self.exchange.combine_recv(pending, bytes)?;
         self.watch(bytes, |this, row| {
             let (layer, expert) = (this.index, this.experts[row]);
-            let rank = this.exchange.view().routes.target(layer, expert).0.0;
+            let rank = this.exchange.view().routes.target(layer, expert, row).0.0;
             Place::Expert { layer, expert, rank }
         });
         Ok(())

@@ -6,6 +6,7 @@
 mod chaos;
 mod engine;
 mod exchange;
+mod fence;
 mod finite;
 mod inject;
 mod joined;

@@ -5,6 +5,7 @@
 
 use crate::chaos::Hooks;
 use crate::engine::{Engine, EngineError, Seat};
+use crate::fence::{Admitted, Fence, Outranked};
 use crate::joined::Transport;
 use crate::tally::Tally;
 use crate::{Config, step};
@@ -40,6 +41,7 @@ pub(crate) struct Job {
 pub(crate) struct Runner {
     jobs: mpsc::Sender<Job>,
     waiting: Waiting,
+    fence: Arc<Fence>,
     ended: watch::Receiver<Option<String>>,
     transport: Transport,
     hooks: Hooks,
@@ -102,6 +104,22 @@ impl Runner {
         }
     }
 
+    /// Whether a step that has just arrived may go on; the refusal if not. What an earlier router left
+    /// running is aborted: nobody waits for its answer, and the new router would wait for its deadline.
+    pub(crate) fn admit(&self, step: &pb::Step) -> Result<(), pb::StepResult> {
+        match self.fence.arrive(step.router_term) {
+            Ok(Admitted::Quietly) => Ok(()),
+            Ok(Admitted::OverRunning) => {
+                let seats = self.waiting.lock();
+                if let Some(current) = &seats.current {
+                    current.aborter.abort(current.epoch, Reason::ViewChange);
+                }
+                Ok(())
+            }
+            Err(outranked) => Err(refusal(step, outranked)),
+        }
+    }
+
     /// The router has come to this epoch: whatever it asked for under an earlier one is void.
     pub(crate) fn supersede(&self, epoch: Epoch) {
         let seats = self.waiting.lock();
@@ -146,6 +164,8 @@ pub(crate) async fn start(config: &Config, transport: Transport) -> Result<Runne
     let (tell_end, ended) = watch::channel(None);
     let waiting = Waiting::default();
     let seats = waiting.clone();
+    let fence = Arc::new(Fence::default());
+    let thread_fence = Arc::clone(&fence);
     let model = Arc::clone(&config.model);
     let (connecting, hooks) = (transport.clone(), Hooks::default());
     let armed = hooks.clone();
@@ -155,7 +175,7 @@ pub(crate) async fn start(config: &Config, transport: Transport) -> Result<Runne
             engine.hook(armed);
             // Nobody waits any more if the start was given up.
             let _given_up = tell_ready.send(Ok(engine.tally()));
-            run(engine, &seats, inbox);
+            run(engine, (&seats, &thread_fence), inbox);
         }
         Err(error) => {
             let _given_up = tell_ready.send(Err(error));
@@ -175,7 +195,7 @@ pub(crate) async fn start(config: &Config, transport: Transport) -> Result<Runne
         .map_err(|error| EngineError::Io(format!("cannot start the worker's thread: {error}")))?;
     let gone = |_| EngineError::Io("the worker's thread ended while it started".into());
     let tally = ready.await.map_err(gone)??;
-    Ok(Runner { jobs, waiting, ended, transport: connecting, hooks, tally })
+    Ok(Runner { jobs, waiting, fence, ended, transport: connecting, hooks, tally })
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
@@ -183,16 +203,31 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no text")
 }
 
-fn run(mut engine: Engine, waiting: &Waiting, mut inbox: mpsc::Receiver<Job>) {
+fn run(mut engine: Engine, (waiting, fence): (&Waiting, &Fence), mut inbox: mpsc::Receiver<Job>) {
     let mut batch = StepBatch::default();
     while let Some(job) = inbox.blocking_recv() {
         if job.answer.is_closed() {
             // The router has left; its step would only hold up the next one's.
             continue;
         }
-        let result = execute(&mut engine, waiting, &mut batch, &job);
+        let result = match fence.begin(job.step.router_term) {
+            Ok(()) => execute(&mut engine, waiting, &mut batch, &job),
+            Err(outranked) => refusal(&job.step, outranked),
+        };
+        fence.end();
         // A router that left meanwhile plans its steps again.
         let _left = job.answer.blocking_send(Ok(result));
+    }
+}
+
+/// The answer to a step of a router that leads no more.
+fn refusal(step: &pb::Step, Outranked { term }: Outranked) -> pb::StepResult {
+    pb::StepResult {
+        epoch: step.epoch,
+        step: step.step,
+        fault: format!("another router leads since term {term}"),
+        router_term: term,
+        ..Default::default()
     }
 }
 

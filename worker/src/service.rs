@@ -222,6 +222,13 @@ async fn forward(
                 return;
             }
         };
+        if let Err(refusal) = runner.admit(&step) {
+            tracing::warn!(term = step.router_term, leads = refusal.router_term, "router refused");
+            if answer.send(Ok(refusal)).await.is_err() {
+                return;
+            }
+            continue;
+        }
         runner.supersede(Epoch(step.epoch));
         let job = Job { step, received: Instant::now(), answer: answer.clone() };
         if jobs.send(job).await.is_err() {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 /// Between attempts on a store that does not answer.
-const RETRY: Duration = Duration::from_millis(200);
+pub(crate) const RETRY: Duration = Duration::from_millis(200);
 
 /// The lead of an election. Dropping it gives it up.
 #[derive(Debug)]
@@ -66,7 +66,8 @@ async fn free(store: &dyn Store, key: &str) {
     }
 }
 
-async fn attempt(
+/// One attempt to make the key; `None` if it is there already.
+pub(crate) async fn attempt(
     store: &Arc<dyn Store>,
     key: &str,
     value: &[u8],

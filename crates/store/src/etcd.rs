@@ -4,16 +4,21 @@
 //! a write that can be carried out twice without harm. A watch is opened again after every break,
 //! from the state that stands then.
 
+mod endpoint;
+
 mod pb {
     #![allow(clippy::all, clippy::pedantic, clippy::restriction, reason = "generated")]
     #![allow(unreachable_pub, reason = "generated")]
     tonic::include_proto!("etcdserverpb");
 }
 
+pub use endpoint::{EtcdConfig, EtcdTls};
+
 use crate::{
     BoxFuture, BoxStream, Entry, Guard, LeaseId, Revision, Store, StoreError, Swap,
     VALUE_BYTES_MAX, Write,
 };
+use endpoint::Member;
 use futures::StreamExt;
 use pb::compare::{CompareResult, CompareTarget, TargetUnion};
 use pb::request_op::Request as Op;
@@ -22,7 +27,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tonic::metadata::{Ascii, MetadataValue};
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
 /// Longest wait for one answer of one endpoint.
@@ -31,19 +36,6 @@ const CALL_MAX: Duration = Duration::from_secs(2);
 const ROUNDS: usize = 2;
 /// Between attempts to open a watch.
 const WATCH_RETRY: Duration = Duration::from_millis(200);
-/// etcd closes connections that ping more often than every five seconds.
-const PING: Duration = Duration::from_secs(6);
-const PING_MAX: Duration = Duration::from_secs(2);
-
-/// How to reach an etcd cluster.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct EtcdConfig {
-    /// `http://host:port`, several separated by commas.
-    pub urls: String,
-    /// User and password, if the cluster wants them.
-    pub user: Option<(String, String)>,
-}
-
 /// An etcd cluster.
 #[derive(Clone)]
 pub struct Etcd {
@@ -51,7 +43,7 @@ pub struct Etcd {
 }
 
 struct Shared {
-    endpoints: Vec<Channel>,
+    members: Vec<Member>,
     /// The endpoint that answered last.
     current: AtomicUsize,
     user: Option<(String, String)>,
@@ -63,23 +55,13 @@ impl Etcd {
     ///
     /// # Errors
     ///
-    /// [`StoreError::Refused`] if an address is no URL.
+    /// [`StoreError::Refused`] if an address is no URL, or a certificate cannot be read.
     pub fn new(config: &EtcdConfig) -> Result<Self, StoreError> {
-        let endpoint = |url: &str| {
-            let refuse = |error| StoreError::Refused(format!("{url} is no URL of etcd: {error}"));
-            let endpoint = Endpoint::from_shared(url.trim().to_owned()).map_err(refuse)?;
-            let endpoint = endpoint
-                .connect_timeout(CALL_MAX)
-                .tcp_nodelay(true)
-                .http2_keep_alive_interval(PING)
-                .keep_alive_timeout(PING_MAX)
-                .keep_alive_while_idle(true);
-            Ok(endpoint.connect_lazy())
-        };
-        let endpoints = config.urls.split(',').map(endpoint).collect::<Result<_, StoreError>>()?;
+        let member = |url| Member::new(url, config.tls.as_ref());
+        let members = config.urls.split(',').map(member).collect::<Result<_, StoreError>>()?;
         Ok(Self {
             shared: Arc::new(Shared {
-                endpoints,
+                members,
                 current: AtomicUsize::new(0),
                 user: config.user.clone(),
                 token: Mutex::new(None),
@@ -211,32 +193,46 @@ impl Shared {
         M: Clone,
         F: Future<Output = Result<R, Status>>,
     {
-        let mut last = "it has no endpoint".to_owned();
-        for _ in 0..ROUNDS * self.endpoints.len() {
-            let current = self.current.load(Ordering::Relaxed) % self.endpoints.len();
-            let channel = self.endpoints[current].clone();
-            let request = match self.request(channel.clone(), message.clone()).await {
-                Ok(request) => request,
-                Err(error) => return Err(error),
+        let mut unanswered = "it has no endpoint".to_owned();
+        let mut refused = None;
+        for _ in 0..ROUNDS * self.members.len() {
+            let current = self.current.load(Ordering::Relaxed) % self.members.len();
+            let member = &self.members[current];
+            let answer = async {
+                let request = self.request(member, message.clone()).await?;
+                let within = tokio::time::timeout(CALL_MAX, call(member.channel.clone(), request));
+                within.await.unwrap_or_else(|_elapsed| Err(no_answer()))
             };
-            let status = match tokio::time::timeout(CALL_MAX, call(channel, request)).await {
-                Ok(Ok(answer)) => return Ok(answer),
-                Ok(Err(status)) => status,
-                Err(_elapsed) => Status::unavailable(format!("no answer within {CALL_MAX:?}")),
+            let status = match answer.await {
+                Ok(answer) => {
+                    member.trusted.store(true, Ordering::Relaxed);
+                    return Ok(answer);
+                }
+                Err(status) => status,
             };
-            last = status.message().to_owned();
-            match remedy(&status) {
+            let remedy = member.distrust(&status).map_or_else(|| remedy(&status), Remedy::Distrust);
+            match remedy {
                 Remedy::Next => {
+                    unanswered = format!("{}: {}", member.url, endpoint::causes(&status));
                     self.current.store(current + 1, Ordering::Relaxed);
                 }
-                Remedy::Login => *self.token() = None,
-                Remedy::Give(error) => return Err(error),
+                Remedy::Distrust(error) => {
+                    refused = Some(error);
+                    self.current.store(current + 1, Ordering::Relaxed);
+                }
+                Remedy::Login => {
+                    refused = Some(member.refusal(status.message()));
+                    *self.token() = None;
+                }
+                Remedy::LeaseGone => return Err(StoreError::LeaseGone),
+                Remedy::Refuse => return Err(member.refusal(status.message())),
             }
         }
-        Err(StoreError::Unavailable(last))
+        Err(refused.unwrap_or(StoreError::Unavailable(unanswered)))
     }
 
-    async fn request<M>(&self, channel: Channel, message: M) -> Result<Request<M>, StoreError> {
+    /// The request with a token, which may need a login first.
+    async fn request<M>(&self, member: &Member, message: M) -> Result<Request<M>, Status> {
         let mut request = Request::new(message);
         let Some((name, password)) = &self.user else { return Ok(request) };
         let known = self.token().clone();
@@ -245,18 +241,12 @@ impl Shared {
             None => {
                 let login =
                     pb::AuthenticateRequest { name: name.clone(), password: password.clone() };
-                let mut client = pb::auth_client::AuthClient::new(channel);
+                let mut client = pb::auth_client::AuthClient::new(member.channel.clone());
                 let answer = tokio::time::timeout(CALL_MAX, client.authenticate(login)).await;
-                let answer = answer
-                    .map_err(|_| StoreError::Unavailable("no answer to the login".into()))?
-                    .map_err(|status| match remedy(&status) {
-                        Remedy::Next => StoreError::Unavailable(status.message().into()),
-                        Remedy::Login => StoreError::Refused(status.message().into()),
-                        Remedy::Give(error) => error,
-                    })?;
+                let answer = answer.map_err(|_elapsed| no_answer())??;
                 let token = answer.into_inner().token.parse::<MetadataValue<Ascii>>();
-                let token = token
-                    .map_err(|_| StoreError::Refused("it gave a token that is no text".into()))?;
+                let no_text = |_| Status::failed_precondition("it gave a token that is no text");
+                let token = token.map_err(no_text)?;
                 *self.token() = Some(token.clone());
                 token
             }
@@ -277,19 +267,26 @@ enum Remedy {
     Next,
     /// The token is too old.
     Login,
-    Give(StoreError),
+    /// Ask the next endpoint, but waiting will not help this one.
+    Distrust(StoreError),
+    LeaseGone,
+    Refuse,
+}
+
+fn no_answer() -> Status {
+    Status::unavailable(format!("no answer within {CALL_MAX:?}"))
 }
 
 fn remedy(status: &Status) -> Remedy {
     match status.code() {
-        Code::NotFound if status.message().contains("lease") => Remedy::Give(StoreError::LeaseGone),
+        Code::NotFound if status.message().contains("lease") => Remedy::LeaseGone,
         Code::Unauthenticated => Remedy::Login,
         Code::InvalidArgument if status.message().contains("auth token") => Remedy::Login,
         Code::PermissionDenied
         | Code::InvalidArgument
         | Code::FailedPrecondition
         | Code::OutOfRange
-        | Code::Unimplemented => Remedy::Give(StoreError::Refused(status.message().into())),
+        | Code::Unimplemented => Remedy::Refuse,
         // What a dead, frozen or restarting member looks like. A time limit shows as Cancelled.
         Code::Unavailable
         | Code::Cancelled

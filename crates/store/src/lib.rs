@@ -3,14 +3,16 @@
 //! It holds what must outlive a coordinator: who leads, and the view. It is not on the path of a
 //! token. A call that fails has an unknown outcome, never "did not happen": read before trying again.
 
+mod candidate;
 mod election;
 mod etcd;
 mod memory;
 #[cfg(test)]
 mod tests;
 
+pub use candidate::{Candidate, Standing, stand};
 pub use election::{Leadership, campaign};
-pub use etcd::{Etcd, EtcdConfig};
+pub use etcd::{Etcd, EtcdConfig, EtcdTls};
 pub use futures::future::BoxFuture;
 pub use futures::stream::BoxStream;
 pub use memory::Memory;

@@ -1,5 +1,6 @@
 //! One suite for every store, and what only a real etcd can show: restarts, freezes, several members.
 
+mod secure;
 mod server;
 
 use super::*;
@@ -185,8 +186,8 @@ async fn frozen_etcd_is_an_error_in_time_and_changes_nothing_for_the_leader() {
 async fn dead_endpoint_is_passed_over() {
     let server = Server::start();
     let urls = format!("http://127.0.0.1:9,{}", server.url());
-    let etcd = Etcd::new(&EtcdConfig { urls, user: None }).unwrap();
+    let etcd = Etcd::new(&EtcdConfig { urls, user: None, tls: None }).unwrap();
     done(&etcd, write("/a", None, b"1")).await;
     assert_eq!(next(&mut etcd.watch("/a")).await, Some(b"1".to_vec()));
-    assert!(Etcd::new(&EtcdConfig { urls: "http://a b".into(), user: None }).is_err());
+    assert!(Etcd::new(&EtcdConfig { urls: "http://a b".into(), user: None, tls: None }).is_err());
 }

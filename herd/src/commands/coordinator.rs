@@ -1,11 +1,11 @@
 //! `herd coordinator`: the control plane of a cluster, as a process of its own.
 
-use super::BadInput;
+use super::etcd::EtcdArgs;
 use super::parts::{ChildArgs, PlacementArgs, Signals, block_on, say};
 use anyhow::Context;
 use std::sync::Arc;
 use std::time::Duration;
-use store::{Etcd, EtcdConfig, Memory, Store};
+use store::Memory;
 use tokio::net::TcpListener;
 
 #[derive(clap::Args)]
@@ -16,16 +16,8 @@ pub(crate) struct Args {
     /// Under which address others reach it, if not under that of --listen.
     #[arg(long)]
     advertise: Option<String>,
-    /// etcd, `http://host:port`; several members separated by commas. Without it the cluster's state
-    /// lives and dies with this process, and there can be no standby.
-    #[arg(long, env = "HERD_ETCD")]
-    etcd: Option<String>,
-    /// User of etcd.
-    #[arg(long, requires = "etcd", env = "HERD_ETCD_USER")]
-    etcd_user: Option<String>,
-    /// Password of the user.
-    #[arg(long, requires = "etcd_user", env = "HERD_ETCD_PASSWORD", hide_env_values = true)]
-    etcd_password: Option<String>,
+    #[command(flatten)]
+    etcd: EtcdArgs,
     #[command(flatten)]
     settings: SettingsArgs,
     #[command(flatten)]
@@ -52,19 +44,15 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             .with_context(|| format!("cannot listen on {}; give another --listen", args.listen))?;
         let address = listener.local_addr()?.to_string();
         let url = format!("http://{}", args.advertise.as_ref().unwrap_or(&address));
+        let store = args.etcd.open().await?.unwrap_or_else(|| Arc::new(Memory::new()));
         let handle = coordinator::start(coordinator::Config {
             settings: args
                 .settings
                 .placement
                 .settings(args.settings.workers, Duration::from_secs(args.settings.assemble_max_s)),
-            store: args.store()?,
+            store,
             url: url.clone(),
-            store_urls: args
-                .etcd
-                .iter()
-                .flat_map(|urls| urls.split(','))
-                .map(str::to_owned)
-                .collect(),
+            store_urls: args.etcd.urls(),
         });
         let mut signals = Signals::of_role(&args.child)?;
         say(&format!("coordinator: {url}"));
@@ -78,14 +66,4 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             }
         }
     })
-}
-
-impl Args {
-    fn store(&self) -> anyhow::Result<Arc<dyn Store>> {
-        let Some(urls) = &self.etcd else { return Ok(Arc::new(Memory::new())) };
-        let user = self.etcd_user.clone().zip(self.etcd_password.clone());
-        let etcd = Etcd::new(&EtcdConfig { urls: urls.clone(), user })
-            .with_context(|| BadInput("bad --etcd".into()))?;
-        Ok(Arc::new(etcd))
-    }
 }

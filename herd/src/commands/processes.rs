@@ -11,7 +11,7 @@ use super::parts::{Signals, say};
 use super::up::{Args, how_to_try};
 use anyhow::{Context, bail};
 use std::ffi::OsString;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -27,6 +27,8 @@ const SCALE_POLL: Duration = Duration::from_millis(500);
 const WORKER: &str = "worker ";
 /// Longest wait for a child to end by itself.
 const STOP_MAX: Duration = Duration::from_secs(5);
+/// Longest wait for the first router to be elected before the others start.
+const LEAD_MAX: Duration = Duration::from_secs(10);
 /// Between looks at whether the cluster serves.
 const READY_POLL: Duration = Duration::from_millis(50);
 
@@ -35,6 +37,7 @@ struct Role {
     name: String,
     program: OsString,
     args: Vec<OsString>,
+    environment: Vec<(&'static str, OsString)>,
     child: Option<Child>,
     /// Kept open: its end tells the child that this process is gone. (`Child::wait` would close it.)
     stdin: Option<ChildStdin>,
@@ -44,6 +47,7 @@ impl Role {
     fn spawn(&mut self) -> anyhow::Result<()> {
         let mut child = Command::new(&self.program)
             .args(&self.args)
+            .envs(self.environment.iter().cloned())
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .kill_on_drop(true)
@@ -93,7 +97,7 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
     let dir = args.model.dir()?;
     let data = tempfile::tempdir().context("cannot make a folder for etcd")?;
     let mut roles = Vec::new();
-    let etcd = match &args.etcd {
+    let etcd = match &args.etcd.etcd {
         Some(urls) => urls.clone(),
         None => {
             let (role, url) = etcd(data.path())?;
@@ -117,11 +121,28 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
     }
     let address =
         if args.serve.listen.ends_with(":0") { free_address()? } else { args.serve.listen.clone() };
-    roles.push(router(args, &program, &urls, (&dir, &address)));
+    roles.push(router(args, &program, (&urls, &etcd), (&dir, &address)));
     for role in &mut roles {
         role.spawn()?;
     }
     let mut signals = Signals::new()?;
+    if 1 < args.routers {
+        // Whoever stands by must not be elected before the one whose address was asked for.
+        let leads = tokio::time::timeout(LEAD_MAX, leads(&address));
+        tokio::select! {
+            _late = leads => {}
+            () = signals.next() => {}
+        }
+        let mut last = address.clone();
+        for number in 1..args.routers {
+            last = next_free(&last)?;
+            let mut role = router(args, &program, (&urls, &etcd), (&dir, &last));
+            role.name = format!("router {number}");
+            role.spawn()?;
+            say(&format!("router {number}: http://{last} stands by"));
+            roles.push(role);
+        }
+    }
     let name = args.serve.model_name(&dir);
     let another = |number| {
         let mut role = worker(args, &program, &urls, (&dir, number));
@@ -142,13 +163,13 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
         result = supervise(&mut roles, &urls, args, another) => return result,
     }
     say("stopping");
-    // The router first: it lets running requests end, for which it needs the others.
+    // The routers first: they let running requests end, for which they need the others.
     let drain = Duration::from_secs(args.serve.drain_max_s) + STOP_MAX;
-    if let Some(router) = roles.last_mut() {
-        tokio::select! {
-            () = router.stop(drain) => {}
-            () = signals.next() => {}
-        }
+    let mut routers = roles.split_off(roles.len() - usize::from(args.routers));
+    let stop = futures::future::join_all(routers.iter_mut().map(|router| router.stop(drain)));
+    tokio::select! {
+        _ends = stop => {}
+        () = signals.next() => {}
     }
     for role in roles.iter_mut().rev() {
         role.stop(STOP_MAX).await;
@@ -223,14 +244,29 @@ async fn wanted(status: &router::http::ClusterStatus) -> u16 {
     wanted.and_then(|wanted| u16::try_from(wanted).ok()).unwrap_or(0)
 }
 
+/// Waits until the router there serves.
 async fn ready(address: &str) {
+    until(format!("http://{address}/health"), |_| true).await;
+}
+
+/// Waits until the router there is elected.
+async fn leads(address: &str) {
+    until(format!("http://{address}/status"), |text| {
+        let status: Option<serde_json::Value> = serde_json::from_str(text).ok();
+        status.is_some_and(|status| status["routers"][0]["leader"] == true)
+    })
+    .await;
+}
+
+/// Asks until the answer is good.
+async fn until(url: String, is_good: fn(&str) -> bool) {
     let agent: ureq::Agent =
         ureq::Agent::config_builder().timeout_global(Some(Duration::from_secs(1))).build().into();
-    let url = format!("http://{address}/health");
     loop {
         let (agent, url) = (agent.clone(), url.clone());
-        let asked = tokio::task::spawn_blocking(move || agent.get(&url).call().is_ok()).await;
-        if asked.unwrap_or(false) {
+        let ask = move || agent.get(&url).call().ok()?.body_mut().read_to_string().ok();
+        let answer = tokio::task::spawn_blocking(ask).await.ok().flatten();
+        if answer.is_some_and(|text| is_good(&text)) {
             return;
         }
         tokio::time::sleep(READY_POLL).await;
@@ -265,7 +301,14 @@ fn etcd(data: &Path) -> anyhow::Result<(Role, String)> {
         args.push(arg.into());
     }
     Ok((
-        Role { name: "etcd".into(), program: "etcd".into(), args, child: None, stdin: None },
+        Role {
+            name: "etcd".into(),
+            program: "etcd".into(),
+            args,
+            environment: Vec::new(),
+            child: None,
+            stdin: None,
+        },
         client,
     ))
 }
@@ -283,6 +326,7 @@ fn coordinators(
         let flags = ["coordinator", "--listen", &address, "--etcd", etcd, "--workers", &workers];
         let mut role = role(format!("coordinator {number}"), program, &flags);
         role.args.extend(args.placement.flags().map(OsString::from));
+        role.environment = args.etcd.environment();
         roles.push(role);
     }
     Ok((roles, urls.join(",")))
@@ -315,7 +359,12 @@ fn worker(args: &Args, program: &OsString, urls: &str, (dir, number): (&Path, u1
     role
 }
 
-fn router(args: &Args, program: &OsString, urls: &str, (dir, address): (&Path, &str)) -> Role {
+fn router(
+    args: &Args,
+    program: &OsString,
+    (urls, etcd): (&str, &str),
+    (dir, address): (&Path, &str),
+) -> Role {
     let serve = &args.serve;
     let name = serve.model_name(dir);
     let numbers = [
@@ -345,6 +394,10 @@ fn router(args: &Args, program: &OsString, urls: &str, (dir, address): (&Path, &
         &numbers[4],
     ];
     let mut role = role("router".into(), program, &flags);
+    if 1 < args.routers {
+        role.args.extend(["--etcd".into(), etcd.into()]);
+        role.environment = args.etcd.environment();
+    }
     role.args.extend(["--model".into(), dir.as_os_str().to_owned()]);
     role
 }
@@ -352,7 +405,21 @@ fn router(args: &Args, program: &OsString, urls: &str, (dir, address): (&Path, &
 fn role(name: String, program: &OsString, flags: &[&str]) -> Role {
     let mut args: Vec<OsString> = flags.iter().map(|flag| (*flag).into()).collect();
     args.push("--exit-with-parent".into());
-    Role { name, program: program.clone(), args, child: None, stdin: None }
+    let environment = Vec::new();
+    Role { name, program: program.clone(), args, environment, child: None, stdin: None }
+}
+
+/// The first free port behind that of `address`.
+fn next_free(address: &str) -> anyhow::Result<String> {
+    let mut next: SocketAddr =
+        address.parse().with_context(|| format!("{address} is no IP address with a port"))?;
+    while let Some(port) = next.port().checked_add(1) {
+        next.set_port(port);
+        if TcpListener::bind(next).is_ok() {
+            return Ok(next.to_string());
+        }
+    }
+    bail!("there is no free port behind {address}")
 }
 
 /// A port that is free now. Somebody else may take it before the child does; then the child says so.

@@ -1,16 +1,21 @@
 //! `herd router`: the front door and scheduler of a cluster, as a process of its own.
 
 use super::BadInput;
+use super::etcd::EtcdArgs;
 use super::parts::{ChildArgs, ModelArgs, ServeArgs, Signals, block_on, say};
 use anyhow::Context;
 use router::engine::{EngineConfig, EngineHandle};
 use router::http::{Front, ServedModel};
+use router::lead::{Election, LeadHandle};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
+
+/// Longest wait for the store to hear that this router leads no more.
+const RESIGN_MAX: Duration = Duration::from_secs(2);
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -24,6 +29,12 @@ pub(crate) struct Args {
     /// Most sequences that run at once on one worker; the others wait.
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     sequences: u32,
+    /// Under which address clients reach it, if not under that of --listen.
+    #[arg(long)]
+    advertise: Option<String>,
+    /// With it routers are elected: any number stand by, one leads.
+    #[command(flatten)]
+    etcd: EtcdArgs,
     #[command(flatten)]
     child: ChildArgs,
 }
@@ -32,14 +43,18 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     block_on(async {
         let dir = args.model.dir()?;
         let door = Door::open(&args.serve, &dir).await?;
-        let engine = router::engine::start(EngineConfig {
+        let url = format!("http://{}", args.advertise.as_ref().unwrap_or(&door.address));
+        let election = args.etcd.open().await?.map(|store| Election::stand(store, &url));
+        let lead = election.as_ref().map_or_else(LeadHandle::alone, Election::handle);
+        let config = EngineConfig {
             coordinator: args.coordinator.clone(),
             address: door.address.clone(),
             step_tokens: args.serve.step_tokens.max(args.sequences),
             sequences_max: args.sequences,
             queue_max: args.serve.queue,
             step_deadline: args.serve.step_deadline(),
-        });
+        };
+        let engine = router::engine::start_elected(config, lead);
         let mut signals = Signals::of_role(&args.child)?;
         say(&format!("router: http://{}/v1 serves {}", door.address, door.model.id));
         let mut open = door.serve(engine, &args.coordinator);
@@ -49,6 +64,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             error = open.ended() => return Err(error),
         }
         open.drain(args.serve.drain_max_s, &mut signals).await;
+        if let Some(election) = election {
+            // A store that is away ends the lease by itself.
+            let _away = tokio::time::timeout(RESIGN_MAX, election.resign()).await;
+        }
         Ok(())
     })
 }

@@ -1,8 +1,11 @@
 //! `herd up`: a whole cluster on this machine.
 
+use super::BadInput;
+use super::etcd::EtcdArgs;
 use super::parts::{ComputeArgs, ModelArgs, PlacementArgs, ServeArgs, Signals, block_on, say};
 use super::processes;
 use super::router::Door;
+use anyhow::ensure;
 use herd::cluster::{Cluster, Config};
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,15 +40,20 @@ pub(crate) struct Args {
     /// lead through this process.
     #[arg(long, requires = "processes")]
     pub(crate) allow_chaos: bool,
-    /// With --processes: use this etcd, `http://host:port[,…]`, instead of starting one.
-    #[arg(long, requires = "processes", env = "HERD_ETCD")]
-    pub(crate) etcd: Option<String>,
+    /// With --processes: routers; one leads, the others stand by on the next free ports.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub(crate) routers: u16,
+    /// With --processes: use an etcd that runs instead of starting one.
+    #[command(flatten)]
+    pub(crate) etcd: EtcdArgs,
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if args.processes {
         return block_on(processes::run(args));
     }
+    ensure!(args.etcd.etcd.is_none(), BadInput("--etcd is for --processes".into()));
+    ensure!(args.routers == 1, BadInput("--routers is for --processes".into()));
     block_on(serve(args))
 }
 

@@ -35,6 +35,10 @@ pub(super) enum StepFailure {
     Deadline { limit: Duration },
     #[error("rank {rank} did not sample {sequence}")]
     Incomplete { rank: usize, sequence: SeqId },
+    #[error("rank {rank} refuses: another router leads since term {term}")]
+    Outranked { rank: usize, term: u64 },
+    #[error("this router does not lead any more")]
+    Deposed,
     #[error("{epoch} goes on without a rank of this step")]
     Superseded { epoch: Epoch },
 }
@@ -46,6 +50,8 @@ pub(super) enum Remedy {
     Retry,
     /// Open the streams again, to this view or the next.
     Reopen,
+    /// Nothing is broken: another epoch or another leadership goes on.
+    Yield,
 }
 
 impl StepFailure {
@@ -55,7 +61,11 @@ impl StepFailure {
             Self::Fault { suspects, .. } => suspects.clone(),
             Self::Broken { rank, .. } => u32::try_from(*rank).into_iter().collect(),
             Self::Silent { silence } => silence.ranks.iter().map(|&rank| number(rank)).collect(),
-            Self::Deadline { .. } | Self::Incomplete { .. } | Self::Superseded { .. } => Vec::new(),
+            Self::Deadline { .. }
+            | Self::Incomplete { .. }
+            | Self::Outranked { .. }
+            | Self::Deposed
+            | Self::Superseded { .. } => Vec::new(),
         }
     }
 
@@ -67,6 +77,8 @@ impl StepFailure {
             | Self::Silent { .. }
             | Self::Deadline { .. }
             | Self::Incomplete { .. }
+            | Self::Outranked { .. }
+            | Self::Deposed
             | Self::Superseded { .. } => None,
         }
     }
@@ -79,6 +91,8 @@ impl StepFailure {
             | Self::Broken { .. }
             | Self::Deadline { .. }
             | Self::Incomplete { .. }
+            | Self::Outranked { .. }
+            | Self::Deposed
             | Self::Superseded { .. } => None,
         }
     }
@@ -89,7 +103,8 @@ impl StepFailure {
             | Self::Silent { .. }
             | Self::Deadline { .. }
             | Self::Incomplete { .. } => Remedy::Retry,
-            Self::Broken { .. } | Self::Superseded { .. } => Remedy::Reopen,
+            Self::Broken { .. } => Remedy::Reopen,
+            Self::Outranked { .. } | Self::Deposed | Self::Superseded { .. } => Remedy::Yield,
         }
     }
 }
@@ -126,10 +141,10 @@ impl Links {
         Ok(Self { epoch: target.epoch, links: future::try_join_all(opening).await? })
     }
 
-    /// Runs one step on all ranks. `sample` says how to sample a sequence.
+    /// Runs one step on all ranks, under a router's term. `sample` says how to sample a sequence.
     pub(super) async fn step(
         &mut self,
-        plan: &Plan,
+        (plan, term): (&Plan, u64),
         deadline: Duration,
         suspicion: &mut Suspicion,
         sample: impl Fn(SeqId) -> pb::Sample,
@@ -144,6 +159,7 @@ impl Links {
                 step: plan.step.0,
                 deadline_ms: u32::try_from(deadline.as_millis()).unwrap_or(u32::MAX),
                 slices: slices.iter().map(to_wire).collect(),
+                router_term: term,
             };
             link.steps.try_send(step).map_err(|error| StepFailure::Broken {
                 rank: link.rank,
@@ -212,6 +228,9 @@ impl Link {
                 continue;
             }
             signs.answered(rank);
+            if result.router_term != 0 {
+                return Err(StepFailure::Outranked { rank, term: result.router_term });
+            }
             if result.fault.is_empty() {
                 return Ok(result);
             }

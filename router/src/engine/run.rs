@@ -1,16 +1,18 @@
 //! The engine's task: inputs, plan, step, commit, deliver, and again.
 
+mod accept;
 mod poisoned;
+mod standby;
 
 use super::{
-    EngineConfig, Event, Finish, RETRY_AFTER_S, SampledToken, Shared, Submission, SubmitError,
-    TokenStream,
+    EngineConfig, Event, Finish, SampledToken, Shared, Submission,
     journal::Record,
     link::{Links, Remedy, StepFailure},
     report::{self, Reporter},
     suspicion::Suspicion,
     watch::{Peer, Target},
 };
+use crate::lead::{Lead, LeadHandle};
 use ids::{Epoch, SeqId, StepId};
 use metrics::{counter, gauge, histogram};
 use proto::pb;
@@ -39,12 +41,21 @@ struct Live {
 struct Session {
     target: Target,
     links: Links,
+    /// The leadership under which the scheduler's knowledge of KV memory holds.
+    since: u64,
     scheduler: Scheduler,
     plan: Plan,
     /// Preemptions that the metric already counts.
     preemptions: u64,
     /// Steps that committed in it.
     committed: u64,
+}
+
+/// What a session leaves to the next one.
+struct Left {
+    target: Target,
+    since: u64,
+    scheduler: Scheduler,
 }
 
 /// The state of the engine's task.
@@ -54,11 +65,12 @@ pub(super) struct Engine {
     /// All handles are gone; the engine ends with its last sequence.
     inbox_closed: bool,
     views: watch::Receiver<Option<Target>>,
+    lead: LeadHandle,
     reporter: Reporter,
     shared: Arc<Shared>,
     live: BTreeMap<SeqId, Live>,
     /// What the last session left behind: whose KV memory holds what.
-    left: Option<(Target, Scheduler)>,
+    left: Option<Left>,
     next_sequence: SeqId,
     next_step: StepId,
     retry_pause: Duration,
@@ -67,7 +79,7 @@ pub(super) struct Engine {
 
 impl Engine {
     pub(super) fn new(
-        config: EngineConfig,
+        (config, lead): (EngineConfig, LeadHandle),
         inbox: mpsc::Receiver<Submission>,
         views: watch::Receiver<Option<Target>>,
         shared: Arc<Shared>,
@@ -78,6 +90,7 @@ impl Engine {
             inbox,
             inbox_closed: false,
             views,
+            lead,
             shared,
             live: BTreeMap::new(),
             left: None,
@@ -94,7 +107,8 @@ impl Engine {
                 self.shared.ready.store(true, Ordering::SeqCst);
                 self.serve(&mut session).await;
                 self.shared.ready.store(false, Ordering::SeqCst);
-                self.left = Some((session.target, session.scheduler));
+                let Session { target, since, scheduler, .. } = session;
+                self.left = Some(Left { target, since, scheduler });
             }
         }
     }
@@ -105,6 +119,13 @@ impl Engine {
 
     /// Opens a session on the newest view, or waits a while and returns `None`.
     async fn open(&mut self) -> Option<Session> {
+        let since = match self.lead.now() {
+            Lead::Leads { since, .. } => since,
+            Lead::StandsBy { leader } => {
+                self.stand_by(leader).await;
+                return None;
+            }
+        };
         let target = self.views.borrow_and_update().clone();
         let Some(target) = target else {
             self.wait(None, None).await;
@@ -112,7 +133,7 @@ impl Engine {
         };
         let epoch = target.epoch;
         let opened = match Links::open(&target).await {
-            Ok(links) => self.session(target, links),
+            Ok(links) => self.session(target, links, since),
             Err(failure) => {
                 self.reporter.fault(epoch, &failure);
                 Err(failure.to_string())
@@ -129,9 +150,9 @@ impl Engine {
 
     /// A session with every live sequence of the journal. Those whose rank still holds their KV
     /// memory go on, the others are prefilled again.
-    fn session(&mut self, target: Target, links: Links) -> Result<Session, String> {
+    fn session(&mut self, target: Target, links: Links, since: u64) -> Result<Session, String> {
         let scheduler = self
-            .scheduler(&target)
+            .scheduler(&target, since)
             .map_err(|error| format!("the view {} cannot be served: {error}", target.epoch))?;
         self.shared.context_tokens.store(scheduler.context_tokens(), Ordering::SeqCst);
         self.shared.epoch.store(target.epoch.0, Ordering::SeqCst);
@@ -139,14 +160,19 @@ impl Engine {
         let preemptions = scheduler.stats().preemptions;
         let kept = scheduler.stats().running;
         let plan = Plan::new();
-        let mut session = Session { target, links, scheduler, plan, preemptions, committed: 0 };
+        let mut session =
+            Session { target, links, since, scheduler, plan, preemptions, committed: 0 };
         self.resubmit(&mut session.scheduler);
         let epoch = session.target.epoch;
         tracing::info!(%epoch, sequences = self.live.len(), kept, "serving");
         Ok(session)
     }
 
-    fn scheduler(&mut self, target: &Target) -> Result<Scheduler, scheduler::ConfigError> {
+    fn scheduler(
+        &mut self,
+        target: &Target,
+        since: u64,
+    ) -> Result<Scheduler, scheduler::ConfigError> {
         let config = Config {
             pools: target.peers.iter().map(|peer| peer.kv).collect(),
             step_tokens: self.config.step_tokens,
@@ -155,7 +181,12 @@ impl Engine {
             queue_max: u32::MAX,
             context_tokens: target.context_tokens,
         };
-        let Some((before, scheduler)) = self.left.take() else { return Scheduler::new(config) };
+        // Another router's steps may have written over what an earlier leadership left.
+        let Some(Left { target: before, scheduler, .. }) =
+            self.left.take().filter(|left| left.since == since)
+        else {
+            return Scheduler::new(config);
+        };
         let old_rank = |peer: &Peer| before.peers.iter().position(|old| old.is_same_process(peer));
         let kept: Vec<Option<usize>> = target.peers.iter().map(old_rank).collect();
         let mut scheduler = scheduler.reconfigure(config, &kept)?;
@@ -184,7 +215,7 @@ impl Engine {
         loop {
             self.drain_inbox(session);
             self.sweep(Some(&mut session.scheduler));
-            if self.has_newer_view(session) || self.is_over() {
+            if self.has_newer_view(session) || self.is_over() || !self.leads_since(session.since) {
                 return;
             }
             if !session.scheduler.plan(self.next_step, &mut session.plan) {
@@ -204,15 +235,15 @@ impl Engine {
                     self.shared.failed_steps.fetch_add(1, Ordering::SeqCst);
                     let remedy = failure.remedy();
                     self.give_up_on_poisoned(session, &failure);
-                    if let StepFailure::Superseded { epoch } = &failure {
-                        tracing::info!(%epoch, "a rank is gone; its step is void");
+                    if let Remedy::Yield = remedy {
+                        self.give_way(&failure).await;
                         return;
                     }
                     self.reporter.fault(session.target.epoch, &failure);
                     self.pause_after(&failure.to_string(), Some(session)).await;
                     match remedy {
                         Remedy::Retry => {}
-                        Remedy::Reopen => return,
+                        Remedy::Reopen | Remedy::Yield => return,
                     }
                 }
             }
@@ -222,9 +253,10 @@ impl Engine {
     async fn step(&mut self, session: &mut Session) -> Result<Vec<pb::Sampled>, StepFailure> {
         let live = &self.live;
         let sample = |id| live.get(&id).expect("only live sequences are planned").record.sample();
-        let Session { links, plan, target, .. } = session;
+        let Session { links, plan, target, since, .. } = session;
+        let Lead::Leads { term, .. } = self.lead.now() else { return Err(StepFailure::Deposed) };
         let started = Instant::now();
-        let step = links.step(plan, self.config.step_deadline, &mut self.suspicion, sample);
+        let step = links.step((plan, term), self.config.step_deadline, &mut self.suspicion, sample);
         let sampled = tokio::select! {
             sampled = step => sampled?,
             // Nobody waits for the answer of a rank that is gone. A planned change keeps all ranks, and
@@ -232,6 +264,7 @@ impl Engine {
             epoch = without_a_rank_of(&mut self.views, target) => {
                 return Err(StepFailure::Superseded { epoch });
             }
+            () = self.lead.ended(*since) => return Err(StepFailure::Deposed),
         };
         histogram!("herd_step_seconds").record(started.elapsed().as_secs_f64());
         Ok(sampled)
@@ -272,73 +305,6 @@ impl Engine {
                 self.end(id, Event::End(finish), outcome);
             }
         }
-    }
-
-    fn drain_inbox(&mut self, session: &mut Session) {
-        loop {
-            match self.inbox.try_recv() {
-                Ok(submission) => self.answer(submission, Some(session)),
-                Err(mpsc::error::TryRecvError::Empty) => return,
-                Err(mpsc::error::TryRecvError::Disconnected) => {
-                    self.inbox_closed = true;
-                    return;
-                }
-            }
-        }
-    }
-
-    fn answer(&mut self, submission: Submission, session: Option<&mut Session>) {
-        let Submission { generate, reply } = submission;
-        let result = self.accept(generate, session);
-        if result.is_err() {
-            counter!("herd_requests_total", "outcome" => "refused").increment(1);
-        }
-        // A client that left meanwhile drops its stream here, which cancels the sequence.
-        drop(reply.send(result));
-    }
-
-    fn accept(
-        &mut self,
-        generate: super::Generate,
-        session: Option<&mut Session>,
-    ) -> Result<TokenStream, SubmitError> {
-        if self.shared.draining.load(Ordering::SeqCst) {
-            return Err(SubmitError::Draining);
-        }
-        let (events, receiver) = mpsc::channel(generate.tokens_max as usize + 2);
-        let stream = TokenStream { events: receiver, shared: self.shared.clone() };
-        if generate.tokens_max == 0 {
-            deliver(&events, Event::End(Finish::Length));
-            return Ok(stream);
-        }
-        let id = self.next_sequence;
-        let record = Record::new(generate);
-        match session {
-            Some(session) => self.enqueue(&mut session.scheduler, record.resume(id))?,
-            None if self.config.queue_max as usize <= self.live.len() => {
-                return Err(SubmitError::NotReady("no view of the cluster is served".into()));
-            }
-            None => {}
-        }
-        self.next_sequence = id.next();
-        self.live.insert(id, Live { record, events, not_finite: 0 });
-        self.count_streams();
-        Ok(stream)
-    }
-
-    fn enqueue(
-        &self,
-        scheduler: &mut Scheduler,
-        new: scheduler::NewSequence,
-    ) -> Result<(), SubmitError> {
-        let stats = scheduler.stats();
-        // Sequences that the next plan can start do not wait, so they do not count.
-        let slots = self.config.sequences_max.min(self.config.step_tokens);
-        let free: u32 = stats.ranks.iter().map(|rank| slots.saturating_sub(rank.running)).sum();
-        if self.config.queue_max.saturating_add(free) <= stats.queued {
-            return Err(SubmitError::QueueFull { retry_after_s: RETRY_AFTER_S });
-        }
-        scheduler.submit(new).map_err(submit_error)
     }
 
     /// Ends the sequences whose streams were dropped.
@@ -419,6 +385,11 @@ impl Engine {
         until: Option<tokio::time::Instant>,
     ) -> Wake {
         let shared = self.shared.clone();
+        let since = match (&session, self.lead.now()) {
+            (Some(session), _) => session.since,
+            (None, Lead::Leads { since, .. }) => since,
+            (None, Lead::StandsBy { .. }) => return Wake::View,
+        };
         let forever = Duration::from_secs(3600);
         let until = until.unwrap_or_else(|| tokio::time::Instant::now() + forever);
         tokio::select! {
@@ -428,6 +399,7 @@ impl Engine {
                 self.retry_pause = RETRY_FIRST;
                 Wake::View
             }
+            () = self.lead.ended(since) => Wake::View,
             submission = self.inbox.recv(), if !self.inbox_closed => {
                 match submission {
                     Some(submission) => self.answer(submission, session),
@@ -482,18 +454,5 @@ fn token_from_wire(sampled: pb::Sampled) -> SampledToken {
         token: sampled.token,
         logprob: sampled.logprob,
         top: sampled.top.into_iter().map(|top| (top.token, top.logprob)).collect(),
-    }
-}
-
-fn submit_error(error: scheduler::SubmitError) -> SubmitError {
-    use scheduler::SubmitError as Core;
-    match error {
-        Core::QueueFull { .. } => SubmitError::QueueFull { retry_after_s: RETRY_AFTER_S },
-        Core::TooLong { prompt_tokens, context_tokens } => SubmitError::TooLong {
-            prompt_tokens: u32::try_from(prompt_tokens).unwrap_or(u32::MAX),
-            context_tokens,
-        },
-        // The front door renders every prompt to at least one token, and `accept` answers 0.
-        Core::EmptyPrompt | Core::NoTokens => SubmitError::NotReady(error.to_string()),
     }
 }

@@ -2,6 +2,7 @@
 //! its sequence alone would.
 
 pub(crate) mod fake;
+mod lead;
 
 use super::*;
 use fake::{Cluster, next_token};
@@ -60,7 +61,7 @@ async fn collect(mut stream: TokenStream) -> (Vec<u32>, Finish) {
                 assert_eq!(stream.next().await, None, "nothing follows the end");
                 return (tokens, finish);
             }
-            Event::Failed(text) => panic!("the stream failed: {text}"),
+            Event::Failed(text) | Event::Deposed(text) => panic!("the stream failed: {text}"),
         }
     }
 }

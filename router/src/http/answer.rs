@@ -13,6 +13,9 @@ use openai::{ApiError, ErrorKind};
 /// change takes, so that most find a cluster at their second attempt.
 const NOT_READY_RETRY_S: u32 = 2;
 
+/// What clients of a standby are told to wait, in seconds: it may lead by then.
+const STANDS_BY_RETRY_S: u32 = 1;
+
 /// An [`ApiError`] on its way out.
 #[derive(Debug)]
 pub(super) struct Refusal(pub(super) ApiError);
@@ -58,6 +61,11 @@ pub(super) fn not_ready(why: &str) -> ApiError {
     ApiError::new(kind, format!("{why}; try again in {NOT_READY_RETRY_S} s"))
 }
 
+/// The error of a router that does not lead; the text says which one does.
+pub(super) fn stands_by(text: &str) -> ApiError {
+    ApiError::new(ErrorKind::NotReady { retry_after_s: STANDS_BY_RETRY_S }, text)
+}
+
 /// The error of a prompt that leaves no room for an answer.
 pub(super) fn too_long(param: &str, prompt_tokens: u32, context_tokens: u32) -> ApiError {
     let message = format!(
@@ -76,6 +84,7 @@ pub(super) fn submit_error(param: &str, error: SubmitError) -> ApiError {
         SubmitError::TooLong { prompt_tokens, context_tokens } => {
             too_long(param, prompt_tokens, context_tokens)
         }
+        SubmitError::StandsBy { .. } => stands_by(&error.to_string()),
         SubmitError::NotReady(_) | SubmitError::Draining => not_ready(&error.to_string()),
     }
 }

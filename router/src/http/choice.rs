@@ -1,6 +1,6 @@
 //! One choice of an answer: the engine's events in, pieces of text out.
 
-use super::answer::internal;
+use super::answer::{internal, stands_by};
 use super::served::ServedModel;
 use super::writer::Writer;
 use crate::engine::{Event, TokenStream};
@@ -50,6 +50,10 @@ impl Choice {
                 Some(Event::Token(sampled)) => self.writer.token(&self.served, &sampled),
                 Some(Event::End(finish)) => self.writer.end(&self.served, finish),
                 Some(Event::Failed(why)) => return Some(Err(self.fail(&why))),
+                Some(Event::Deposed(why)) => {
+                    self.tokens = None;
+                    return Some(Err(stands_by(&why)));
+                }
                 None => return Some(Err(self.fail("the engine ended within the answer"))),
             };
             if piece.finish.is_some() {

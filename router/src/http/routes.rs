@@ -1,6 +1,6 @@
 //! What each path does.
 
-use super::answer::{self, Refusal, internal, not_ready};
+use super::answer::{self, Refusal, internal, not_ready, stands_by};
 use super::prepare::{self, Prepared, unknown_model};
 use super::served::ServedModel;
 use super::{App, BODY_BYTES_MAX, generate, tokens};
@@ -35,12 +35,18 @@ async fn generate(
     prepare: impl FnOnce(&ServedModel, &[u8]) -> Result<Prepared, ApiError> + Send + 'static,
 ) -> Answer {
     let body = read(body)?;
+    check_lead(app)?;
     let served = app.front.model.clone();
     let prepared = offload(body.len(), move || prepare(&served, &body)).await?;
     if app.engine.context_tokens() == 0 {
         return Err(not_ready("the cluster has not served yet").into());
     }
     Ok(generate::run(app.front.model.clone(), &app.engine, prepared).await?)
+}
+
+/// Only the router that leads serves.
+fn check_lead(app: &App) -> Result<(), ApiError> {
+    app.engine.check_lead().map_err(|error| stands_by(&error.to_string()))
 }
 
 pub(super) async fn tokenize(State(app): State<Arc<App>>, body: Body) -> Answer {
@@ -71,6 +77,7 @@ pub(super) async fn model(State(app): State<Arc<App>>, Path(id): Path<String>) -
 }
 
 pub(super) async fn health(State(app): State<Arc<App>>) -> Answer {
+    check_lead(&app)?;
     if !app.engine.is_ready() {
         return Err(not_ready("no cluster serves, or the router drains").into());
     }
@@ -84,7 +91,9 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
 
 pub(super) async fn status(State(app): State<Arc<App>>) -> Response {
     let cluster = (app.front.status)().await;
-    answer::json(crate::status::join(cluster, &app.engine).to_string())
+    let mut status = crate::status::join(cluster, &app.engine);
+    status["routers"] = app.engine.routers_json();
+    answer::json(status.to_string())
 }
 
 pub(super) async fn unknown_path(method: Method, uri: Uri) -> Refusal {

@@ -44,6 +44,8 @@ pub(crate) struct Script {
     pub(crate) break_at: AtomicU64,
     /// A seed whose sequence is not finite, so many times more.
     pub(crate) poison: Mutex<Option<(u64, u32)>>,
+    /// The highest router term seen; steps of lower ones are refused.
+    pub(crate) term: AtomicU64,
     pub(crate) failed: AtomicU64,
     /// The last step of any rank.
     pub(crate) last: AtomicU64,
@@ -99,6 +101,16 @@ impl Worker for FakeWorker {
         let memory = self.memory.clone();
         let answers = request.into_inner().map(move |step| {
             let step = step?;
+            let term = script.term.fetch_max(step.router_term, Ordering::SeqCst);
+            if step.router_term < term {
+                return Ok(pb::StepResult {
+                    epoch: step.epoch,
+                    step: step.step,
+                    fault: "refused".into(),
+                    router_term: term,
+                    ..Default::default()
+                });
+            }
             script.last.fetch_max(step.step, Ordering::SeqCst);
             for slice in &step.slices {
                 script.computed.lock().unwrap().insert(slice.sequence, step.step);
