@@ -104,9 +104,9 @@ impl Runner {
         }
     }
 
-    /// Whether a step that has just arrived may go on; the refusal if not. What an earlier router left
+    /// Whether a step that has just arrived may go on; who leads if not. What an earlier router left
     /// running is aborted: nobody waits for its answer, and the new router would wait for its deadline.
-    pub(crate) fn admit(&self, step: &pb::Step) -> Result<(), pb::StepResult> {
+    pub(crate) fn admit(&self, step: &pb::Step) -> Result<(), Outranked> {
         match self.fence.arrive(step.router_term) {
             Ok(Admitted::Quietly) => Ok(()),
             Ok(Admitted::OverRunning) => {
@@ -116,7 +116,7 @@ impl Runner {
                 }
                 Ok(())
             }
-            Err(outranked) => Err(refusal(step, outranked)),
+            Err(outranked) => Err(outranked),
         }
     }
 
@@ -221,7 +221,7 @@ fn run(mut engine: Engine, (waiting, fence): (&Waiting, &Fence), mut inbox: mpsc
 }
 
 /// The answer to a step of a router that leads no more.
-fn refusal(step: &pb::Step, Outranked { term }: Outranked) -> pb::StepResult {
+pub(crate) fn refusal(step: &pb::Step, Outranked { term }: Outranked) -> pb::StepResult {
     pb::StepResult {
         epoch: step.epoch,
         step: step.step,

@@ -1,7 +1,7 @@
 //! The gRPC face of a worker.
 
 use crate::engine::{EngineError, Seat, Shard};
-use crate::runner::{Job, Runner};
+use crate::runner::{self, Job, Runner};
 use crate::weights::Model;
 use all2all::tcp::Peer;
 use ids::{Epoch, Rank};
@@ -222,9 +222,9 @@ async fn forward(
                 return;
             }
         };
-        if let Err(refusal) = runner.admit(&step) {
-            tracing::warn!(term = step.router_term, leads = refusal.router_term, "router refused");
-            if answer.send(Ok(refusal)).await.is_err() {
+        if let Err(outranked) = runner.admit(&step) {
+            tracing::warn!(term = step.router_term, leads = outranked.term, "router refused");
+            if answer.send(Ok(runner::refusal(&step, outranked))).await.is_err() {
                 return;
             }
             continue;

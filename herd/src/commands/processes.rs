@@ -23,8 +23,9 @@ const COORDINATORS: usize = 2;
 const RESTART_PAUSE: Duration = Duration::from_millis(200);
 /// Between questions of how many workers an operator wants.
 const SCALE_POLL: Duration = Duration::from_millis(500);
-/// How the names of workers begin.
+/// How the names of workers begin, and those of routers.
 const WORKER: &str = "worker ";
+const ROUTER: &str = "router";
 /// Longest wait for a child to end by itself.
 const STOP_MAX: Duration = Duration::from_secs(5);
 /// Longest wait for the first router to be elected before the others start.
@@ -126,23 +127,6 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
         role.spawn()?;
     }
     let mut signals = Signals::new()?;
-    if 1 < args.routers {
-        // Whoever stands by must not be elected before the one whose address was asked for.
-        let leads = tokio::time::timeout(LEAD_MAX, leads(&address));
-        tokio::select! {
-            _late = leads => {}
-            () = signals.next() => {}
-        }
-        let mut last = address.clone();
-        for number in 1..args.routers {
-            last = next_free(&last)?;
-            let mut role = router(args, &program, (&urls, &etcd), (&dir, &last));
-            role.name = format!("router {number}");
-            role.spawn()?;
-            say(&format!("router {number}: http://{last} stands by"));
-            roles.push(role);
-        }
-    }
     let name = args.serve.model_name(&dir);
     let another = |number| {
         let mut role = worker(args, &program, &urls, (&dir, number));
@@ -157,25 +141,58 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
         say(&format!("\n{}", how_to_try(&name, &address)));
         std::future::pending::<()>().await;
     };
+    let another_router = |at: &str| router(args, &program, (&urls, &etcd), (&dir, at));
+    let supervised = async {
+        add_standbys(&mut roles, args.routers, &address, another_router).await?;
+        supervise(&mut roles, &urls, args, another).await
+    };
     tokio::select! {
         () = signals.next() => {}
         () = announce => {}
-        result = supervise(&mut roles, &urls, args, another) => return result,
+        result = supervised => return result,
     }
     say("stopping");
-    // The routers first: they let running requests end, for which they need the others.
-    let drain = Duration::from_secs(args.serve.drain_max_s) + STOP_MAX;
-    let mut routers = roles.split_off(roles.len() - usize::from(args.routers));
+    stop(roles, Duration::from_secs(args.serve.drain_max_s) + STOP_MAX, &mut signals).await;
+    say("stopped");
+    Ok(())
+}
+
+/// Starts the routers that stand by, on the next free ports.
+async fn add_standbys(
+    roles: &mut Vec<Role>,
+    routers: u16,
+    leader: &str,
+    router: impl Fn(&str) -> Role,
+) -> anyhow::Result<()> {
+    if routers < 2 {
+        return Ok(());
+    }
+    // Whoever stands by must not be elected before the one whose address was asked for.
+    let _late = tokio::time::timeout(LEAD_MAX, leads(leader)).await;
+    let mut last = leader.to_owned();
+    for number in 1..routers {
+        last = next_free(&last)?;
+        let mut role = router(&last);
+        role.name = format!("{ROUTER} {number}");
+        role.spawn()?;
+        say(&format!("{}: http://{last} stands by", role.name));
+        roles.push(role);
+    }
+    Ok(())
+}
+
+/// Ends everything. The routers first: they let running requests end, for which they need the others.
+async fn stop(roles: Vec<Role>, drain: Duration, signals: &mut Signals) {
+    let is_router = |role: &Role| role.name.starts_with(ROUTER);
+    let (mut routers, mut others): (Vec<Role>, Vec<Role>) = roles.into_iter().partition(is_router);
     let stop = futures::future::join_all(routers.iter_mut().map(|router| router.stop(drain)));
     tokio::select! {
         _ends = stop => {}
         () = signals.next() => {}
     }
-    for role in roles.iter_mut().rev() {
+    for role in others.iter_mut().rev() {
         role.stop(STOP_MAX).await;
     }
-    say("stopped");
-    Ok(())
 }
 
 /// What the supervisor waits for.
@@ -211,8 +228,7 @@ async fn supervise(
                     let mut role = worker(next_worker);
                     next_worker += 1;
                     role.spawn()?;
-                    // The router stays the last: it is stopped first.
-                    roles.insert(roles.len() - 1, role);
+                    roles.push(role);
                 }
                 continue;
             }
@@ -393,7 +409,7 @@ fn router(
         "--sequences",
         &numbers[4],
     ];
-    let mut role = role("router".into(), program, &flags);
+    let mut role = role(ROUTER.into(), program, &flags);
     if 1 < args.routers {
         role.args.extend(["--etcd".into(), etcd.into()]);
         role.environment = args.etcd.environment();
