@@ -1,7 +1,7 @@
 //! The machine itself; `lib.rs` draws it.
 
-use crate::silence::Distrust;
-use crate::{Cause, Change, Hello, Input, Output, Settings};
+use crate::silence::{Distrust, Failures};
+use crate::{Cause, Change, Hello, Input, Output, Settings, Silence};
 use ids::{Epoch, WorkerId};
 use placement::{Load, Member, View, Window};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -61,6 +61,7 @@ pub struct Control {
     pub(crate) history: VecDeque<Change>,
     /// Workers that were silent, by incarnation.
     pub(crate) distrusted: BTreeMap<String, Distrust>,
+    pub(crate) failures: Failures,
 }
 
 impl Control {
@@ -91,6 +92,7 @@ impl Control {
             wanted: None,
             history: VecDeque::new(),
             distrusted: BTreeMap::new(),
+            failures: Failures::default(),
         }
     }
 
@@ -130,7 +132,14 @@ impl Control {
                 }
                 let is_current = self.committed.as_ref().is_some_and(|view| view.epoch == epoch);
                 match &self.phase {
-                    Phase::Serving if is_current => self.plan(now, Cause::Fault { text, suspects }),
+                    Phase::Serving if is_current => {
+                        let ranks = self.blamed(&suspects).into_iter().collect();
+                        let silence = Silence { ranks, lasted: Duration::ZERO };
+                        match self.silent(now, epoch, &silence) {
+                            Some(outputs) => outputs,
+                            None => self.plan(now, Cause::Fault { text, suspects }),
+                        }
+                    }
                     // A newer view is on its way already, or the news is old.
                     Phase::Serving
                     | Phase::Adopting { .. }
@@ -140,6 +149,7 @@ impl Control {
                 }
             }
             Input::FirstToken { epoch } => {
+                self.absolve();
                 self.note(epoch, |change| {
                     change.first_token.get_or_insert(now.saturating_sub(change.at));
                 });

@@ -248,7 +248,7 @@ fn silent_rank_leaves_at_once_and_comes_back_later_each_time() {
         &[
             "dismiss w1: the router heard nothing from it for 60ms",
             "prepare w0 as r0 of n2[w0]",
-            "refuse b: the router heard nothing from it; it may come back in 1.0 s",
+            "refuse b: it made steps fail; it may come back in 1.0 s",
         ],
     );
     let detect = control.status().changes.last().unwrap().detect;
@@ -279,7 +279,7 @@ fn silent_rank_leaves_at_once_and_comes_back_later_each_time() {
         &[
             "dismiss w2: the router heard nothing from it for 60ms",
             "prepare w0 as r0 of n4[w0]",
-            "refuse b: the router heard nothing from it; it may come back in 1.0 s",
+            "refuse b: it made steps fail; it may come back in 1.0 s",
         ],
     );
     check(&mut control, vec![(9, Input::Hello(hello("b")))], &["welcome b as w3"]);
@@ -294,4 +294,43 @@ fn router_that_hears_nobody_ends_no_membership() {
         &["prepare w0 as r0 of n2[w0 w1]", "prepare w1 as r1 of n2[w0 w1]"],
     );
     assert_eq!(control.status().members.len(), 2);
+}
+
+#[test]
+fn rank_that_others_do_not_reach_leaves_when_steps_keep_failing() {
+    let mut control = start(3);
+    for name in ["a", "b", "c"] {
+        control.step(Duration::from_secs(1), Input::Hello(hello(name)));
+    }
+    let serve = |control: &mut Control, epoch: u64| {
+        for worker in 0..3 {
+            control.step(Duration::from_secs(1), prepared(epoch, worker));
+        }
+        control.step(Duration::from_secs(1), stored(epoch));
+    };
+    serve(&mut control, 1);
+    let fault = |epoch, suspects: &[u16]| Input::Fault {
+        epoch: Epoch(epoch),
+        text: "late".into(),
+        suspects: suspects.iter().copied().map(Rank).collect(),
+        silence: Silence::default(),
+    };
+    // A step that counts between two failures ends the row.
+    control.step(Duration::from_secs(2), fault(1, &[2]));
+    serve(&mut control, 2);
+    control.step(Duration::from_secs(2), Input::FirstToken { epoch: Epoch(2) });
+    // Worker 1 and the others do not reach each other.
+    control.step(Duration::from_secs(2), fault(2, &[0, 2]));
+    serve(&mut control, 3);
+    control.step(Duration::from_secs(3), fault(3, &[1]));
+    serve(&mut control, 4);
+    check(
+        &mut control,
+        vec![(4, fault(4, &[0, 2]))],
+        &[
+            "dismiss w1: 3 steps failed, and it is blamed most",
+            "prepare w0 as r0 of n5[w0 w2]",
+            "prepare w2 as r1 of n5[w0 w2]",
+        ],
+    );
 }
