@@ -16,6 +16,8 @@ pub(crate) struct Meter {
 pub(crate) struct Measured {
     /// Rows that experts computed, all layers together.
     pub(crate) rows: BTreeMap<WorkerId, u64>,
+    /// The same by layer and expert, `[moe layers][experts]`.
+    pub(crate) experts: Vec<Vec<u64>>,
     /// Load of the fullest worker as a multiple of the mean, averaged over the layers: 1 is level.
     pub(crate) fullest: f64,
 }
@@ -57,14 +59,19 @@ impl Meter {
         if rows.is_empty() {
             return None;
         }
-        self.last = Some(measured(&rows, members));
+        let fullest = fullest(&rows, members);
+        let total = |rows: &Vec<Vec<u64>>| rows.iter().flatten().sum();
+        let by_worker = rows.iter().map(|(&worker, rows)| (worker, total(rows))).collect();
         let mut all = rows.values();
         let mut sum = all.next()?.clone();
-        for (sum, more) in sum.iter_mut().flatten().zip(all.flat_map(|rows| rows.iter().flatten()))
-        {
-            *sum += more;
+        for rows in all {
+            for (sum, more) in sum.iter_mut().flatten().zip(rows.iter().flatten()) {
+                *sum += more;
+            }
         }
-        Window::new(&sum).ok()
+        let window = Window::new(&sum).ok();
+        self.last = Some(Measured { rows: by_worker, experts: sum, fullest });
+        window
     }
 
     /// What the last window with any work showed.
@@ -73,24 +80,19 @@ impl Meter {
     }
 }
 
-fn measured(rows: &BTreeMap<WorkerId, Vec<Vec<u64>>>, members: &[WorkerId]) -> Measured {
-    let per_layer = |rows: &Vec<Vec<u64>>| rows.iter().map(|layer| layer.iter().sum()).collect();
-    let layers: BTreeMap<WorkerId, Vec<u64>> =
-        rows.iter().map(|(&worker, rows)| (worker, per_layer(rows))).collect();
-    let count = layers.values().next().map_or(0, Vec::len);
-    let workers =
-        members.iter().filter(|member| !layers.contains_key(member)).count() + layers.len();
+/// * `members`: who could have had work
+fn fullest(rows: &BTreeMap<WorkerId, Vec<Vec<u64>>>, members: &[WorkerId]) -> f64 {
+    let count = rows.values().next().map_or(0, Vec::len);
+    let idle = members.iter().filter(|member| !rows.contains_key(member)).count();
+    let workers = idle + rows.len();
     let mut sum = 0.0;
     for layer in 0..count {
-        let loads = layers.values().map(|rows| rows[layer]);
-        let (total, most) =
-            loads.fold((0, 0), |(total, most): (u64, u64), l| (total + l, most.max(l)));
+        let loads = rows.values().map(|rows| rows[layer].iter().sum::<u64>());
+        let (total, most) = loads.fold((0, 0), |(total, most), l| (total + l, u64::max(most, l)));
         // A layer without rows is level.
         sum += if total == 0 { 1.0 } else { most as f64 * workers as f64 / total as f64 };
     }
-    let fullest = if count == 0 { 1.0 } else { sum / count as f64 };
-    let rows = layers.into_iter().map(|(worker, rows)| (worker, rows.iter().sum())).collect();
-    Measured { rows, fullest }
+    if count == 0 { 1.0 } else { sum / count as f64 }
 }
 
 #[cfg(test)]
@@ -108,15 +110,17 @@ mod tests {
             (a, vec![vec![3, 1], vec![0, 0]]),
             (b, vec![vec![0, 1], vec![0, 0]]),
             (b, vec![vec![0, 1], vec![0, 2]]),
+            (c, vec![vec![0, 0], vec![1, 0]]),
         ] {
             meter.add(worker, layers, SHAPE).unwrap();
         }
         let window = meter.close(&[a, b, c]);
-        assert_eq!(window, Some(Window::new(&[vec![3, 3], vec![0, 2]]).unwrap()));
+        assert_eq!(window, Some(Window::new(&[vec![3, 3], vec![1, 2]]).unwrap()));
         let last = meter.last().unwrap();
-        assert_eq!(last.rows, BTreeMap::from([(a, 4), (b, 4)]));
-        // Three workers: 4 of 6 rows in one layer, all in the other.
-        assert!((last.fullest - f64::midpoint(4.0 / 2.0, 3.0)).abs() < 1e-9, "{}", last.fullest);
+        assert_eq!(last.rows, BTreeMap::from([(a, 4), (b, 4), (c, 1)]));
+        assert_eq!(last.experts, [[3, 3], [1, 2]]);
+        // Of three workers one has 4 of 6 rows in one layer, and 2 of 3 in the other.
+        assert!((last.fullest - 2.0).abs() < 1e-9, "{}", last.fullest);
         assert_eq!(meter.close(&[a, b]), None, "the next window starts empty");
     }
 

@@ -2,6 +2,8 @@
 
 use crate::meter::Measured;
 use control::{Change, Levelling, MemberState, MemberStatus, PhaseName, Status};
+use ids::ExpertId;
+use placement::Placement;
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -19,7 +21,9 @@ pub(crate) fn json(
         "phase": phase(status.phase),
         "leader": leader,
         "workers_wanted": status.wanted,
-        "load": load.map(|load| json!({ "fullest": load.fullest })),
+        "load": load.map(|load| json!({ "fullest": load.fullest, "rows": load.experts })),
+        // By layer and expert: the ranks that hold a copy.
+        "placement": status.placement.as_ref().map(placement),
         "members": status.members.iter().map(|of| member(of, load)).collect::<Vec<_>>(),
         "coordinators": [{ "pid": leader, "url": url, "leader": true }],
         "etcd": etcd(store),
@@ -62,6 +66,18 @@ fn phase(phase: PhaseName) -> &'static str {
         PhaseName::Committing => "committing",
         PhaseName::Serving => "serving",
     }
+}
+
+fn placement(placement: &Placement) -> Value {
+    let ranks = |layer, expert| {
+        let ranks = placement.replicas(layer, expert).iter();
+        ranks.map(|rank| rank.0).collect::<Vec<_>>()
+    };
+    let layer = |layer| {
+        let experts = (0..).map(ExpertId).take(placement.experts());
+        experts.map(|expert| ranks(layer, expert)).collect::<Vec<_>>()
+    };
+    json!((0..placement.moe_layers()).map(layer).collect::<Vec<_>>())
 }
 
 fn member(member: &MemberStatus, load: Option<&Measured>) -> Value {

@@ -251,8 +251,10 @@ impl Shell {
     }
 
     fn rebalance(&mut self, control: &mut Control, reply: oneshot::Sender<Levelling>) {
-        // What was counted until now is the best that is known.
-        self.close_window(control);
+        // A part of a window shows what a few streams did for a moment, but it is better than nothing.
+        if self.meter.last().is_none() {
+            self.close_window(control);
+        }
         self.feed(control, Input::Rebalance);
         let Some(Answer::Levelling(levelling)) = self.answer.take() else {
             unreachable!("the machine answers every wish for a level load")

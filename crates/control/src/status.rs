@@ -3,7 +3,7 @@
 use crate::machine::Phase;
 use crate::{Change, Control};
 use ids::{Epoch, Rank, WorkerId};
-use placement::{Member, Shape, View};
+use placement::{Member, Placement, Shape, View};
 
 /// Which phase, without its data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +51,8 @@ pub struct Status {
     /// How many workers an operator wants, if one has said so.
     pub wanted: Option<u16>,
     pub members: Vec<MemberStatus>,
+    /// Of the view that counts.
+    pub placement: Option<Placement>,
     /// Oldest first.
     pub changes: Vec<Change>,
 }
@@ -95,6 +97,7 @@ impl Control {
             phase,
             wanted: self.wanted,
             members,
+            placement: view.map(|view| view.placement.clone()),
             changes: self.history.iter().cloned().collect(),
         }
     }
