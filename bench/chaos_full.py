@@ -19,7 +19,7 @@ import urllib.request
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HERD = ROOT / "target" / "release" / "herd"
-SCENARIOS = ["kill-workers", "freeze-workers", "kill-leader"]
+SCENARIOS = ["freeze-workers", "kill-leader", "kill-workers"]
 STREAMS = 40  # of the parts that this file loads itself
 WORKERS = 4
 
@@ -192,19 +192,21 @@ def main():
     arguments.add_argument("--output", type=pathlib.Path, default=ROOT / "bench" / "results" / "chaos.json")
     arguments = arguments.parse_args()
     results = []
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    machine = {"cpu": cpu, "cores": os.cpu_count(), "model": "toy-maverick", "workers": WORKERS}
+    version = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
     def note(result):
         print(json.dumps(result), flush=True)
         results.append(result)
+        # After every part: a run that is cut short is not lost.
+        document = {"command": "scripts/chaos-full", "commit": version, "machine": machine, "results": results}
+        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
 
+    note(rebalance(10))
+    note(join_and_drain(arguments.rounds or 20))
     for name in SCENARIOS:
         note(scenario(name, arguments.rounds))
-    note(join_and_drain(arguments.rounds or 20))
-    note(rebalance(10))
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    machine = {"cpu": cpu, "cores": os.cpu_count(), "model": "toy-maverick", "workers": WORKERS}
-    version = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    arguments.output.write_text(json.dumps({"command": "scripts/chaos-full", "commit": version, "machine": machine, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
