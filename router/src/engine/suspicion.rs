@@ -17,8 +17,11 @@ const MISSED_MIN: f32 = 4.0;
 const MISSED_MAX: f32 = 50.0;
 /// A suspect has missed this many times as many beats as anybody lately.
 const FACTOR: f32 = 3.0;
-/// What is left of the memory of late beats after a tick: a half of it after about 5 s.
-const FADE: f32 = 0.9986;
+/// What is left of the memory of late beats after a tick: a half of it after 2 s.
+const FADE: f32 = 0.9965;
+/// So much longer the next suspect is waited for, should the last one have been innocent. A worker that is
+/// left behind is kept out for a while, too, so this need not be much.
+const PATIENCE: f32 = 2.0;
 /// Before anything is known, beats are taken to be late: a cluster that starts is a busy one.
 const USUAL_FIRST: f32 = 15.0;
 /// A rank that has answered.
@@ -95,8 +98,7 @@ impl Suspicion {
         if silent.is_empty() || !are_heard {
             return None;
         }
-        // If it was only late after all, the next one is waited for longer.
-        self.usual = self.usual.max(longest as f32);
+        self.usual = limit * PATIENCE / FACTOR;
         Some(Silence { ranks: silent, lasted: BEAT * longest })
     }
 }
@@ -150,7 +152,7 @@ mod tests {
     fn suspect_that_was_innocent_is_waited_for_longer() {
         let mut suspicion = calm();
         assert_eq!(ticks(&mut suspicion, &[1, 0], 100), Some((4, vec![1])));
-        assert_eq!(ticks(&mut suspicion, &[1, 0], 100), Some((12, vec![1])));
+        assert_eq!(ticks(&mut suspicion, &[1, 0], 100), Some((8, vec![1])));
     }
 
     #[test]
