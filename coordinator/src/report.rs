@@ -111,6 +111,8 @@ fn change(change: &Change) -> Value {
         // Null where a broken connection told: how long that went unseen nobody knows.
         "detect_ms": ms(change.detect),
         "plan_ms": ms(change.plan),
+        // Why the view before it serves on, if it does.
+        "given_up": change.given_up,
         "prepare_ms": ms(change.prepare),
         "commit_ms": ms(change.commit),
         "first_token_ms": ms(change.first_token),

@@ -4,7 +4,7 @@ use crate::meter::Meter;
 use crate::{report, view_store};
 use control::{Control, Hello, Input, Levelling, Output, Settings};
 use ids::{Epoch, Rank, WorkerId};
-use placement::View;
+use placement::{Aim, View};
 use proto::pb;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -386,7 +386,14 @@ impl Shell {
             }
             Output::ScaleRefused { reason } => self.answer = Some(Answer::ScaleRefused(reason)),
             Output::Rebalanced(levelling) => self.answer = Some(Answer::Levelling(levelling)),
-            Output::Prepare { worker, rank, view } => self.prepare(worker, rank, &view),
+            Output::Prepare { worker, rank, view, aim } => self.prepare((worker, rank), &view, aim),
+            Output::GivenUp { epoch, reason } => {
+                tracing::warn!(%epoch, reason, "planned view given up");
+                for (.., reply) in self.levelling.extract_if(.., |(begun, ..)| *begun == epoch) {
+                    // Whoever asked may have left.
+                    let _left = reply.send(Levelling::Busy);
+                }
+            }
             Output::Store { view } => self.store(&view),
             Output::Publish { view } => {
                 tracing::info!(epoch = %view.epoch, ranks = view.members.len(), "view committed");
@@ -421,13 +428,16 @@ impl Shell {
         true
     }
 
-    fn prepare(&self, worker: WorkerId, rank: Rank, view: &View) {
+    fn prepare(&self, (worker, rank): (WorkerId, Rank), view: &View, aim: Aim) {
         let Some(events) = self.events.upgrade() else { return };
         let address = &view.members[rank.index()].address;
         let known = self.peers.get(&worker).and_then(|peer| peer.channel.clone());
         let channel = known.or_else(|| channel(address));
-        let request =
-            pb::PrepareRequest { view: Some(proto::view_to_wire(view)), rank: u32::from(rank.0) };
+        let request = pb::PrepareRequest {
+            view: Some(proto::view_to_wire(view)),
+            rank: u32::from(rank.0),
+            urgent: aim == Aim::Survive,
+        };
         let epoch = view.epoch;
         telemetry::spawn("coordinator.prepare", async move {
             let input = match call_prepare(channel, request).await {

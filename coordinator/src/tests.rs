@@ -59,6 +59,7 @@ fn settings(workers_expected: u16) -> Settings {
         adopt_max: Duration::from_millis(500),
         redundancy: 0,
         spare: 0,
+        repair_after: Duration::from_secs(1),
         rebalance_every: None,
     }
 }

@@ -18,6 +18,8 @@ pub enum Cause {
     },
     /// The load of the experts has shifted.
     Rebalance,
+    /// Copies of experts were lost, or a member holds none.
+    Repair,
     Lost {
         worker: WorkerId,
         evidence: String,
@@ -39,6 +41,7 @@ impl fmt::Display for Cause {
             Self::Drained(worker) => write!(f, "{worker} drained"),
             Self::Scaled { workers } => write!(f, "scaled to {workers}"),
             Self::Rebalance => f.write_str("rebalance"),
+            Self::Repair => f.write_str("repair"),
             Self::Lost { worker, evidence } => write!(f, "{worker} lost: {evidence}"),
             Self::Fault { text, suspects } => {
                 write!(f, "step failed: {text}; suspects {suspects:?}")
@@ -65,6 +68,8 @@ pub struct Change {
     pub prepare: Option<Duration>,
     /// Until the store held the view.
     pub commit: Option<Duration>,
+    /// Why it came to nothing, if it did: the view before it serves on.
+    pub given_up: Option<String>,
     /// From the decision until a router committed the first step.
     pub first_token: Option<Duration>,
 }
@@ -80,6 +85,7 @@ impl Change {
             plan: None,
             prepare: None,
             commit: None,
+            given_up: None,
             first_token: None,
         }
     }

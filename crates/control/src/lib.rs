@@ -19,6 +19,10 @@
 //! its epoch and changes nothing. Preparing is also how a suspect is confirmed: whoever fails to
 //! prepare is no member any more.
 //!
+//! After a loss or a failed step the streams wait, so the next view makes nobody load what somebody
+//! else still holds. The copies that it lacks are made by a later view, beside the serving one; whatever
+//! goes wrong meanwhile ends that attempt, not the streams.
+//!
 //! A member that is drained serves on until a view without it counts, and is dismissed then. If all
 //! who were to take over are lost meanwhile, it stays.
 
@@ -26,13 +30,14 @@ mod change;
 mod leave;
 mod machine;
 mod plan;
+mod repair;
 mod silence;
 mod status;
 #[cfg(test)]
 mod tests;
 
 use ids::{Epoch, Rank, WorkerId};
-use placement::{KvPools, Shape, View, Window};
+use placement::{Aim, KvPools, Shape, View, Window};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -53,6 +58,9 @@ pub struct Settings {
     pub redundancy: u16,
     /// Places per rank and layer for further copies, which level the load of hot experts.
     pub spare: u16,
+    /// How long lost copies wait to be made again. A lost worker is often started again at once, and
+    /// brings the places back.
+    pub repair_after: Duration,
     /// Level the load that often, if it gains enough; `None`: only when an operator asks.
     pub rebalance_every: Option<Duration>,
 }
@@ -149,8 +157,11 @@ pub enum Output {
     ScaleRefused { reason: String },
     /// The answer to `Rebalance`.
     Rebalanced(Levelling),
-    /// Ask a worker to prepare its rank of a view; answer with `Prepared` or `PrepareFailed`.
-    Prepare { worker: WorkerId, rank: Rank, view: Arc<View> },
+    /// Ask a worker to prepare its rank of a view; answer with `Prepared` or `PrepareFailed`. If the aim
+    /// is to survive, the view before it cannot go on.
+    Prepare { worker: WorkerId, rank: Rank, view: Arc<View>, aim: Aim },
+    /// The view of this epoch will never count; the one before it serves on.
+    GivenUp { epoch: Epoch, reason: String },
     /// Write the view to the store; answer with `Stored`, `StoreFailed` or `Superseded`.
     Store { view: Arc<View> },
     /// Tell the routers.

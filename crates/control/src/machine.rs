@@ -3,7 +3,7 @@
 use crate::silence::{Distrust, Failures};
 use crate::{Cause, Change, Hello, Input, Output, Settings, Silence};
 use ids::{Epoch, WorkerId};
-use placement::{Load, Member, View, Window};
+use placement::{Aim, Load, Member, View, Window};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,6 +28,7 @@ pub(crate) enum Phase {
     Preparing {
         view: Arc<View>,
         waiting: BTreeSet<WorkerId>,
+        aim: Aim,
     },
     /// `retry`: the store did not answer, and is asked again then.
     Committing {
@@ -58,6 +59,8 @@ pub struct Control {
     pub(crate) levelled: Duration,
     /// How many workers an operator wants; `None`: as many as come.
     pub(crate) wanted: Option<u16>,
+    /// When the copies that the serving view lacks shall be made.
+    pub(crate) repair: Option<Duration>,
     pub(crate) history: VecDeque<Change>,
     /// Workers that were silent, by incarnation.
     pub(crate) distrusted: BTreeMap<String, Distrust>,
@@ -90,6 +93,7 @@ impl Control {
             load: None,
             levelled: now,
             wanted: None,
+            repair: None,
             history: VecDeque::new(),
             distrusted: BTreeMap::new(),
             failures: Failures::default(),
@@ -103,7 +107,8 @@ impl Control {
             Phase::Adopting { until, .. } => Some(*until),
             Phase::Assembling { since } => since.map(|since| since + self.settings.assemble_max),
             Phase::Committing { retry, .. } => *retry,
-            Phase::Preparing { .. } | Phase::Serving => None,
+            Phase::Preparing { .. } => None,
+            Phase::Serving => self.repair,
         }
     }
 
@@ -130,9 +135,11 @@ impl Control {
                 if let Some(outputs) = self.silent(now, epoch, &silence) {
                     return outputs;
                 }
-                let is_current = self.committed.as_ref().is_some_and(|view| view.epoch == epoch);
+                let is_current = self.committed.as_ref().is_some_and(|view| view.epoch == epoch)
+                    && self.is_served();
                 match &self.phase {
-                    Phase::Serving if is_current => {
+                    // What was planned can wait, the streams cannot.
+                    Phase::Serving | Phase::Preparing { aim: Aim::Level, .. } if is_current => {
                         let ranks = self.blamed(&suspects).into_iter().collect();
                         let silence = Silence { ranks, lasted: Duration::ZERO };
                         match self.silent(now, epoch, &silence) {
@@ -227,10 +234,7 @@ impl Control {
         }
         self.phase = Phase::Serving;
         let mut outputs = vec![Output::Publish { view: Arc::clone(&view) }];
-        let newcomer = self.members.keys().find(|worker| !has(&view, **worker)).copied();
-        if let Some(worker) = newcomer {
-            outputs.extend(self.plan(now, Cause::Joined(worker)));
-        }
+        outputs.extend(self.follow_up(now));
         outputs
     }
 
@@ -281,7 +285,12 @@ impl Control {
             }
             // It may come back in time, under the same id.
             Phase::Adopting { .. } => return Vec::new(),
-            Phase::Preparing { view, .. } => has(view, worker),
+            Phase::Preparing { view, aim: Aim::Level, .. }
+                if has(view, worker) && !self.serves(worker) && self.is_served() =>
+            {
+                return self.newcomer_lost(now, format!("{worker} lost: {evidence}"));
+            }
+            Phase::Preparing { view, .. } => has(view, worker) || self.serves(worker),
             Phase::Committing { view, .. } => {
                 // The write is on its way; the next view follows its answer.
                 if has(view, worker) {
@@ -289,13 +298,24 @@ impl Control {
                 }
                 return Vec::new();
             }
-            Phase::Serving => self.committed.as_ref().is_some_and(|view| has(view, worker)),
+            Phase::Serving => self.serves(worker),
         };
         if matters { self.plan(now, Cause::Lost { worker, evidence }) } else { Vec::new() }
     }
 
+    /// Whether the view that counts has the worker.
+    fn serves(&self, worker: WorkerId) -> bool {
+        self.committed.as_ref().is_some_and(|view| has(view, worker))
+    }
+
+    /// Whether the view that counts goes on while another one is prepared: all its members are here.
+    fn is_served(&self) -> bool {
+        let is_here = |member: &Member| self.members.contains_key(&member.worker);
+        self.committed.as_ref().is_some_and(|view| view.members.iter().all(is_here))
+    }
+
     fn prepared(&mut self, now: Duration, epoch: Epoch, worker: WorkerId) -> Vec<Output> {
-        let Phase::Preparing { view, waiting } = &mut self.phase else { return Vec::new() };
+        let Phase::Preparing { view, waiting, .. } = &mut self.phase else { return Vec::new() };
         if view.epoch != epoch || !waiting.remove(&worker) || !waiting.is_empty() {
             return Vec::new();
         }
@@ -312,9 +332,13 @@ impl Control {
         worker: WorkerId,
         text: String,
     ) -> Vec<Output> {
-        let Phase::Preparing { view, .. } = &self.phase else { return Vec::new() };
+        let Phase::Preparing { view, aim, .. } = &self.phase else { return Vec::new() };
+        let is_planned = *aim == Aim::Level;
         if view.epoch != epoch || !self.members.contains_key(&worker) {
             return Vec::new();
+        }
+        if is_planned && self.serves(worker) && self.is_served() {
+            return self.postpone(now, format!("{worker} cannot prepare it: {text}"));
         }
         let evidence = format!("cannot prepare {epoch}: {text}");
         let mut outputs = vec![Output::Dismiss { worker, reason: evidence.clone() }];
@@ -338,7 +362,7 @@ impl Control {
         outputs.extend(match self.overtaken.take() {
             // Who leaves may be needed yet, if those who were to take over are lost.
             Some(cause) => self.plan(now, cause),
-            None => self.dismiss_drained(),
+            None => self.follow_up(now),
         });
         outputs
     }
@@ -362,6 +386,7 @@ impl Control {
                 *retry = None;
                 vec![Output::Store { view: Arc::clone(view) }]
             }
+            Phase::Serving if self.repair.is_some_and(|at| at <= now) => self.repair(now),
             Phase::Committing { .. } | Phase::Preparing { .. } | Phase::Serving => Vec::new(),
         }
     }

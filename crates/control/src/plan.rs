@@ -26,12 +26,10 @@ impl Control {
             self.phase = Phase::Assembling { since: None };
             return Vec::new();
         }
-        if self.members.len() == self.draining.len() {
-            // Those who were to take over are gone: better a cluster that nobody wanted than none.
-            self.draining.clear();
-        }
-        let next = self.next_view(aim(&cause));
-        self.start(now, cause, next)
+        self.keep_somebody();
+        let aim = aim(&cause);
+        let next = self.next_view(aim);
+        self.start(now, (cause, aim), next)
     }
 
     /// Levels the load, if that is worth a view change, and says so.
@@ -51,6 +49,8 @@ impl Control {
         let (Phase::Serving, Some(view)) = (&self.phase, &self.committed) else {
             return (Levelling::Busy, Vec::new());
         };
+        let view = Arc::clone(view);
+        self.keep_somebody();
         let Some(load) = &self.load else { return (Levelling::Unknown, Vec::new()) };
         let next = self.next_view(Aim::Level);
         let before = 1.0 / load.balance(&view.placement);
@@ -58,11 +58,19 @@ impl Control {
         if 1.0 - after / before < REBALANCE_GAIN_MIN {
             return (Levelling::Level { before, after }, Vec::new());
         }
-        let outputs = self.start(now, Cause::Rebalance, next);
+        let outputs = self.start(now, (Cause::Rebalance, Aim::Level), next);
         (Levelling::Begun { epoch: self.epoch, before, after }, outputs)
     }
 
-    fn start(&mut self, now: Duration, cause: Cause, next: Next) -> Vec<Output> {
+    /// If those who were to take over are gone, who should leave stays: better a cluster that nobody
+    /// wanted than none.
+    fn keep_somebody(&mut self) {
+        if self.members.len() == self.draining.len() {
+            self.draining.clear();
+        }
+    }
+
+    fn start(&mut self, now: Duration, (cause, aim): (Cause, Aim), next: Next) -> Vec<Output> {
         let Next { mut view, loads } = next;
         self.epoch = self.epoch.next();
         view.epoch = self.epoch;
@@ -75,10 +83,12 @@ impl Control {
             worker: member.worker,
             rank: member.rank,
             view: Arc::clone(&view),
+            aim,
         };
         let outputs = view.members.iter().map(prepare).collect();
         let waiting = view.members.iter().map(|member| member.worker).collect();
-        self.phase = Phase::Preparing { view, waiting };
+        self.phase = Phase::Preparing { view, waiting, aim };
+        self.repair = None;
         outputs
     }
 
@@ -88,7 +98,9 @@ impl Control {
         let old_rank = |worker: WorkerId| {
             last?.members.iter().find(|member| member.worker == worker).map(|member| member.rank)
         };
-        let staying = self.members.iter().filter(|(worker, _)| !self.draining.contains(worker));
+        // Who is to leave still serves while the streams wait: to do without it takes loading.
+        let stays = |worker: &WorkerId| aim == Aim::Survive || !self.draining.contains(worker);
+        let staying = self.members.iter().filter(|(worker, _)| stays(worker));
         let mut order: Vec<(&WorkerId, &Hello)> = staying.collect();
         order.sort_by_key(|(worker, _)| (old_rank(**worker).unwrap_or(Rank(u16::MAX)), **worker));
         let member = |(rank, (&worker, hello)): (u16, (&WorkerId, &Hello))| Member {
@@ -130,11 +142,12 @@ impl Control {
 /// What was not planned must be over soon; what was may as well end level.
 fn aim(cause: &Cause) -> Aim {
     match cause {
-        Cause::Lost { .. } | Cause::Fault { .. } | Cause::Superseded => Aim::Restore,
+        Cause::Lost { .. } | Cause::Fault { .. } | Cause::Superseded => Aim::Survive,
         Cause::Start
         | Cause::Joined(_)
         | Cause::Drained(_)
         | Cause::Scaled { .. }
-        | Cause::Rebalance => Aim::Level,
+        | Cause::Rebalance
+        | Cause::Repair => Aim::Level,
     }
 }

@@ -2,6 +2,7 @@
 
 mod planned;
 mod random;
+mod repair;
 
 use super::*;
 use std::fmt::Write;
@@ -13,6 +14,7 @@ fn settings(workers_expected: u16) -> Settings {
         adopt_max: Duration::from_secs(3),
         redundancy: 1,
         spare: 0,
+        repair_after: Duration::from_secs(1),
         rebalance_every: None,
     }
 }
@@ -57,7 +59,8 @@ fn text(output: &Output) -> String {
             Levelling::Unknown => "no load".into(),
             Levelling::Busy => "busy".into(),
         },
-        Output::Prepare { worker, rank, view } => {
+        Output::GivenUp { epoch, reason } => format!("give {epoch} up: {reason}"),
+        Output::Prepare { worker, rank, view, .. } => {
             format!("prepare {worker} as {rank} of {}", members(view))
         }
         Output::Store { view } => format!("store {}", members(view)),
@@ -84,22 +87,36 @@ fn lost(worker: u32) -> Input {
     Input::Lost { worker: WorkerId(worker), evidence: "stream ended".into() }
 }
 
+fn cannot_prepare(epoch: u64, worker: u32) -> Input {
+    let worker = WorkerId(worker);
+    Input::PrepareFailed { epoch: Epoch(epoch), worker, text: "disk".into() }
+}
+
+fn stored(epoch: u64) -> Input {
+    Input::Stored { epoch: Epoch(epoch) }
+}
+
+fn drain(worker: u32) -> Input {
+    Input::Drain { worker: WorkerId(worker) }
+}
+
 /// A cluster of two that serves epoch 1.
 fn serving() -> Control {
     serving_with(settings(2))
 }
 
+/// A cluster of all workers expected, which serves epoch 1.
 fn serving_with(settings: Settings) -> Control {
+    let workers = u32::from(settings.workers_expected);
     let mut control = Control::new(settings, Duration::ZERO, None);
-    for input in [
-        Input::Hello(hello("a")),
-        Input::Hello(hello("b")),
-        prepared(1, 0),
-        prepared(1, 1),
-        Input::Stored { epoch: Epoch(1) },
-    ] {
-        control.step(Duration::from_secs(1), input);
+    let at = Duration::from_secs(1);
+    for name in ["a", "b", "c", "d"].into_iter().take(workers as usize) {
+        control.step(at, Input::Hello(hello(name)));
     }
+    for worker in 0..workers {
+        control.step(at, prepared(1, worker));
+    }
+    control.step(at, stored(1));
     assert_eq!(control.status().phase, PhaseName::Serving);
     control
 }
@@ -228,19 +245,17 @@ fn loss_while_the_store_writes_is_repaired_right_after() {
 }
 
 #[test]
-fn worker_that_cannot_prepare_is_dismissed() {
-    let failed = Input::PrepareFailed { epoch: Epoch(2), worker: WorkerId(1), text: "disk".into() };
+fn worker_that_cannot_prepare_what_must_be_is_dismissed() {
+    let mut control = serving_with(settings(3));
+    let failed = || cannot_prepare(2, 1);
     check(
-        &mut serving(),
-        vec![(5, Input::Hello(hello("c"))), (5, failed.clone()), (5, failed)],
+        &mut control,
+        vec![(5, lost(0)), (5, failed()), (5, failed())],
         &[
-            "welcome c as w2",
-            "prepare w0 as r0 of n2[w0 w1 w2]",
-            "prepare w1 as r1 of n2[w0 w1 w2]",
-            "prepare w2 as r2 of n2[w0 w1 w2]",
+            "prepare w1 as r0 of n2[w1 w2]",
+            "prepare w2 as r1 of n2[w1 w2]",
             "dismiss w1: cannot prepare n2: disk",
-            "prepare w0 as r0 of n3[w0 w2]",
-            "prepare w2 as r1 of n3[w0 w2]",
+            "prepare w2 as r0 of n3[w2]",
         ],
     );
 }

@@ -6,6 +6,7 @@ use crate::layer::{Layer, Terms};
 use crate::load::{Lanes, Load};
 use crate::{Placement, PlacementError, Shape};
 use ids::{ExpertId, Rank};
+use std::borrow::Cow;
 
 /// Who holds which experts now, in the ranks of the next view. Unlike a [`Placement`] it may lack
 /// experts: those whose last holder was lost.
@@ -50,9 +51,10 @@ impl Holdings {
 /// How far a plan goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Aim {
-    /// Only what must be: every expert has its copies and nobody holds too much. Streams wait.
-    Restore,
-    /// Copies also move, and further ones are made, where that levels the load.
+    /// Only what must be, because streams wait: every expert is held by somebody. Lost copies are not made
+    /// again while another is left, and nobody gives any away.
+    Survive,
+    /// Every expert has its copies and nobody holds too much; copies also move, and further ones are made, where that levels the load.
     Level,
 }
 
@@ -108,7 +110,6 @@ pub fn replan(request: &Request<'_>) -> Result<Planned, PlacementError> {
     let shape = request.load.shape();
     let ranks = check(request, shape)?;
     let copies_min = copies_min(request, shape)?;
-    let capacity = request.capacity;
     let mut layers = Vec::with_capacity(shape.moe_layers);
     for (moe_layer, current) in request.current.layers.iter().enumerate() {
         let current: Vec<Vec<usize>> = current
@@ -116,15 +117,16 @@ pub fn replan(request: &Request<'_>) -> Result<Planned, PlacementError> {
             .map(|holders| holders.iter().map(|rank| rank.index()).collect())
             .collect();
         let (weights, demand) = demand(request, moe_layer);
+        let capacity = capacity(request, &current);
         let first = moe_layer % capacity.len();
-        let terms = Terms { capacity, copies_min, weights, first };
+        let terms = Terms { capacity: &capacity, copies_min, weights, first };
         let mut layer = Layer::new(terms, demand, &current);
         match request.aim {
             Aim::Level if !request.load.is_unknown() => {
                 fill::fill(&mut layer, Free::FillNewcomers);
                 improve::improve(&mut layer);
             }
-            Aim::Level | Aim::Restore => fill::fill(&mut layer, Free::Keep),
+            Aim::Level | Aim::Survive => fill::fill(&mut layer, Free::Keep),
         }
         layers.push(replicas(&layer, &request.current.layers[moe_layer]));
     }
@@ -157,7 +159,22 @@ fn check(request: &Request<'_>, shape: Shape) -> Result<u16, PlacementError> {
     Ok(ranks)
 }
 
-/// Copies of every expert that the ranks can hold on distinct ones, at most `redundancy + 1`.
+/// Copies of the layer that each rank may hold. Who must only survive keeps what it has.
+fn capacity<'a>(request: &Request<'a>, current: &[Vec<usize>]) -> Cow<'a, [usize]> {
+    match request.aim {
+        Aim::Level => Cow::Borrowed(request.capacity),
+        Aim::Survive => {
+            let held = |rank| current.iter().filter(|holders| holders.contains(&rank)).count();
+            let most = |(rank, &capacity): (usize, &usize)| match capacity {
+                0 => 0,
+                capacity => capacity.max(held(rank)),
+            };
+            Cow::Owned(request.capacity.iter().enumerate().map(most).collect())
+        }
+    }
+}
+
+/// Copies of every expert that the ranks can hold on distinct ones, at most as many as asked for.
 fn copies_min(request: &Request<'_>, shape: Shape) -> Result<usize, PlacementError> {
     if shape.experts == 0 {
         return Ok(0);
@@ -165,7 +182,11 @@ fn copies_min(request: &Request<'_>, shape: Shape) -> Result<usize, PlacementErr
     let useful = request.capacity.iter().map(|&capacity| capacity.min(shape.experts));
     let capacity: usize = useful.sum();
     let hosts = request.capacity.iter().filter(|&&capacity| 0 < capacity).count();
-    let copies = (capacity / shape.experts).min(hosts).min(usize::from(request.redundancy) + 1);
+    let asked = match request.aim {
+        Aim::Survive => 1,
+        Aim::Level => usize::from(request.redundancy) + 1,
+    };
+    let copies = (capacity / shape.experts).min(hosts).min(asked);
     if copies == 0 {
         return Err(PlacementError::Capacity { capacity, experts: shape.experts });
     }

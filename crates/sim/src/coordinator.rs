@@ -3,7 +3,7 @@
 use crate::net::{MS, Time};
 use control::{Control, Hello, Input, Output, Settings};
 use ids::{Epoch, Rank, WorkerId};
-use placement::View;
+use placement::{Aim, View};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +21,7 @@ pub(crate) fn settings(workers: u16) -> Settings {
         adopt_max: Duration::from_secs(2),
         redundancy: 1,
         spare: 0,
+        repair_after: Duration::from_millis(500),
         rebalance_every: None,
     }
 }
@@ -65,6 +66,7 @@ pub(crate) enum Act {
     /// The view is planned; check it.
     Planned {
         view: Arc<View>,
+        aim: Aim,
     },
 }
 
@@ -202,10 +204,11 @@ impl Coordinator {
             | Output::DrainRefused { .. }
             | Output::Scaled { .. }
             | Output::ScaleRefused { .. }
+            | Output::GivenUp { .. }
             | Output::Rebalanced(_) => {}
-            Output::Prepare { worker, rank, view } => {
+            Output::Prepare { worker, rank, view, aim } => {
                 if rank == Rank(0) {
-                    self.acts.push(Act::Planned { view: Arc::clone(&view) });
+                    self.acts.push(Act::Planned { view: Arc::clone(&view), aim });
                 }
                 if let Some(process) = process(&self.peers, worker) {
                     self.acts.push(Act::Prepare { process, worker, rank, view });

@@ -3,8 +3,8 @@
 use crate::router::Request;
 use crate::store::Store;
 use crate::worker::{Worker, next_token};
-use ids::{Epoch, ExpertId, SeqId};
-use placement::View;
+use ids::{Epoch, ExpertId, Rank, SeqId};
+use placement::{Aim, View};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -19,6 +19,23 @@ macro_rules! ensure {
 
 /// A worker's part in a view or a step: its incarnation, and the view as it sees it.
 type Part = (String, Arc<View>);
+
+fn experts(view: &View) -> impl Iterator<Item = (usize, ExpertId)> {
+    let experts = u16::try_from(view.placement.experts()).expect("experts are few");
+    let of_layer = move |layer| (0..experts).map(move |expert| (layer, ExpertId(expert)));
+    (0..view.placement.moe_layers()).flat_map(of_layer)
+}
+
+/// The incarnations that hold an expert.
+fn holders(view: &View, layer: usize, expert: ExpertId) -> BTreeSet<&str> {
+    let incarnation = |rank: &Rank| view.members[rank.index()].incarnation.as_str();
+    view.placement.replicas(layer, expert).iter().map(incarnation).collect()
+}
+
+fn fewest_copies(view: &View) -> usize {
+    let copies = |(layer, expert)| view.placement.replicas(layer, expert).len();
+    experts(view).map(copies).min().unwrap_or(usize::MAX)
+}
 
 /// What a sequence yields alone: its tokens, and the token that stops it.
 pub(crate) fn alone(request: &Request) -> (Vec<u32>, Option<u32>) {
@@ -73,22 +90,40 @@ impl Laws {
         }
     }
 
-    /// A view is planned: every expert has the copies that redundancy asks for, on distinct ranks.
-    pub(crate) fn planned(&mut self, view: &View) {
-        let copies = (self.redundancy + 1).min(view.members.len());
+    /// A view is planned: every expert has the copies that redundancy asks for, on distinct ranks. While
+    /// streams wait one copy does, and nobody loads what a member of the last view that stays holds.
+    /// `serving`: the last view that counted.
+    pub(crate) fn planned(&mut self, view: &View, aim: Aim, serving: Option<&View>) {
+        let copies = match aim {
+            Aim::Level => (self.redundancy + 1).min(view.members.len()),
+            Aim::Survive => 1,
+        };
+        let fewest = fewest_copies(view);
         self.require(|| {
-            for layer in 0..view.placement.moe_layers() {
-                for expert in (0..).map(ExpertId).take(view.placement.experts()) {
-                    let replicas = view.placement.replicas(layer, expert).len();
-                    ensure!(
-                        copies <= replicas,
-                        "{}: {expert} has {replicas} copies, not {copies}",
-                        view.epoch
-                    );
-                }
+            ensure!(
+                copies <= fewest,
+                "{}: an expert has {fewest} copies, not {copies}",
+                view.epoch
+            );
+            let Some(serving) = serving.filter(|_| aim == Aim::Survive) else { return Ok(()) };
+            for (layer, expert) in experts(view) {
+                let had = holders(serving, layer, expert);
+                let has = holders(view, layer, expert);
+                let stays = |who: &&&str| view.members.iter().any(|m| m.incarnation == ***who);
+                let left: BTreeSet<&str> = had.iter().filter(stays).copied().collect();
+                ensure!(
+                    left.is_empty() || has == left,
+                    "{}: {expert} is held by {left:?} and planned for {has:?} while streams wait",
+                    view.epoch
+                );
             }
             Ok(())
         });
+    }
+
+    /// Whether every expert has the copies that redundancy asks for.
+    pub(crate) fn is_whole(&self, view: &View) -> bool {
+        (self.redundancy + 1).min(view.members.len()) <= fewest_copies(view)
     }
 
     /// A member says that it can serve its rank of a view.

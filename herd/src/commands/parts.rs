@@ -130,6 +130,9 @@ pub(crate) struct PlacementArgs {
     /// Places per worker and layer for further copies of hot experts, which level the load.
     #[arg(long, default_value_t = 0)]
     spare_experts: u16,
+    /// Make lost copies of experts again after so long, in seconds, unless the lost worker is back.
+    #[arg(long, default_value_t = 1)]
+    repair_s: u64,
     /// Level the load of the experts that often, in seconds, if it gains enough; 0: only by
     /// `herd rebalance`.
     #[arg(long, default_value_t = 60)]
@@ -146,18 +149,21 @@ impl PlacementArgs {
             adopt_max: ADOPT_MAX,
             redundancy: self.redundancy,
             spare: self.spare_experts,
+            repair_after: Duration::from_secs(self.repair_s),
             rebalance_every: (!rebalance.is_zero()).then_some(rebalance),
         }
     }
 
     /// The flags that make another process of this program settle on the same.
-    pub(crate) fn flags(&self) -> [String; 6] {
-        let Self { redundancy, spare_experts, rebalance_s } = self;
+    pub(crate) fn flags(&self) -> [String; 8] {
+        let Self { redundancy, spare_experts, repair_s, rebalance_s } = self;
         [
             "--redundancy".into(),
             redundancy.to_string(),
             "--spare-experts".into(),
             spare_experts.to_string(),
+            "--repair-s".into(),
+            repair_s.to_string(),
             "--rebalance-s".into(),
             rebalance_s.to_string(),
         ]

@@ -25,6 +25,7 @@ impl World {
                     self.alive.insert(worker, incarnation);
                 }
                 Output::DrainRefused { .. }
+                | Output::GivenUp { .. }
                 | Output::Scaled { .. }
                 | Output::ScaleRefused { .. }
                 | Output::Rebalanced(_) => {}
@@ -108,6 +109,13 @@ impl World {
     }
 }
 
+/// Of the expert that has fewest.
+fn copies(placement: &placement::Placement) -> usize {
+    let layers = 0..placement.moe_layers();
+    let of = |layer| (0..4).map(move |e| placement.replicas(layer, ids::ExpertId(e)).len());
+    layers.flat_map(of).min().unwrap()
+}
+
 proptest! {
     /// Whatever happens, no view counts that a member has not prepared; and when it stops happening,
     /// everybody who lives serves.
@@ -122,7 +130,8 @@ proptest! {
             world.random(&mut control, now, dice);
         }
         world.feed(&mut control, now, Input::Hello(hello("last")));
-        while control.status().phase != PhaseName::Serving {
+        // A view that could not be prepared is tried again, and lost copies are made again.
+        while control.status().phase != PhaseName::Serving || control.deadline().is_some() {
             now += Duration::from_secs(1);
             let next = if world.pending.is_empty() { Input::Tick } else { world.pending.remove(0) };
             world.feed(&mut control, now, next);
@@ -130,6 +139,7 @@ proptest! {
         }
         let view = world.published.last().unwrap();
         let members: BTreeSet<WorkerId> = view.members.iter().map(|m| m.worker).collect();
+        prop_assert!(usize::from(view.placement.ranks().min(2)) <= copies(&view.placement));
         prop_assert_eq!(members, world.alive.keys().copied().collect::<BTreeSet<_>>());
     }
 }

@@ -26,14 +26,16 @@ fn next(capacity: &[usize], redundancy: u16, current: &Holdings, load: &Load) ->
 #[track_caller]
 fn plan_with(request: &Request<'_>) -> Planned {
     let planned = replan(request).unwrap();
-    check(&planned, request.capacity, request.redundancy, request.current);
+    check(&planned, request);
     planned
 }
 
 /// The promises that hold whatever was asked for.
 #[track_caller]
-fn check(planned: &Planned, capacity: &[usize], redundancy: u16, current: &Holdings) {
-    let placement = &planned.placement;
+fn check(planned: &Planned, request: &Request<'_>) {
+    let (placement, capacity) = (&planned.placement, request.capacity);
+    let (current, survives) = (request.current, request.aim == Aim::Survive);
+    let redundancy = if survives { 0 } else { request.redundancy };
     let hosts = capacity.iter().filter(|&&capacity| 0 < capacity).count();
     let places: usize = capacity.iter().map(|&places| places.min(placement.experts())).sum();
     let copies = (usize::from(redundancy) + 1).min(hosts).min(places / placement.experts().max(1));
@@ -41,6 +43,9 @@ fn check(planned: &Planned, capacity: &[usize], redundancy: u16, current: &Holdi
     for moe_layer in 0..placement.moe_layers() {
         for (rank, &places) in (0..).map(Rank).zip(capacity) {
             let held = placement.local_experts(moe_layer, rank);
+            let holds = |e: &&ExpertId| current.holders(moe_layer, **e).contains(&rank);
+            let had = (0..).map(ExpertId).take(placement.experts()).filter(|e| holds(&e)).count();
+            let places = if survives && 0 < places { places.max(had) } else { places };
             assert!(held.len() <= places, "{rank} holds {held:?}, it can {places}");
         }
         for expert in (0..).map(ExpertId).take(placement.experts()) {
@@ -48,6 +53,9 @@ fn check(planned: &Planned, capacity: &[usize], redundancy: u16, current: &Holdi
             assert!(copies <= replicas.len(), "{expert}: {replicas:?}, not {copies} copies");
             let holders = current.holders(moe_layer, expert);
             let new = replicas.iter().filter(|rank| !holders.contains(rank));
+            if survives && holders.iter().any(|rank| 0 < capacity[rank.index()]) {
+                assert_eq!(new.clone().count(), 0, "{expert} is held by {holders:?}");
+            }
             missing.extend(new.map(|&rank| (moe_layer, expert, rank)));
         }
     }
@@ -99,6 +107,32 @@ fn nothing_moves_while_the_load_stays() {
 }
 
 #[test]
+fn nothing_is_loaded_to_survive_while_a_copy_is_left() {
+    let unknown = Load::unknown(SHAPE);
+    for (redundancy, experts_lost) in [(1, 0), (0, 2 * 4)] {
+        let capacity = even_capacity(SHAPE, 4, redundancy, 0);
+        let first = next(&capacity, redundancy, &Holdings::none(SHAPE), &unknown);
+        let current = without(&first, 2);
+        let second = plan_with(&Request {
+            aim: Aim::Survive,
+            // Less than the ranks hold: what is there stays.
+            capacity: &even_capacity(SHAPE, 3, 0, 0),
+            redundancy,
+            current: &current,
+            load: &unknown,
+        });
+        assert_eq!(second.loads.len(), experts_lost);
+        for layer in 0..2 {
+            for expert in (0..16).map(ExpertId) {
+                let had = current.holders(layer, expert);
+                let has = second.placement.replicas(layer, expert);
+                assert!(had.iter().all(|rank| has.contains(rank)), "{had:?} became {has:?}");
+            }
+        }
+    }
+}
+
+#[test]
 fn lost_rank_moves_only_what_it_held() {
     for load in [Load::unknown(SHAPE), load(&[window(zipf)])] {
         let capacity = even_capacity(SHAPE, 4, 1, 0);
@@ -106,7 +140,7 @@ fn lost_rank_moves_only_what_it_held() {
         let held: usize =
             (0..2).map(|layer| first.placement.local_experts(layer, Rank(2)).len()).sum();
         let second = plan_with(&Request {
-            aim: Aim::Restore,
+            aim: Aim::Level,
             capacity: &even_capacity(SHAPE, 3, 1, 0),
             redundancy: 1,
             current: &without(&first, 2),
@@ -210,13 +244,13 @@ proptest! {
                 || Holdings::none(shape),
                 |last| Holdings::carried(last, within),
             );
-            let aim = if seed % 5 == 0 { Aim::Restore } else { Aim::Level };
+            let aim = if seed % 5 == 0 { Aim::Survive } else { Aim::Level };
             let (capacity, current) = (&capacity[..], &known);
             let request = Request { aim, capacity, redundancy, current, load: &load };
             let useful: usize = capacity.iter().map(|&places| places.min(experts)).sum();
             match replan(&request) {
                 Ok(planned) => {
-                    check(&planned, capacity, redundancy, &known);
+                    check(&planned, &request);
                     prop_assert_eq!(replan(&request).unwrap(), planned.clone());
                     last = Some(planned.placement);
                 }

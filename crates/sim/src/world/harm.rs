@@ -147,7 +147,7 @@ impl World {
         self.trace.push_back("  the faults end".into());
     }
 
-    /// All streams have ended, and all workers serve.
+    /// All streams have ended, and all workers serve, with all the copies that there should be.
     pub(super) fn is_at_rest(&self) -> bool {
         let Some(leader) = self.leader.and_then(|leader| self.coordinators.get(&leader)) else {
             return false;
@@ -156,7 +156,9 @@ impl World {
         let Some(view) = &leader.published else { return false };
         let members: BTreeSet<u32> = view.members.iter().map(|member| member.pid).collect();
         let alive: BTreeSet<u32> = self.workers.keys().copied().collect();
+        let is_whole = self.laws.is_whole(view);
         status.phase == PhaseName::Serving
+            && is_whole
             && members == alive
             && self.router.is_idle()
             && self.laws.waiting().is_empty()

@@ -219,7 +219,10 @@ impl World {
 
     fn act(&mut self, leader: u32, act: Act) {
         match act {
-            Act::Planned { view } => self.laws.planned(&self.spoil(view)),
+            Act::Planned { view, aim } => {
+                let serving = self.coordinators.get(&leader).and_then(|c| c.published.clone());
+                self.laws.planned(&self.spoil(view), aim, serving.as_deref());
+            }
             Act::Prepare { process, worker, rank, view } => {
                 let asked = Asked { leader, epoch: view.epoch, worker, process };
                 let seat = Seat { view: self.spoil(view), rank, is_poisoned: false };
