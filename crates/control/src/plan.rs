@@ -95,14 +95,16 @@ impl Control {
     /// Members of the last view keep their order and what they hold, newcomers follow by id.
     fn next_view(&self, aim: Aim) -> Next {
         let last = self.committed.as_deref();
-        let old_rank = |worker: WorkerId| {
-            last?.members.iter().find(|member| member.worker == worker).map(|member| member.rank)
+        // By incarnation: who was taken for lost and has registered again still holds what it held.
+        let old_rank = |hello: &Hello| {
+            let is_it = |member: &&Member| member.incarnation == hello.incarnation;
+            last?.members.iter().find(is_it).map(|member| member.rank)
         };
         // Who is to leave still serves while the streams wait: to do without it takes loading.
         let stays = |worker: &WorkerId| aim == Aim::Survive || !self.draining.contains(worker);
         let staying = self.members.iter().filter(|(worker, _)| stays(worker));
         let mut order: Vec<(&WorkerId, &Hello)> = staying.collect();
-        order.sort_by_key(|(worker, _)| (old_rank(**worker).unwrap_or(Rank(u16::MAX)), **worker));
+        order.sort_by_key(|(worker, hello)| (old_rank(hello).unwrap_or(Rank(u16::MAX)), **worker));
         let member = |(rank, (&worker, hello)): (u16, (&WorkerId, &Hello))| Member {
             worker,
             rank: Rank(rank),
@@ -119,12 +121,13 @@ impl Control {
         let members: Vec<Member> = (0..).zip(order).map(member).collect();
         let ranks = u16::try_from(members.len()).expect("a rank is 16 bits, and each has one");
         let redundancy = self.settings.redundancy.min(ranks - 1);
-        let new_rank = |worker| members.iter().find(|m| m.worker == worker).map(|m| m.rank);
+        let new_rank = |old: Rank| {
+            let was = &last?.members[old.index()].incarnation;
+            members.iter().find(|member| member.incarnation == *was).map(|member| member.rank)
+        };
         // A cluster that emptied may have been filled again with another model.
         let current = match last.filter(|last| last.model == model) {
-            Some(last) => {
-                Holdings::carried(&last.placement, |old| new_rank(last.members[old.index()].worker))
-            }
+            Some(last) => Holdings::carried(&last.placement, new_rank),
             None => Holdings::none(shape),
         };
         let unknown = Load::unknown(shape);
