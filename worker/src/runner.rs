@@ -80,8 +80,7 @@ impl Runner {
     }
 
     /// Ends the step of the view that is served if a coming view lacks one of its members: nobody
-    /// has to wait for the deadline of a step that a lost worker will never finish. A planned change
-    /// keeps all members, and lets the step end.
+    /// has to wait for the deadline of a step that a lost worker will never finish.
     pub(crate) fn abort_without(&self, incarnations: &[String]) {
         let seats = self.waiting.lock();
         let Some(current) = &seats.current else { return };

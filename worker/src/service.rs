@@ -122,7 +122,7 @@ impl pb::worker_server::Worker for Service {
         &self,
         request: Request<pb::PrepareRequest>,
     ) -> Result<Response<pb::PrepareResponse>, Status> {
-        let pb::PrepareRequest { view, rank } = request.into_inner();
+        let pb::PrepareRequest { view, rank, urgent } = request.into_inner();
         let view = view.ok_or_else(|| Status::invalid_argument("the request lacks the view"))?;
         let view = proto::view_from_wire(view)
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
@@ -132,7 +132,9 @@ impl pb::worker_server::Worker for Service {
         let (model, epoch) = (Arc::clone(&self.model), view.epoch);
         let incarnations: Vec<String> =
             view.members.iter().map(|member| member.incarnation.clone()).collect();
-        self.runner.abort_without(&incarnations);
+        if urgent {
+            self.runner.abort_without(&incarnations);
+        }
         // Loading reads files: not on the runtime's threads.
         let loading = tokio::task::spawn_blocking(move || {
             // What an earlier view needed and no seat holds any more makes room first.
