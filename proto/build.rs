@@ -3,6 +3,7 @@
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=herd/v1/herd.proto");
     let descriptors = protox::compile(["herd/v1/herd.proto"], ["."])?;
-    tonic_prost_build::configure().compile_fds(descriptors)?;
+    // Weights are passed on without another copy.
+    tonic_prost_build::configure().bytes(".herd.v1.ExpertPiece").compile_fds(descriptors)?;
     Ok(())
 }

@@ -441,7 +441,12 @@ impl Shell {
         let epoch = view.epoch;
         telemetry::spawn("coordinator.prepare", async move {
             let input = match call_prepare(channel, request).await {
-                Ok(()) => Input::Prepared { epoch, worker },
+                Ok(pb::PrepareResponse { from_peers, from_disk, .. }) => {
+                    if 0 < from_peers + from_disk {
+                        tracing::info!(%epoch, %worker, from_peers, from_disk, "experts loaded");
+                    }
+                    Input::Prepared { epoch, worker }
+                }
                 Err(text) => Input::PrepareFailed { epoch, worker, text },
             };
             // Nobody listens: the coordinator ends.
@@ -473,11 +478,14 @@ fn channel(address: &str) -> Option<Channel> {
     Some(endpoint.connect_lazy())
 }
 
-async fn call_prepare(channel: Option<Channel>, request: pb::PrepareRequest) -> Result<(), String> {
+async fn call_prepare(
+    channel: Option<Channel>,
+    request: pb::PrepareRequest,
+) -> Result<pb::PrepareResponse, String> {
     let channel = channel.ok_or("its address is not host:port")?;
     let mut client = pb::worker_client::WorkerClient::new(channel)
         .max_decoding_message_size(proto::MESSAGE_BYTES_MAX)
         .max_encoding_message_size(proto::MESSAGE_BYTES_MAX);
     let answer = client.prepare(request).await;
-    answer.map(|_| ()).map_err(|status| format!("{}: {}", status.code(), status.message()))
+    answer.map(tonic::Response::into_inner).map_err(|status| format!("{}: {}", status.code(), status.message()))
 }

@@ -31,7 +31,7 @@ impl Worker for Puppet {
             return Err(Status::internal("disk on fire"));
         }
         let epoch = request.into_inner().view.unwrap().epoch;
-        Ok(Response::new(pb::PrepareResponse { epoch }))
+        Ok(Response::new(pb::PrepareResponse { epoch, ..Default::default() }))
     }
 
     async fn steps(

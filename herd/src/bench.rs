@@ -86,7 +86,7 @@ impl Weights {
         let layers = model.config.moe_layers().len();
         let mut first = vec![Vec::new(); layers];
         first.iter_mut().take(1).for_each(|experts| experts.push(0));
-        let experts = model.experts(&first)?;
+        let experts = model.experts(&first, &|| true)?;
         let expert = experts.first().and_then(|layer| layer.slots.first());
         let bytes = expert.map_or(0, |expert| expert.gate_up.bytes() + expert.down.bytes());
         Ok(Self { dense: model.dense()?.step_bytes() as u64, expert: bytes as u64 })

@@ -30,6 +30,7 @@ async fn start(model: &Arc<Model>, workers: u16) -> Cluster {
             adopt_max: Duration::ZERO,
             redundancy: 1,
             spare: 0,
+            repair_after: Duration::from_secs(1),
             rebalance_every: None,
         },
         kv,

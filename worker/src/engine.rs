@@ -84,12 +84,16 @@ pub struct Seat {
 }
 
 impl Seat {
-    /// Loads the experts of the shard that this process does not have yet.
+    /// Loads the experts of the shard that this process does not have yet, as long as they are wanted.
     ///
     /// # Errors
     ///
-    /// [`EngineError`] if weights cannot be loaded or the placement is impossible.
-    pub fn load(model: &Model, shard: &Shard<'_>) -> Result<Self, EngineError> {
+    /// [`EngineError`] if weights cannot be loaded, are wanted no more, or the placement is impossible.
+    pub fn load(
+        model: &Model,
+        shard: &Shard<'_>,
+        still_wanted: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Self, EngineError> {
         let of_rank = |ranks: &Vec<Vec<ExpertId>>| {
             ranks[shard.rank.index()].iter().map(|expert| expert.index()).collect()
         };
@@ -97,7 +101,7 @@ impl Seat {
         let routes = Routes::new(shard.rank, model.config.experts, shard.held, shard.targets)?;
         let own = shard.held.iter().map(|ranks| ranks[shard.rank.index()].clone());
         Ok(Self {
-            experts: model.experts(&local)?,
+            experts: model.experts(&local, still_wanted)?,
             local: own.collect(),
             view: View {
                 epoch: shard.epoch,
@@ -114,11 +118,6 @@ impl Seat {
     #[must_use]
     pub fn with_peers(self, peers: Vec<Peer>) -> Self {
         Self { peers, ..self }
-    }
-
-    /// Begins to connect to them.
-    pub(crate) fn connect(&self, transport: &Transport) {
-        transport.prepare(&self.view, &self.peers);
     }
 
     /// The epoch of its view.
@@ -198,7 +197,7 @@ impl Engine {
     ) -> Result<Self, EngineError> {
         let transport = Transport::Local(Arc::clone(hub));
         let mut engine = Self::unseated(model, transport, threads, kv)?;
-        engine.take(Seat::load(model, shard)?)?;
+        engine.take(Seat::load(model, shard, &|| true)?)?;
         Ok(engine)
     }
 

@@ -4,12 +4,16 @@ use crate::exchange::HostExchange;
 use all2all::local::{Hub, Local};
 use all2all::tcp::{Identity, Mesh, Options, Peer, Tcp};
 use all2all::{Aborter, AllToAll, ExchangeError, View};
+use ids::Epoch;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// Longest time that a transport may take to move to a prepared view.
 const RECONFIGURE_MAX: Duration = Duration::from_secs(2);
+
+/// Longest wait for the connections to the members of a coming view, while the one before serves.
+const REACH_MAX: Duration = Duration::from_secs(3);
 
 /// Where the ranks of a cluster exchange rows.
 #[derive(Clone)]
@@ -80,10 +84,18 @@ impl Transport {
     }
 
     /// Begins to connect to the members of a coming view.
-    pub(crate) fn prepare(&self, view: &View, peers: &[Peer]) {
+    pub(crate) fn prepare(&self, epoch: Epoch, peers: &[Peer]) {
         match self {
             Self::Local(_) => {}
-            Self::Mesh(mesh, _) => mesh.prepare(view.epoch, peers),
+            Self::Mesh(mesh, _) => mesh.prepare(epoch, peers),
+        }
+    }
+
+    /// Members that are not reached within a while.
+    pub(crate) fn unreached(&self, peers: &[Peer]) -> Vec<Peer> {
+        match self {
+            Self::Local(_) => Vec::new(),
+            Self::Mesh(mesh, _) => mesh.unreached(peers, REACH_MAX),
         }
     }
 

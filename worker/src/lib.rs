@@ -11,6 +11,7 @@ mod finite;
 mod inject;
 mod joined;
 mod kv;
+mod peers;
 mod registration;
 mod runner;
 mod service;
@@ -94,6 +95,7 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
     let runner = runner::start(&config, transport).await?;
     let (stop, mut stopped) = watch::channel(());
     let model = Arc::clone(&config.model);
+    let experts = peers::server(Arc::clone(&model), profile.clone(), stopped.clone());
     let identity = (incarnation, profile);
     let service = service::Service::new(model, &runner, identity, stopped.clone());
     let (tell_end, ended) = watch::channel(None);
@@ -101,6 +103,7 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
     let mut streams = service.streams();
     let server = tonic::transport::Server::builder()
         .add_service(service.into_server())
+        .add_service(experts)
         .add_service(inject::server(config.chaos, runner.clone()))
         .serve_with_incoming(proto::incoming(listener));
     telemetry::spawn("worker", async move {

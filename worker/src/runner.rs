@@ -9,6 +9,7 @@ use crate::fence::{Admitted, Fence, Outranked};
 use crate::joined::Transport;
 use crate::tally::Tally;
 use crate::{Config, step};
+use all2all::tcp::Peer;
 use all2all::{Aborter, FaultKind, Reason};
 use ids::{Epoch, StepId};
 use kernels::StepBatch;
@@ -89,9 +90,18 @@ impl Runner {
         }
     }
 
+    /// Begins to connect to the members of a coming view.
+    pub(crate) fn connect(&self, epoch: Epoch, peers: &[Peer]) {
+        self.transport.prepare(epoch, peers);
+    }
+
+    /// Which of them are not reached within a while.
+    pub(crate) fn unreached(&self, peers: &[Peer]) -> Vec<Peer> {
+        self.transport.unreached(peers)
+    }
+
     /// Offers a seat in the view of these members.
     pub(crate) fn offer(&self, seat: Seat, incarnations: &[String]) {
-        seat.connect(&self.transport);
         let mut seats = self.waiting.lock();
         if seats.current.as_ref().is_some_and(|current| seat.epoch() <= current.epoch) {
             // It is served already: asked for again by a leader that did not hear the answer.

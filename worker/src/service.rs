@@ -1,6 +1,7 @@
 //! The gRPC face of a worker.
 
 use crate::engine::{EngineError, Seat, Shard};
+use crate::peers;
 use crate::runner::{self, Job, Runner};
 use crate::weights::Model;
 use all2all::tcp::Peer;
@@ -76,6 +77,46 @@ impl Service {
             .max_encoding_message_size(proto::MESSAGE_BYTES_MAX)
     }
 
+    /// A seat with all its experts; how many came out of peers' memory and from the checkpoint.
+    async fn load(&self, view: &View, rank: Rank) -> Result<(Seat, u32, u32), Status> {
+        let (newest, epoch) = (Arc::clone(&self.epoch), view.epoch.0);
+        let still_wanted = move || newest.load(Ordering::SeqCst) == epoch;
+        let wanted = experts_of(view, rank);
+        // What an earlier view needed and no seat holds any more makes room first.
+        self.model.forget_unused(&wanted);
+        let missing = self.model.missing(&wanted).len();
+        peers::take(&self.model, (view, rank), &self.model.missing(&wanted), &still_wanted).await;
+        let left = self.model.missing(&wanted).len();
+        let (model, view) = (Arc::clone(&self.model), view.clone());
+        // Loading reads files: not on the runtime's threads.
+        let loading =
+            tokio::task::spawn_blocking(move || seat(&model, (&view, rank), &still_wanted));
+        let loaded = loading.await.map_err(|error| Status::internal(error.to_string()))?;
+        let seat = loaded.map_err(|error| Status::internal(error.to_string()))?;
+        let count = |experts: usize| u32::try_from(experts).unwrap_or(u32::MAX);
+        Ok((seat, count(missing.saturating_sub(left)), count(left)))
+    }
+
+    /// Waits for the connections to the members of a view, lest its first step does.
+    async fn reach(&self, view: &View, addresses: Vec<Peer>) -> Result<(), Status> {
+        let runner = self.runner.clone();
+        let waiting = tokio::task::spawn_blocking(move || runner.unreached(&addresses));
+        let missing = waiting.await.map_err(|error| Status::internal(error.to_string()))?;
+        let is_missing = |member: &&placement::Member| {
+            missing.iter().any(|peer| peer.incarnation == member.incarnation)
+        };
+        let names: Vec<String> = view
+            .members
+            .iter()
+            .filter(is_missing)
+            .map(|member| format!("{} at {}", member.worker, member.exchange))
+            .collect();
+        if names.is_empty() {
+            return Ok(());
+        }
+        Err(Status::unavailable(format!("it does not reach {}", names.join(", "))))
+    }
+
     /// Whether the view means this worker.
     fn check(&self, view: &View, rank: usize) -> Result<(), Status> {
         let refuse = |what: &str, theirs: &str, ours: &str| {
@@ -129,22 +170,20 @@ impl pb::worker_server::Worker for Service {
         let rank = u16::try_from(rank)
             .map_err(|_| Status::invalid_argument(format!("rank {rank} is beyond 65535")))?;
         self.check(&view, usize::from(rank))?;
-        let (model, epoch) = (Arc::clone(&self.model), view.epoch);
+        let epoch = view.epoch;
         let incarnations: Vec<String> =
             view.members.iter().map(|member| member.incarnation.clone()).collect();
         if urgent {
             self.runner.abort_without(&incarnations);
         }
-        // Loading reads files: not on the runtime's threads.
-        let loading = tokio::task::spawn_blocking(move || {
-            // What an earlier view needed and no seat holds any more makes room first.
-            model.forget_unused();
-            seat(&model, &view, Rank(rank))
-        });
-        let loaded = loading.await.map_err(|error| Status::internal(error.to_string()))?;
-        let seat = loaded.map_err(|error| Status::internal(error.to_string()))?;
-        self.runner.offer(seat, &incarnations);
-        Ok(Response::new(pb::PrepareResponse { epoch: epoch.0 }))
+        let addresses = addresses(&view).map_err(|error| Status::internal(error.to_string()))?;
+        self.runner.connect(epoch, &addresses);
+        let (seat, from_peers, from_disk) = self.load(&view, Rank(rank)).await?;
+        self.runner.offer(seat.with_peers(addresses.clone()), &incarnations);
+        if !urgent {
+            self.reach(&view, addresses).await?;
+        }
+        Ok(Response::new(pb::PrepareResponse { epoch: epoch.0, from_peers, from_disk }))
     }
 
     async fn steps(
@@ -168,7 +207,19 @@ impl pb::worker_server::Worker for Service {
     }
 }
 
-fn seat(model: &Model, view: &View, rank: Rank) -> Result<Seat, EngineError> {
+/// `[moe layers]`: what the rank holds in the view.
+fn experts_of(view: &View, rank: Rank) -> Vec<Vec<usize>> {
+    let of_layer = |layer| -> Vec<usize> {
+        view.placement.local_experts(layer, rank).iter().map(|expert| expert.index()).collect()
+    };
+    (0..view.placement.moe_layers()).map(of_layer).collect()
+}
+
+fn seat(
+    model: &Model,
+    (view, rank): (&View, Rank),
+    still_wanted: &(dyn Fn() -> bool + Sync),
+) -> Result<Seat, EngineError> {
     let placement = &view.placement;
     let of_layer = |layer| {
         let of_rank = |rank| placement.local_experts(layer, Rank(rank));
@@ -177,12 +228,12 @@ fn seat(model: &Model, view: &View, rank: Rank) -> Result<Seat, EngineError> {
     let held: Vec<_> = (0..placement.moe_layers()).map(of_layer).collect();
     let targets = |layer, expert| placement.targets(layer, expert, rank);
     let (epoch, ranks) = (view.epoch, placement.ranks());
-    let seat = Seat::load(model, &Shard { epoch, rank, ranks, held: &held, targets: &targets })?;
-    Ok(seat.with_peers(peers(view)?))
+    let shard = Shard { epoch, rank, ranks, held: &held, targets: &targets };
+    Seat::load(model, &shard, still_wanted)
 }
 
 /// Where the members exchange rows; none if they are threads of one process.
-fn peers(view: &View) -> Result<Vec<Peer>, EngineError> {
+fn addresses(view: &View) -> Result<Vec<Peer>, EngineError> {
     if view.members.iter().all(|member| member.exchange.is_empty()) {
         return Ok(Vec::new());
     }

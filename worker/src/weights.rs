@@ -5,8 +5,9 @@ use model::checkpoint::{Checkpoint, CheckpointError};
 use model::config::{Config, ConfigError};
 use model::load::{LoadError, Loader};
 use model::weights::{Dense, ExpertMap};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How often the progress of loading is logged.
@@ -21,20 +22,23 @@ pub enum ModelError {
     Checkpoint { dir: PathBuf, source: CheckpointError },
     #[error(transparent)]
     Load(#[from] LoadError),
+    #[error("a later view is being prepared")]
+    Superseded,
 }
+
+/// A routed expert: its MoE layer, and its number in it.
+pub(crate) type Key = (usize, usize);
 
 /// A checkpoint and what has been loaded of it.
 pub struct Model {
     pub config: Config,
     pub dtype: Dtype,
     checkpoint: Checkpoint,
-    loaded: Mutex<Loaded>,
-}
-
-#[derive(Default)]
-struct Loaded {
-    dense: Option<Arc<Dense<Cpu>>>,
-    experts: ExpertMap,
+    dense: Mutex<Option<Arc<Dense<Cpu>>>>,
+    /// Never locked while something is loaded: who needs nothing does not wait.
+    experts: Mutex<ExpertMap>,
+    /// Held by whoever reads experts, lest two workers of a process read the same.
+    reading: Mutex<()>,
 }
 
 impl Model {
@@ -47,7 +51,14 @@ impl Model {
         let config = Config::load(dir)?;
         let checkpoint = Checkpoint::open(dir, &config)
             .map_err(|source| ModelError::Checkpoint { dir: dir.to_owned(), source })?;
-        Ok(Self { config, dtype, checkpoint, loaded: Mutex::default() })
+        Ok(Self {
+            config,
+            dtype,
+            checkpoint,
+            dense: Mutex::default(),
+            experts: Mutex::default(),
+            reading: Mutex::default(),
+        })
     }
 
     /// The open files.
@@ -62,47 +73,90 @@ impl Model {
     ///
     /// [`ModelError::Load`].
     pub fn dense(&self) -> Result<Arc<Dense<Cpu>>, ModelError> {
-        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(dense) = &loaded.dense {
+        let mut loaded = lock(&self.dense);
+        if let Some(dense) = &*loaded {
             return Ok(Arc::clone(dense));
         }
-        let dense = self.with_progress("dense weights", || Ok(Arc::new(self.loader().dense()?)))?;
-        loaded.dense = Some(Arc::clone(&dense));
+        let load = || Ok(Arc::new(self.loader().dense()?));
+        let dense = self.with_progress("dense weights", load)?;
+        *loaded = Some(Arc::clone(&dense));
         Ok(dense)
     }
 
     /// The experts of every MoE layer in `wanted` (`[moe layers][slots]`, expert ids); what this process
-    /// does not have yet is loaded, several experts at a time.
+    /// does not have yet is read, several experts at a time, as long as they are `still_wanted`.
     ///
     /// # Errors
     ///
-    /// [`ModelError::Load`].
-    pub fn experts(&self, wanted: &[Vec<usize>]) -> Result<Vec<Experts>, ModelError> {
+    /// [`ModelError::Load`]; [`ModelError::Superseded`] if they are wanted no more.
+    pub fn experts(
+        &self,
+        wanted: &[Vec<usize>],
+        still_wanted: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Vec<Experts>, ModelError> {
         use rayon::prelude::*;
-        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         let layers = self.config.moe_layers();
-        let missing: Vec<(usize, usize)> = wanted
-            .iter()
-            .enumerate()
-            .flat_map(|(layer, experts)| experts.iter().map(move |&expert| (layer, expert)))
-            .filter(|key| !loaded.experts.contains_key(key))
-            .collect();
-        let load = |&(layer, expert): &(usize, usize)| {
-            Ok(((layer, expert), self.loader().expert(layers[layer], expert)?))
+        let load = |&(layer, expert): &Key| {
+            if !still_wanted() {
+                return Err(ModelError::Superseded);
+            }
+            self.keep((layer, expert), self.loader().expert(layers[layer], expert)?);
+            Ok(())
         };
-        let new: Vec<((usize, usize), Arc<ExpertWeights>)> =
-            self.with_progress("experts", || missing.par_iter().map(load).collect())?;
-        loaded.experts.extend(new);
-        let layer_of = |(layer, experts): (usize, &Vec<usize>)| Experts {
-            slots: experts.iter().map(|&e| Arc::clone(&loaded.experts[&(layer, e)])).collect(),
-        };
-        Ok(wanted.iter().enumerate().map(layer_of).collect())
+        loop {
+            // Another worker of this process may have forgotten what was just read for this one.
+            if let Some(found) = self.find(wanted) {
+                return Ok(found);
+            }
+            let _reading = lock(&self.reading);
+            let missing = self.missing(wanted);
+            self.with_progress("experts", || missing.par_iter().try_for_each(load))?;
+        }
     }
 
-    /// Drops the experts that no worker of this process uses any more.
-    pub fn forget_unused(&self) {
-        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        loaded.experts.retain(|_, weights| Arc::strong_count(weights) > 1);
+    /// The experts, if this process has them all.
+    fn find(&self, wanted: &[Vec<usize>]) -> Option<Vec<Experts>> {
+        let loaded = lock(&self.experts);
+        let layer_of = |(layer, experts): (usize, &Vec<usize>)| {
+            let slots = experts.iter().map(|&expert| loaded.get(&(layer, expert)).cloned());
+            Some(Experts { slots: slots.collect::<Option<_>>()? })
+        };
+        wanted.iter().enumerate().map(layer_of).collect()
+    }
+
+    /// Which of the experts this process does not have.
+    pub(crate) fn missing(&self, wanted: &[Vec<usize>]) -> Vec<Key> {
+        let loaded = lock(&self.experts);
+        keys(wanted).filter(|key| !loaded.contains_key(key)).collect()
+    }
+
+    /// All experts that this process has.
+    pub(crate) fn held(&self) -> Vec<Key> {
+        let mut held: Vec<Key> = lock(&self.experts).keys().copied().collect();
+        held.sort_unstable();
+        held
+    }
+
+    /// One of them.
+    pub(crate) fn expert(&self, key: Key) -> Option<Arc<ExpertWeights>> {
+        lock(&self.experts).get(&key).cloned()
+    }
+
+    /// One in the shape of the layer's, to be filled.
+    pub(crate) fn empty_expert(&self, layer: usize) -> Result<ExpertWeights, ModelError> {
+        Ok(self.loader().empty_expert(self.config.moe_layers()[layer])?)
+    }
+
+    /// Takes one in.
+    pub(crate) fn keep(&self, key: Key, weights: Arc<ExpertWeights>) {
+        lock(&self.experts).insert(key, weights);
+    }
+
+    /// Drops the experts that no worker of this process uses any more, but those that are wanted.
+    pub fn forget_unused(&self, wanted: &[Vec<usize>]) {
+        let wanted: BTreeSet<Key> = keys(wanted).collect();
+        lock(&self.experts)
+            .retain(|key, weights| Arc::strong_count(weights) > 1 || wanted.contains(key));
     }
 
     fn loader(&self) -> Loader<'_> {
@@ -113,7 +167,7 @@ impl Model {
     fn with_progress<T: Send>(
         &self,
         what: &'static str,
-        load: impl FnOnce() -> Result<T, LoadError> + Send,
+        load: impl FnOnce() -> Result<T, ModelError> + Send,
     ) -> Result<T, ModelError> {
         let (before, start) = (self.checkpoint.bytes_read(), Instant::now());
         let report = |event: &'static str| {
@@ -143,4 +197,16 @@ impl Model {
         }
         Ok(result)
     }
+}
+
+fn keys(wanted: &[Vec<usize>]) -> impl Iterator<Item = Key> {
+    let of_layer = |(layer, experts): (usize, &Vec<usize>)| -> Vec<Key> {
+        experts.iter().map(|&expert| (layer, expert)).collect()
+    };
+    wanted.iter().enumerate().flat_map(of_layer)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What they guard is put and taken whole.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -66,6 +66,9 @@ pub struct Peer {
 pub struct Options {
     /// A peer whose kernel does not answer for so long is gone, even between steps.
     pub unanswered: Duration,
+    /// A peer of which nothing is heard for so long is cut off or frozen: steps that need it fail. Processes give
+    /// ten signs of life in this time.
+    pub silent: Duration,
     /// Share memory with processes of the same host, if that works.
     pub shared_memory: bool,
     /// Bytes that the system holds per connection and direction; `None` leaves it to the system.
@@ -74,7 +77,12 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { unanswered: Duration::from_secs(10), shared_memory: true, buffer_bytes: None }
+        Self {
+            unanswered: Duration::from_secs(10),
+            silent: Duration::from_secs(2),
+            shared_memory: true,
+            buffer_bytes: None,
+        }
     }
 }
 

@@ -96,6 +96,23 @@ pub struct ExpertWeights {
     pub down: Matrix,
 }
 
+impl ExpertWeights {
+    /// The images of both matrices; see [`Matrix::image`].
+    #[must_use]
+    pub fn image(&self) -> [&[u8]; 4] {
+        let ([gate_up, gate_up_scales], [down, down_scales]) =
+            (self.gate_up.image(), self.down.image());
+        [gate_up, gate_up_scales, down, down_scales]
+    }
+
+    /// The same, to be filled.
+    pub fn image_mut(&mut self) -> [&mut [u8]; 4] {
+        let [gate_up, gate_up_scales] = self.gate_up.image_mut();
+        let [down, down_scales] = self.down.image_mut();
+        [gate_up, gate_up_scales, down, down_scales]
+    }
+}
+
 /// The experts of one MoE layer that this rank holds, by slot.
 pub struct Experts {
     pub slots: Vec<Arc<ExpertWeights>>,

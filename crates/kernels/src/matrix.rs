@@ -98,6 +98,20 @@ impl Matrix {
         self.scales = Some(scales);
     }
 
+    /// The packed weights and their scales, as they lie in memory. Equal on all processes that hold this
+    /// matrix: what one sends another may put into a matrix of the same shape ([`Matrix::image_mut`]).
+    #[must_use]
+    pub fn image(&self) -> [&[u8]; 2] {
+        let scales = self.scales.as_deref().unwrap_or_default();
+        [self.lines.as_slice(), bytemuck::cast_slice(scales)]
+    }
+
+    /// The same, to be filled.
+    pub fn image_mut(&mut self) -> [&mut [u8]; 2] {
+        let scales = self.scales.as_deref_mut().unwrap_or_default();
+        [self.lines.as_mut_slice(), bytemuck::cast_slice_mut(scales)]
+    }
+
     pub(crate) fn panels(&self) -> usize {
         self.outputs.div_ceil(PANEL)
     }

@@ -101,6 +101,31 @@ impl Loader<'_> {
         Ok(Arc::new(weights))
     }
 
+    /// An expert of zeros in the shape of this layer's, for weights that come from elsewhere.
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError::Matrix`] if the memory is refused.
+    pub fn empty_expert(&self, layer: usize) -> Result<ExpertWeights, LoadError> {
+        use names::Mlp::{Down, Gate, Up};
+        match self.checkpoint.expert_format(layer) {
+            Some(ExpertFormat::PerExpertFp8) => {
+                let scaled = |parts: &[names::Mlp]| {
+                    let tensors: Vec<&TensorInfo> =
+                        parts.iter().map(|&part| self.tensor(&names::expert(layer, 0, part))).collect();
+                    let mut matrix = self.zeroed_stack(&tensors)?;
+                    matrix.set_scales(vec![0.0; matrix.outputs()]);
+                    Ok::<_, LoadError>(matrix)
+                };
+                Ok(ExpertWeights { gate_up: scaled(&[Gate, Up])?, down: scaled(&[Down])? })
+            }
+            Some(ExpertFormat::Fused) | None => Ok(ExpertWeights {
+                gate_up: self.zeroed_slice(layer, Fused::GateUp)?,
+                down: self.zeroed_slice(layer, Fused::Down)?,
+            }),
+        }
+    }
+
     fn tensor(&self, name: &str) -> &TensorInfo {
         self.checkpoint.tensor(name).expect("`Checkpoint::open` found every tensor of the config")
     }
@@ -157,6 +182,18 @@ impl Loader<'_> {
     /// One matrix of several `[out, in]` tensors, one below the other.
     fn stacked(&self, tensors: &[String]) -> Result<Matrix, LoadError> {
         let tensors: Vec<&TensorInfo> = tensors.iter().map(|name| self.tensor(name)).collect();
+        let mut matrix = self.zeroed_stack(&tensors)?;
+        let outputs = matrix.outputs();
+        let mut panels: Vec<(usize, Panel<'_>)> = matrix.panels_mut().enumerate().collect();
+        panels.par_iter_mut().try_for_each(|(index, panel)| {
+            let rows = *index * PANEL..((*index + 1) * PANEL).min(outputs);
+            self.fill_rows(&tensors, rows, panel)
+        })?;
+        Ok(matrix)
+    }
+
+    /// The matrix of several tensors, one below the other, before it is filled.
+    fn zeroed_stack(&self, tensors: &[&TensorInfo]) -> Result<Matrix, LoadError> {
         let (first, inputs) = (tensors[0], tensors[0].shape[1]);
         let outputs = tensors.iter().map(|tensor| tensor.shape[0]).sum();
         // Exact for every part: f32 if any of them needs it.
@@ -164,13 +201,14 @@ impl Loader<'_> {
             true => Storage::F32,
             false => Storage::Bf16,
         };
-        let mut matrix = zeroed(storage, (outputs, inputs), first)?;
-        let mut panels: Vec<(usize, Panel<'_>)> = matrix.panels_mut().enumerate().collect();
-        panels.par_iter_mut().try_for_each(|(index, panel)| {
-            let rows = *index * PANEL..((*index + 1) * PANEL).min(outputs);
-            self.fill_rows(&tensors, rows, panel)
-        })?;
-        Ok(matrix)
+        zeroed(storage, (outputs, inputs), first)
+    }
+
+    /// The matrix of one expert's slice of a fused tensor, before it is filled.
+    fn zeroed_slice(&self, layer: usize, part: Fused) -> Result<Matrix, LoadError> {
+        let tensor = self.tensor(&names::fused_experts(layer, part));
+        let (inputs, outputs) = (tensor.shape[1], tensor.shape[2]);
+        zeroed(self.storage(tensor.dtype), (outputs, inputs), tensor)
     }
 
     /// Fills a panel with the output rows `rows` of the stacked tensors.
@@ -221,7 +259,7 @@ impl Loader<'_> {
     fn fused(&self, layer: usize, expert: usize, part: Fused) -> Result<Matrix, LoadError> {
         let tensor = self.tensor(&names::fused_experts(layer, part));
         let (inputs, outputs) = (tensor.shape[1], tensor.shape[2]);
-        let mut matrix = zeroed(self.storage(tensor.dtype), (outputs, inputs), tensor)?;
+        let mut matrix = self.zeroed_slice(layer, part)?;
         let mut panels: Vec<Panel<'_>> = matrix.panels_mut().collect();
         let row_bytes = outputs * tensor.dtype.bytes();
         let start = expert as u64 * inputs as u64 * row_bytes as u64;

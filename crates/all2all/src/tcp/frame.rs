@@ -242,6 +242,8 @@ pub(super) enum Notice {
     Faulted { epoch: Epoch, frames: u64 },
     /// All epochs before this one are left.
     Over { before: Epoch, frames: u64 },
+    /// The process lives, and its bytes arrive.
+    Beat,
 }
 
 impl Notice {
@@ -249,6 +251,7 @@ impl Notice {
         let (which, epoch, frames) = match self {
             Self::Faulted { epoch, frames } => (0, epoch, frames),
             Self::Over { before, frames } => (1, before, frames),
+            Self::Beat => (2, Epoch(0), 0),
         };
         let mut bytes = [0; NOTICE];
         let mut write = Writer(&mut bytes);
@@ -269,7 +272,8 @@ impl Notice {
         match which {
             0 => Some(Self::Faulted { epoch, frames }),
             1 => Some(Self::Over { before: epoch, frames }),
-            2.. => None,
+            2 => Some(Self::Beat),
+            3.. => None,
         }
     }
 }
@@ -368,6 +372,7 @@ mod tests {
         }
         let over = Notice::Over { before: Epoch(8), frames: 77 };
         check((over, over.encode()), Notice::decode);
+        check((Notice::Beat, Notice::Beat.encode()), Notice::decode);
     }
 
     #[test]

@@ -35,9 +35,12 @@ const LINKS_MAX: usize = 1024;
 const PAUSE: Duration = Duration::from_millis(5);
 const PAUSE_LONGEST: Duration = Duration::from_millis(320);
 
+/// Signs of life to every peer, so many within [`Options::silent`](super::Options).
+const BEATS: u32 = 10;
+
 /// Runs until the mesh ends.
 pub(super) fn run(core: &Core, listener: &TcpListener) {
-    let mut keeper = Keeper { core, callers: vec![], halves: vec![], dials: vec![], links: vec![] };
+    let mut keeper = Keeper::new(core);
     let mut entries = Vec::new();
     while !core.quit.load(Ordering::Acquire) {
         let wake = keeper.work(listener, Instant::now());
@@ -63,6 +66,7 @@ struct Keeper<'a> {
     /// Opened, and to be welcomed.
     dials: Vec<Dial>,
     links: Vec<Heard>,
+    next_beat: Instant,
 }
 
 /// A connection on which something fixed is written and read.
@@ -100,7 +104,12 @@ enum Verdict {
     Refuse(Welcome),
 }
 
-impl Keeper<'_> {
+impl<'a> Keeper<'a> {
+    fn new(core: &'a Core) -> Self {
+        let (callers, halves, dials, links) = (vec![], vec![], vec![], vec![]);
+        Self { core, callers, halves, dials, links, next_beat: Instant::now() }
+    }
+
     /// Does all that can be done now; returns when to do it again even if nothing happens.
     fn work(&mut self, listener: &TcpListener, now: Instant) -> Option<Instant> {
         self.accept(listener, now);
@@ -108,11 +117,23 @@ impl Keeper<'_> {
         self.dial(now);
         self.finish_dials(now);
         self.listen_to_links();
+        self.beat(now);
         let book = lock(&self.core.book);
         let again = book.wanted.values().filter_map(|wanted| wanted.next);
         let talks = self.dials.iter().flat_map(|dial| &dial.talks);
         let talks = talks.chain(&self.callers).chain(self.halves.iter().map(|(_, talk)| talk));
-        talks.map(|talk| talk.until).chain(again).min()
+        talks.map(|talk| talk.until).chain(again).chain([self.next_beat]).min()
+    }
+
+    /// Tells every peer that this process lives.
+    fn beat(&mut self, now: Instant) {
+        if now < self.next_beat {
+            return;
+        }
+        self.next_beat = now + self.core.options.silent / BEATS;
+        for heard in &self.links {
+            heard.link.tell(Notice::Beat);
+        }
     }
 
     fn accept(&mut self, listener: &TcpListener, now: Instant) {
@@ -350,7 +371,7 @@ impl super::mesh::Wanted {
 }
 
 impl Heard {
-    /// Reads what is there; whether there was a notice.
+    /// Reads what is there; whether there was something that a rank should know.
     fn read(&mut self) -> io::Result<bool> {
         let mut any = false;
         loop {
@@ -362,7 +383,8 @@ impl Heard {
             if self.got == NOTICE {
                 let notice = Notice::decode(&self.notice).ok_or(ErrorKind::InvalidData)?;
                 self.link.heard(notice);
-                (self.got, any) = (0, true);
+                self.got = 0;
+                any |= notice != Notice::Beat;
             }
         }
     }

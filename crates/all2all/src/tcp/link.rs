@@ -16,12 +16,15 @@ use std::io::IoSlice;
 use std::net::{Shutdown, TcpStream};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
 pub(super) struct Link {
     pub(super) peer: String,
     pub(super) data: Pipe,
     pub(super) control: TcpStream,
     told: Mutex<Told>,
+    /// When the last notice came.
+    heard: Mutex<Instant>,
     dead: AtomicBool,
     /// Frames that this side has sent whole.
     frames: AtomicU64,
@@ -63,6 +66,7 @@ impl Link {
             data,
             control,
             told: Mutex::default(),
+            heard: Mutex::new(Instant::now()),
             dead: AtomicBool::new(false),
             frames: AtomicU64::new(0),
             streams: Mutex::new(Some(streams)),
@@ -84,11 +88,18 @@ impl Link {
 
     /// Notes what the peer tells.
     pub(super) fn heard(&self, notice: Notice) {
+        *lock(&self.heard) = Instant::now();
         let mut told = lock(&self.told);
         match notice {
             Notice::Faulted { epoch, frames } => told.faulted = Some((epoch, frames)),
             Notice::Over { before, frames } => told.over = Some((before, frames)),
+            Notice::Beat => {}
         }
+    }
+
+    /// When the peer last gave a sign of life.
+    pub(super) fn last_heard(&self) -> Instant {
+        *lock(&self.heard)
     }
 
     /// Notes how many frames have gone out whole.

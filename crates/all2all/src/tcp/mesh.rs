@@ -17,10 +17,13 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Views that are prepared and not yet entered. The control plane prepares one at a time.
 const PREPARED_MAX: usize = 8;
+
+/// Between looks at whether the peers are there; nobody is in a hurry who waits for them.
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
 /// One process's end of all connections.
 pub struct Mesh {
@@ -80,6 +83,19 @@ impl Mesh {
             book.prepared.pop_first();
         }
         self.core.want(&mut book, peers.iter());
+    }
+
+    /// Waits until the processes are connected and heard; those that are not after `longest`.
+    #[must_use]
+    pub fn unreached(&self, peers: &[Peer], longest: Duration) -> Vec<Peer> {
+        let until = Instant::now() + longest;
+        loop {
+            let missing = self.core.unreached(peers);
+            if missing.is_empty() || until <= Instant::now() {
+                return missing;
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
     }
 
     /// Joins the exchange of a view, whose `peers` are `[ranks]`. Does not wait for them: the first step
@@ -268,6 +284,19 @@ impl Core {
             }
             None => Ok(None),
         }
+    }
+
+    /// Those of the processes that are not connected, or silent.
+    fn unreached(&self, peers: &[Peer]) -> Vec<Peer> {
+        let (book, now) = (lock(&self.book), Instant::now());
+        let is_heard = |link: &Arc<Link>| {
+            !link.dead() && now.duration_since(link.last_heard()) < self.options.silent
+        };
+        let is_missing = |peer: &&Peer| {
+            peer.incarnation != self.identity.incarnation
+                && !book.links.get(&peer.incarnation).is_some_and(is_heard)
+        };
+        peers.iter().filter(is_missing).cloned().collect()
     }
 
     /// A new pair of connections stands: the peer learns what it has missed.

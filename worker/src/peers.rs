@@ -1,0 +1,459 @@
+//! Experts out of other members' memory: over a network faster than the disk of a newcomer, and packed
+//! already. What does not come this way is read from the checkpoint, so nothing here is an error.
+//!
+//! A worker asks all other members of the coming view what they have, shares what it lacks out among
+//! them, and takes it from all of them at once. Every piece carries a checksum. Sizes and places are
+//! those that this worker's own checkpoint says; a peer that says otherwise is not listened to.
+
+use crate::weights::{Key, Model, ModelError};
+use bytes::Bytes;
+use ids::Rank;
+use kernels::ExpertWeights;
+use pb::experts_client::ExpertsClient;
+use pb::experts_server::ExpertsServer;
+use placement::View;
+use proto::pb;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Response, Status};
+
+/// Longest wait until a peer has said what it has: it has nothing to look up.
+const ASK_MAX: Duration = Duration::from_millis(500);
+/// Longest wait for the next piece.
+const PIECE_MAX: Duration = Duration::from_secs(2);
+/// Bytes of a piece: small enough to stay in the cache between checksum and copy.
+const PIECE_BYTES: usize = 256 << 10;
+/// Pieces that wait to be sent to a peer.
+const PIECES_MAX: usize = 4;
+
+/// Implements `herd.v1.Experts`.
+pub(crate) struct Service {
+    model: Arc<Model>,
+    /// What the weights are packed for.
+    profile: String,
+    /// Closes when the worker is dropped.
+    stopped: watch::Receiver<()>,
+}
+
+pub(crate) fn server(
+    model: Arc<Model>,
+    profile: String,
+    stopped: watch::Receiver<()>,
+) -> ExpertsServer<Service> {
+    ExpertsServer::new(Service { model, profile, stopped })
+        .max_decoding_message_size(proto::MESSAGE_BYTES_MAX)
+}
+
+impl Service {
+    /// Whether weights that are packed here fit another process.
+    fn check(&self, model: &str, profile: &str) -> Result<(), Status> {
+        if model == self.model.config.fingerprint() && profile == self.profile {
+            return Ok(());
+        }
+        let text = format!("this worker's weights are packed for {}, not {profile}", self.profile);
+        Err(Status::failed_precondition(text))
+    }
+}
+
+#[tonic::async_trait]
+impl pb::experts_server::Experts for Service {
+    async fn held(
+        &self,
+        request: Request<pb::HeldRequest>,
+    ) -> Result<Response<pb::HeldResponse>, Status> {
+        let pb::HeldRequest { model, profile } = request.into_inner();
+        self.check(&model, &profile)?;
+        let layers = by_layer(self.model.config.moe_layers().len(), &self.model.held());
+        Ok(Response::new(pb::HeldResponse { layers }))
+    }
+
+    type SendStream = ReceiverStream<Result<pb::ExpertPiece, Status>>;
+
+    async fn send(
+        &self,
+        request: Request<pb::SendRequest>,
+    ) -> Result<Response<Self::SendStream>, Status> {
+        let pb::SendRequest { model, profile, layers } = request.into_inner();
+        self.check(&model, &profile)?;
+        let (piece, pieces) = mpsc::channel(PIECES_MAX);
+        let (model, mut stopped) = (Arc::clone(&self.model), self.stopped.clone());
+        telemetry::spawn("worker.experts", async move {
+            tokio::select! {
+                () = send(&model, layers, piece) => {}
+                // Only ever an error: the worker was dropped.
+                _ = stopped.changed() => {}
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(pieces)))
+    }
+}
+
+/// What a worker asks its peers for, and how.
+struct Wanted {
+    model: String,
+    profile: String,
+    layers: usize,
+}
+
+/// A member that holds some of what is missing.
+struct Holder {
+    client: ExpertsClient<Channel>,
+    held: BTreeSet<Key>,
+}
+
+/// Takes what is missing out of the memory of the view's other members, as far as they have it.
+pub(crate) async fn take(
+    model: &Arc<Model>,
+    (view, me): (&View, Rank),
+    missing: &[Key],
+    still_wanted: &(dyn Fn() -> bool + Sync),
+) {
+    // Workers of one process share their memory.
+    let is_other = |member: &&placement::Member| {
+        member.rank != me && !member.exchange.is_empty() && !member.address.is_empty()
+    };
+    let others: Vec<&placement::Member> = view.members.iter().filter(is_other).collect();
+    if missing.is_empty() || others.is_empty() {
+        return;
+    }
+    let start = Instant::now();
+    let wanted = Arc::new(Wanted {
+        model: view.model.clone(),
+        profile: view.profile.clone(),
+        layers: model.config.moe_layers().len(),
+    });
+    let mut asked = JoinSet::new();
+    for (order, member) in others.into_iter().enumerate() {
+        let (address, wanted) = (member.address.clone(), Arc::clone(&wanted));
+        asked.spawn(async move { (order, ask(&address, &wanted).await) });
+    }
+    let mut holders: Vec<(usize, Holder)> = Vec::new();
+    while let Some(answer) = asked.join_next().await {
+        if let Ok((order, Some(holder))) = answer {
+            holders.push((order, holder));
+        }
+    }
+    holders.sort_by_key(|(order, _)| *order);
+    let mut takers = JoinSet::new();
+    let shares = share_out(missing, holders.iter().map(|(_, holder)| &holder.held));
+    for ((_, holder), share) in holders.into_iter().zip(shares) {
+        if !share.is_empty() {
+            let (model, wanted) = (Arc::clone(model), Arc::clone(&wanted));
+            takers.spawn(async move { take_from(&model, holder.client, &wanted, share).await });
+        }
+    }
+    let (mut experts, mut bytes) = (0, 0);
+    // A later view ends this: the tasks end with their set.
+    while still_wanted()
+        && let Some(taken) = takers.join_next().await
+    {
+        let Ok(taken) = taken else { continue };
+        experts += taken.experts;
+        bytes += taken.bytes;
+    }
+    if 0 < experts {
+        let (gigabytes, seconds) = (bytes as f64 / 1e9, start.elapsed().as_secs_f64());
+        tracing::info!(
+            "{experts} of {} experts from peers: {gigabytes:.2} GB in {seconds:.2} s, {:.2} GB/s",
+            missing.len(),
+            gigabytes / seconds.max(1e-9)
+        );
+    }
+}
+
+/// What a peer has; `None` if it does not say.
+async fn ask(address: &str, wanted: &Wanted) -> Option<Holder> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).ok()?;
+    let channel = endpoint.connect_timeout(ASK_MAX).tcp_nodelay(true).connect_lazy();
+    let mut client =
+        ExpertsClient::new(channel).max_decoding_message_size(proto::MESSAGE_BYTES_MAX);
+    let request = pb::HeldRequest {
+        model: wanted.model.clone(),
+        profile: wanted.profile.clone(),
+    };
+    match timeout(ASK_MAX, client.held(request)).await {
+        Ok(Ok(answer)) => {
+            let held = keys(answer.into_inner().layers).collect();
+            Some(Holder { client, held })
+        }
+        Ok(Err(status)) => {
+            tracing::debug!(address, %status, "a peer does not say what it holds");
+            None
+        }
+        Err(_) => None,
+    }
+}
+
+/// Each expert to the holder that has least to send so far.
+fn share_out<'a>(
+    missing: &[Key],
+    holders: impl Iterator<Item = &'a BTreeSet<Key>> + Clone,
+) -> Vec<Vec<Key>> {
+    let mut shares: Vec<Vec<Key>> = holders.clone().map(|_| Vec::new()).collect();
+    for key in missing {
+        let of_key = holders.clone().enumerate().filter(|(_, held)| held.contains(key));
+        if let Some((holder, _)) = of_key.min_by_key(|(holder, _)| shares[*holder].len()) {
+            shares[holder].push(*key);
+        }
+    }
+    shares
+}
+
+#[derive(Default)]
+struct Taken {
+    experts: usize,
+    bytes: usize,
+}
+
+/// Takes a share from one peer, as far as it comes.
+async fn take_from(
+    model: &Model,
+    mut client: ExpertsClient<Channel>,
+    wanted: &Wanted,
+    share: Vec<Key>,
+) -> Taken {
+    let mut taken = Taken::default();
+    let request = pb::SendRequest {
+        model: wanted.model.clone(),
+        profile: wanted.profile.clone(),
+        layers: by_layer(wanted.layers, &share),
+    };
+    let mut pieces = match timeout(PIECE_MAX, client.send(request)).await {
+        Ok(Ok(answer)) => answer.into_inner(),
+        Ok(Err(_)) | Err(_) => return taken,
+    };
+    let mut coming = Coming::new(share);
+    loop {
+        let piece = match timeout(PIECE_MAX, pieces.message()).await {
+            Ok(Ok(Some(piece))) => piece,
+            Ok(Ok(None)) => return taken,
+            Ok(Err(status)) => {
+                tracing::debug!(%status, "a peer stopped sending experts");
+                return taken;
+            }
+            Err(_) => {
+                tracing::warn!("a peer sends no more experts; the rest comes from disk");
+                return taken;
+            }
+        };
+        taken.bytes += piece.bytes.len();
+        match coming.put(&piece, |layer| model.empty_expert(layer)) {
+            Ok(None) => {}
+            Ok(Some((key, weights))) => {
+                model.keep(key, Arc::new(weights));
+                taken.experts += 1;
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a peer's experts are refused; the rest comes from disk");
+                return taken;
+            }
+        }
+    }
+}
+
+/// Why a piece cannot be used.
+#[derive(Debug, thiserror::Error)]
+enum PieceError {
+    #[error("expert {1} of MoE layer {0} was not asked for, or not now")]
+    Unasked(u32, u32),
+    #[error("a piece at {at} of part {part} does not follow what came before")]
+    OutOfOrder { part: u32, at: u64 },
+    #[error("a piece changed on its way")]
+    Checksum,
+    #[error(transparent)]
+    Model(#[from] ModelError),
+}
+
+/// The experts of a share, which come one after the other.
+struct Coming {
+    share: VecDeque<Key>,
+    /// The one that is coming, and how far.
+    current: Option<Partial>,
+}
+
+struct Partial {
+    weights: ExpertWeights,
+    part: usize,
+    at: usize,
+}
+
+impl Coming {
+    fn new(share: Vec<Key>) -> Self {
+        Self { share: share.into(), current: None }
+    }
+
+    /// Takes a piece in; an expert, once it is complete.
+    fn put(
+        &mut self,
+        piece: &pb::ExpertPiece,
+        empty: impl FnOnce(usize) -> Result<ExpertWeights, ModelError>,
+    ) -> Result<Option<(Key, ExpertWeights)>, PieceError> {
+        let key = (piece.moe_layer as usize, piece.expert as usize);
+        if self.share.front() != Some(&key) {
+            return Err(PieceError::Unasked(piece.moe_layer, piece.expert));
+        }
+        if crc_fast::crc32_iscsi(&piece.bytes) != piece.crc32c {
+            return Err(PieceError::Checksum);
+        }
+        let mut current = match self.current.take() {
+            Some(current) => current,
+            None => Partial { weights: empty(key.0)?, part: 0, at: 0 },
+        };
+        let out_of_order = || PieceError::OutOfOrder { part: piece.part, at: piece.at };
+        let parts = current.weights.image_mut();
+        if (piece.part as usize, piece.at) != (current.part, current.at as u64)
+            || piece.bytes.is_empty()
+        {
+            return Err(out_of_order());
+        }
+        let end = current.at + piece.bytes.len();
+        let room = parts[current.part].get_mut(current.at..end).ok_or_else(out_of_order)?;
+        room.copy_from_slice(&piece.bytes);
+        current.at = end;
+        // Scales that there are not have no bytes.
+        while current.part < parts.len() && current.at == parts[current.part].len() {
+            (current.part, current.at) = (current.part + 1, 0);
+        }
+        if current.part < parts.len() {
+            self.current = Some(current);
+            return Ok(None);
+        }
+        self.share.pop_front();
+        Ok(Some((key, current.weights)))
+    }
+}
+
+/// Sends experts, as far as this process has them, until the peer has enough.
+async fn send(
+    model: &Model,
+    layers: Vec<pb::ExpertIds>,
+    piece: mpsc::Sender<Result<pb::ExpertPiece, Status>>,
+) {
+    for key in keys(layers) {
+        let Some(weights) = model.expert(key) else { return };
+        for wire in pieces(key, &weights) {
+            if piece.send(Ok(wire)).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+fn pieces((layer, expert): Key, weights: &ExpertWeights) -> impl Iterator<Item = pb::ExpertPiece> {
+    let number = |n: usize| u32::try_from(n).expect("layers and experts are few");
+    (0..).zip(weights.image()).flat_map(move |(part, image)| {
+        image.chunks(PIECE_BYTES).enumerate().map(move |(index, bytes)| pb::ExpertPiece {
+            moe_layer: number(layer),
+            expert: number(expert),
+            part,
+            at: (index * PIECE_BYTES) as u64,
+            crc32c: crc_fast::crc32_iscsi(bytes),
+            bytes: Bytes::copy_from_slice(bytes),
+        })
+    })
+}
+
+/// The wire form of a set of experts.
+fn by_layer(layers: usize, keys: &[Key]) -> Vec<pb::ExpertIds> {
+    let mut of: BTreeMap<usize, Vec<u32>> = BTreeMap::new();
+    for &(layer, expert) in keys {
+        of.entry(layer).or_default().push(u32::try_from(expert).expect("experts are few"));
+    }
+    (0..layers).map(|l| pb::ExpertIds { experts: of.remove(&l).unwrap_or_default() }).collect()
+}
+
+fn keys(layers: Vec<pb::ExpertIds>) -> impl Iterator<Item = Key> {
+    let of_layer = |(layer, ids): (usize, pb::ExpertIds)| {
+        ids.experts.into_iter().map(move |expert| (layer, expert as usize))
+    };
+    layers.into_iter().enumerate().flat_map(of_layer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kernels::{Matrix, Storage};
+
+    /// 40 inputs and 24 outputs, with scales if `fp8`; every weight differs.
+    fn expert(fill: impl Fn(usize) -> f32, scale: Option<f32>) -> ExpertWeights {
+        let matrix = |outputs: usize, inputs: usize| {
+            let mut matrix = Matrix::zeroed(Storage::F32, outputs, inputs).unwrap();
+            for (panel_number, mut panel) in matrix.panels_mut().enumerate() {
+                for k in 0..inputs {
+                    let lanes = 16.min(outputs - panel_number * 16);
+                    let first = (panel_number * inputs + k) * 16;
+                    panel.put_input(k, (first..first + lanes).map(&fill));
+                }
+            }
+            if let Some(scale) = scale {
+                matrix.set_scales(vec![scale; outputs]);
+            }
+            matrix
+        };
+        ExpertWeights { gate_up: matrix(24, 40), down: matrix(40, 12) }
+    }
+
+    fn empty(scale: Option<f32>) -> ExpertWeights {
+        expert(|_| 0.0, scale.map(|_| 0.0))
+    }
+
+    #[test]
+    fn pieces_make_the_same_expert_again() {
+        for scale in [None, Some(0.5)] {
+            let sent = expert(|i| i as f32 * 0.25, scale);
+            let mut coming = Coming::new(vec![(1, 2), (0, 5)]);
+            let mut got = Vec::new();
+            for piece in pieces((1, 2), &sent).chain(pieces((0, 5), &sent)) {
+                got.extend(coming.put(&piece, |_| Ok(empty(scale))).unwrap());
+            }
+            assert_eq!(got.iter().map(|(key, _)| *key).collect::<Vec<_>>(), [(1, 2), (0, 5)]);
+            for (_, expert) in got {
+                assert_eq!(expert.image(), sent.image());
+                assert_eq!(expert.gate_up.get(23, 39), sent.gate_up.get(23, 39));
+            }
+        }
+    }
+
+    #[test]
+    fn pieces_that_do_not_fit_are_refused() {
+        let sent = expert(|i| i as f32, None);
+        let whole: Vec<pb::ExpertPiece> = pieces((0, 1), &sent).collect();
+        let refuse = |change: &dyn Fn(&mut pb::ExpertPiece)| {
+            let mut piece = whole[0].clone();
+            change(&mut piece);
+            let result = Coming::new(vec![(0, 1)]).put(&piece, |_| Ok(empty(None)));
+            result.err().expect("it is refused").to_string()
+        };
+        let sum = |piece: &mut pb::ExpertPiece| piece.crc32c = crc_fast::crc32_iscsi(&piece.bytes);
+        assert_eq!(refuse(&|p| p.crc32c ^= 1), "a piece changed on its way");
+        let text = "expert 2 of MoE layer 0 was not asked for, or not now";
+        assert_eq!(refuse(&|p| p.expert = 2), text);
+        let text = "a piece at 64 of part 0 does not follow what came before";
+        assert_eq!(refuse(&|p| p.at = 64), text);
+        let text = "a piece at 0 of part 1 does not follow what came before";
+        assert_eq!(refuse(&|p| p.part = 1), text);
+        let too_long = |p: &mut pb::ExpertPiece| {
+            p.bytes = [&p.bytes[..], &[0; 64]].concat().into();
+            sum(p);
+        };
+        let text = "a piece at 0 of part 0 does not follow what came before";
+        assert_eq!(refuse(&too_long), text);
+        assert_eq!(refuse(&|p| (p.bytes = Bytes::new(), sum(p)).1), text);
+    }
+
+    #[test]
+    fn experts_are_shared_out_evenly_among_those_who_have_them() {
+        let missing: Vec<Key> = (0..6).map(|expert| (0, expert)).collect();
+        let all: BTreeSet<Key> = missing.iter().copied().collect();
+        let few: BTreeSet<Key> = [(0, 0), (0, 1)].into();
+        let shares = share_out(&missing[..5], [&all, &few].into_iter());
+        assert_eq!(shares, [vec![(0, 0), (0, 2), (0, 3), (0, 4)], vec![(0, 1)]]);
+        assert_eq!(share_out(&missing, [&BTreeSet::new()].into_iter()), [vec![]]);
+    }
+}
