@@ -487,5 +487,7 @@ async fn call_prepare(
         .max_decoding_message_size(proto::MESSAGE_BYTES_MAX)
         .max_encoding_message_size(proto::MESSAGE_BYTES_MAX);
     let answer = client.prepare(request).await;
-    answer.map(tonic::Response::into_inner).map_err(|status| format!("{}: {}", status.code(), status.message()))
+    answer
+        .map(tonic::Response::into_inner)
+        .map_err(|status| format!("{}: {}", status.code(), status.message()))
 }

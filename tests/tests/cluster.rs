@@ -155,7 +155,8 @@ async fn worker_serves_one_view_per_epoch() {
     let url = format!("http://{}", stands.members[0].address);
     let mut worker = proto::pb::worker_client::WorkerClient::connect(url).await.unwrap();
     let mut prepare = async |view: &proto::pb::View| {
-        let request = proto::pb::PrepareRequest { view: Some(view.clone()), rank: 0, urgent: false };
+        let request =
+            proto::pb::PrepareRequest { view: Some(view.clone()), rank: 0, urgent: false };
         worker.prepare(request).await.map(|_| ()).map_err(|status| status.message().to_owned())
     };
     let next = proto::pb::View { epoch: stands.epoch + 1, ..stands.clone() };

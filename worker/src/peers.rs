@@ -173,10 +173,7 @@ async fn ask(address: &str, wanted: &Wanted) -> Option<Holder> {
     let channel = endpoint.connect_timeout(ASK_MAX).tcp_nodelay(true).connect_lazy();
     let mut client =
         ExpertsClient::new(channel).max_decoding_message_size(proto::MESSAGE_BYTES_MAX);
-    let request = pb::HeldRequest {
-        model: wanted.model.clone(),
-        profile: wanted.profile.clone(),
-    };
+    let request = pb::HeldRequest { model: wanted.model.clone(), profile: wanted.profile.clone() };
     match timeout(ASK_MAX, client.held(request)).await {
         Ok(Ok(answer)) => {
             let held = keys(answer.into_inner().layers).collect();

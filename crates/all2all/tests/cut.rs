@@ -72,9 +72,8 @@ fn peers_that_are_cut_off_name_each_other_and_meet_again() {
         .zip(addresses)
         .map(|(name, address)| Peer { address, incarnation: name.into() })
         .collect();
-    let mut ends: Vec<_> = (0..2)
-        .map(|me| meshes[me].join(view(1, me, &[true; 2]), &peers).unwrap())
-        .collect();
+    let mut ends: Vec<_> =
+        (0..2).map(|me| meshes[me].join(view(1, me, &[true; 2]), &peers).unwrap()).collect();
     let run = |ends: &mut Vec<all2all::tcp::Tcp>, steps: std::ops::Range<u64>| {
         std::thread::scope(|scope| {
             let ranks: Vec<_> = ends

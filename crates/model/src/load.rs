@@ -111,8 +111,10 @@ impl Loader<'_> {
         match self.checkpoint.expert_format(layer) {
             Some(ExpertFormat::PerExpertFp8) => {
                 let scaled = |parts: &[names::Mlp]| {
-                    let tensors: Vec<&TensorInfo> =
-                        parts.iter().map(|&part| self.tensor(&names::expert(layer, 0, part))).collect();
+                    let tensors: Vec<&TensorInfo> = parts
+                        .iter()
+                        .map(|&part| self.tensor(&names::expert(layer, 0, part)))
+                        .collect();
                     let mut matrix = self.zeroed_stack(&tensors)?;
                     matrix.set_scales(vec![0.0; matrix.outputs()]);
                     Ok::<_, LoadError>(matrix)
