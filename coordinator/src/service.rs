@@ -5,7 +5,7 @@ use crate::{Handle, Term, report};
 use control::{Hello, Input, Silence};
 use futures::StreamExt;
 use futures::stream::BoxStream;
-use ids::{Epoch, Rank, WorkerId};
+use ids::{Epoch, WorkerId};
 use placement::Shape;
 use proto::pb;
 use std::time::Duration;
@@ -86,13 +86,10 @@ impl pb::coordinator_server::Coordinator for Service {
                 silent,
                 silent_ms,
             })) => {
-                let ranks = |ranks: Vec<u32>| {
-                    let ranks = ranks.into_iter().filter_map(|rank| u16::try_from(rank).ok());
-                    ranks.map(Rank).collect()
-                };
                 let lasted = Duration::from_millis(u64::from(silent_ms));
-                let silence = Silence { ranks: ranks(silent), lasted };
-                Input::Fault { epoch, text, suspects: ranks(suspects), silence }
+                let silence = Silence { ranks: proto::ranks_from_wire(&silent), lasted };
+                let suspects = proto::ranks_from_wire(&suspects);
+                Input::Fault { epoch, text, suspects, silence }
             }
             Some(pb::report_request::News::FirstToken(pb::FirstToken {})) => {
                 Input::FirstToken { epoch }

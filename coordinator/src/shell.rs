@@ -441,11 +441,12 @@ impl Shell {
         let epoch = view.epoch;
         telemetry::spawn("coordinator.prepare", async move {
             let input = match call_prepare(channel, request).await {
-                Ok(pb::PrepareResponse { from_peers, from_disk, .. }) => {
+                Ok(pb::PrepareResponse { from_peers, from_disk, unreached, .. }) => {
                     if 0 < from_peers + from_disk {
                         tracing::info!(%epoch, %worker, from_peers, from_disk, "experts loaded");
                     }
-                    Input::Prepared { epoch, worker }
+                    let unreached = proto::ranks_from_wire(&unreached);
+                    Input::Prepared { epoch, worker, unreached }
                 }
                 Err(text) => Input::PrepareFailed { epoch, worker, text },
             };

@@ -52,6 +52,12 @@ pub fn incoming(listener: tokio::net::TcpListener) -> tonic::transport::server::
     tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true))
 }
 
+/// Ranks that somebody speaks of. Numbers that no rank can have are left out: they name nobody.
+#[must_use]
+pub fn ranks_from_wire(ranks: &[u32]) -> Vec<ids::Rank> {
+    ranks.iter().filter_map(|&rank| u16::try_from(rank).ok().map(ids::Rank)).collect()
+}
+
 /// A message that does not describe a possible state of the cluster.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {

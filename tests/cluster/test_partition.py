@@ -68,6 +68,11 @@ class Hosts:
     def link(self, host, state):
         ip("link", "set", f"{NAME}{host}o", state)
 
+    def isolate(self, state):
+        """Keeps the namespaces from each other (`on`), though this host reaches them all; or not (`off`)."""
+        for host in HOSTS:
+            ip("link", "set", f"{NAME}{host}o", "type", "bridge_slave", "isolated", state)
+
     def remove(self):
         for host in HOSTS:
             ip("netns", "del", f"{NAME}{host}", check=False)
@@ -129,10 +134,9 @@ def cluster():
         running = Cluster(hosts)
         try:
             yield running
-        except BaseException:
-            print(running.logs())
-            raise
         finally:
+            # Shown if the test fails.
+            print(running.logs())
             running.stop()
     finally:
         hosts.remove()
@@ -142,39 +146,68 @@ def hosts_of(load):
     return sorted(member["address"].split(":")[0] for member in load.serving())
 
 
-def test_side_with_the_leader_goes_on_and_the_other_one_joins_again(cluster):
+EVERYBODY = [f"{NET}.{number + 2}" for number, workers in enumerate(HOSTS.values()) for _ in range(workers)]
+
+
+@pytest.fixture
+def load(cluster):
+    """A load on a cluster that serves with all its workers."""
+
     def answers():
         try:
             return json.loads(cluster.get("/status"))["epoch"] > 0 and cluster.router()["ready"]
         except (OSError, KeyError, TypeError):
             return False
 
-    try:
-        Load.until(answers, "the cluster serves", 60)
-        load = Load(cluster)
-        everybody = [f"{NET}.2", f"{NET}.2", f"{NET}.3", f"{NET}.3"]
-        Load.until(lambda: hosts_of(load) == everybody, "all workers serve at their own addresses")
-        for host, left in [("b", everybody[:2]), ("a", everybody[2:])]:
-            epoch = load.status()["epoch"]
+    Load.until(answers, "the cluster serves", 60)
+    load = Load(cluster)
+    Load.until(lambda: hosts_of(load) == EVERYBODY, "all workers serve at their own addresses")
+    return load
 
-            def tear():
-                cluster.hosts.link(host, "down")
-                load.until(lambda: hosts_of(load) == left, "one side is left")
 
-            load.during(tear)
-            # It stays so while the network does, and requests are answered by one side alone.
-            assert hosts_of(load) == left
-            status = load.status()
-            assert status["epoch"] > epoch and [c["leader"] for c in status["coordinators"]].count(True) == 1
-            torn = status["epoch"]
-            load.during(lambda: (cluster.hosts.link(host, "up"), time.sleep(0.2)))
-            Load.until(lambda: hosts_of(load) == everybody, "the other side has joined again", 60)
-            status = load.status()
-            assert status["epoch"] > torn
-            epochs = [change["epoch"] for change in status["changes"]]
-            assert epochs == sorted(set(epochs)), "no epoch has two views"
-            # Those who come back serve streams, and spoil none.
-            load.during(lambda: None)
-    except BaseException:
-        print(cluster.logs())
-        raise
+def check_epochs(load, after):
+    status = load.status()
+    assert status["epoch"] > after
+    epochs = [change["epoch"] for change in status["changes"]]
+    assert epochs == sorted(set(epochs)), "no epoch has two views"
+
+
+def test_side_with_the_leader_goes_on_and_the_other_one_joins_again(cluster, load):
+    for host, left in [("b", EVERYBODY[:2]), ("a", EVERYBODY[2:])]:
+        epoch = load.status()["epoch"]
+
+        def tear():
+            cluster.hosts.link(host, "down")
+            load.until(lambda: hosts_of(load) == left, "one side is left")
+
+        load.during(tear)
+        # It stays so while the network does, and requests are answered by one side alone.
+        assert hosts_of(load) == left
+        status = load.status()
+        assert status["epoch"] > epoch and [c["leader"] for c in status["coordinators"]].count(True) == 1
+        load.during(lambda: (cluster.hosts.link(host, "up"), time.sleep(0.2)))
+        Load.until(lambda: hosts_of(load) == EVERYBODY, "the other side has joined again", 60)
+        check_epochs(load, status["epoch"])
+        # Those who come back serve streams, and spoil none.
+        load.during(lambda: None)
+
+
+def test_workers_that_only_each_other_do_not_reach_part_at_once(cluster, load):
+    epoch = load.status()["epoch"]
+
+    def tear():
+        cluster.hosts.isolate("on")
+        load.until(lambda: len(set(hosts_of(load))) == 1, "one side is left")
+
+    load.during(tear)
+    status = load.status()
+    parted = [change for change in status["changes"] if change["epoch"] > epoch]
+    failed, lost = parted[:2]
+    assert "step failed" in failed["cause"] and "do not reach each other" in lost["cause"], parted
+    # The others ask to come back while the network is still torn, and change nothing.
+    load.during(lambda: time.sleep(5))
+    assert hosts_of(load) == EVERYBODY[:2], load.status()["changes"]
+    cluster.hosts.isolate("off")
+    Load.until(lambda: hosts_of(load) == EVERYBODY, "the other side has joined again", 60)
+    check_epochs(load, status["epoch"])
+    load.during(lambda: None)

@@ -87,7 +87,7 @@ struct Shared {
 struct Strikes {
     kill: bool,
     sleep: Duration,
-    corrupt: bool,
+    corrupt: Option<Fault>,
     nan: bool,
 }
 
@@ -144,7 +144,7 @@ impl Hooks {
             if over || !here {
                 return !over;
             }
-            strikes.add(kind, phase, rows)
+            strikes.add(armed.fault, phase, rows)
         });
         self.0.armed.store(!faults.is_empty(), Ordering::Relaxed);
         strikes
@@ -153,8 +153,8 @@ impl Hooks {
 
 impl Strikes {
     /// Adds a fault; whether it stays armed.
-    fn add(&mut self, kind: Kind, phase: Phase, rows: usize) -> bool {
-        match kind {
+    fn add(&mut self, fault: Fault, phase: Phase, rows: usize) -> bool {
+        match fault.kind {
             Kind::Kill => {
                 self.kill = true;
                 false
@@ -169,7 +169,7 @@ impl Strikes {
             }
             // Where the rows are lent to the exchange.
             Kind::Corrupt if phase != Phase::Experts && 0 < rows => {
-                self.corrupt = true;
+                self.corrupt = Some(fault);
                 false
             }
             // The results exist when they are sent back.
@@ -188,12 +188,14 @@ pub(crate) struct Struck<'a, A> {
     hooks: &'a Hooks,
     dtype: Dtype,
     key: LayerKey,
+    /// Struck, if the place has a frame for another rank.
+    corrupting: Option<Fault>,
 }
 
 impl<'a, A: Plantable> Struck<'a, A> {
     pub(crate) fn new(inner: &'a mut A, hooks: &'a Hooks, dtype: Dtype) -> Self {
         let key = LayerKey { step: StepId(0), layer: 0 };
-        Self { inner, hooks, dtype, key }
+        Self { inner, hooks, dtype, key, corrupting: None }
     }
 
     /// Lets happen what is armed for this place; whether the results lose a value.
@@ -206,10 +208,22 @@ impl<'a, A: Plantable> Struck<'a, A> {
         if !sleep.is_zero() {
             std::thread::sleep(sleep);
         }
-        if corrupt {
+        if corrupt.is_some() {
             self.inner.corrupt_next_frame();
+            self.corrupting = corrupt;
         }
         nan
+    }
+
+    /// The rows of a place are sent. A frame that should have changed and was not there is waited for: all
+    /// rows may have been this rank's own.
+    fn sent<T>(&mut self, sent: Result<T, ExchangeError>) -> Result<T, ExchangeError> {
+        if let Some(fault) = self.corrupting.take()
+            && self.inner.keep_next_frame()
+        {
+            self.hooks.arm(Fault { from: From::Step(self.key.step.0), ..fault });
+        }
+        sent
     }
 }
 
@@ -241,7 +255,8 @@ impl<A: Plantable> AllToAll for Struck<'_, A> {
     ) -> Result<Sent, ExchangeError> {
         self.key = key;
         self.strike(Phase::Dispatch, rows.len());
-        self.inner.dispatch_send(key, rows, experts)
+        let sent = self.inner.dispatch_send(key, rows, experts);
+        self.sent(sent)
     }
 
     fn dispatch_recv(&mut self, sent: Sent) -> Result<Arrived, ExchangeError> {
@@ -261,14 +276,16 @@ impl<A: Plantable> AllToAll for Struck<'_, A> {
         results: HostRows<'_>,
     ) -> Result<Pending, ExchangeError> {
         if !self.strike(Phase::Combine, results.len()) {
-            return self.inner.combine_send(arrived, results);
+            let sent = self.inner.combine_send(arrived, results);
+            return self.sent(sent);
         }
         let mut bytes = results.bytes.to_vec();
         match self.dtype {
             Dtype::F32 => bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes()),
             Dtype::Bf16 => bytes[..2].copy_from_slice(&half::bf16::NAN.to_le_bytes()),
         }
-        self.inner.combine_send(arrived, HostRows { bytes: &bytes, ..results })
+        let sent = self.inner.combine_send(arrived, HostRows { bytes: &bytes, ..results });
+        self.sent(sent)
     }
 
     fn combine_recv(&mut self, pending: Pending, out: &mut [u8]) -> Result<(), ExchangeError> {

@@ -14,6 +14,17 @@ const RECONFIGURE_MAX: Duration = Duration::from_secs(2);
 
 /// Longest wait for the connections to the members of a coming view, while the one before serves.
 const REACH_MAX: Duration = Duration::from_secs(3);
+/// The same while streams wait. Between members that know each other all connections stand already.
+const REACH_URGENT_MAX: Duration = Duration::from_millis(500);
+
+/// Whether a coming view can wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Haste {
+    /// The view before it serves meanwhile.
+    Planned,
+    /// It cannot.
+    Urgent,
+}
 
 /// Where the ranks of a cluster exchange rows.
 #[derive(Clone)]
@@ -91,11 +102,15 @@ impl Transport {
         }
     }
 
-    /// Members that are not reached within a while.
-    pub(crate) fn unreached(&self, peers: &[Peer]) -> Vec<Peer> {
+    /// Members that are not reached within a while; a short one if streams wait.
+    pub(crate) fn unreached(&self, peers: &[Peer], haste: Haste) -> Vec<Peer> {
+        let longest = match haste {
+            Haste::Planned => REACH_MAX,
+            Haste::Urgent => REACH_URGENT_MAX,
+        };
         match self {
             Self::Local(_) => Vec::new(),
-            Self::Mesh(mesh, _) => mesh.unreached(peers, REACH_MAX),
+            Self::Mesh(mesh, _) => mesh.unreached(peers, longest),
         }
     }
 
@@ -119,15 +134,26 @@ impl Transport {
 pub(crate) trait Plantable: HostExchange {
     /// The next frame with rows for another rank arrives changed. Only where [`Transport::sums`].
     fn corrupt_next_frame(&mut self);
+
+    /// Not so after all; false if it has been sent.
+    fn keep_next_frame(&mut self) -> bool;
 }
 
 impl Plantable for Local {
     fn corrupt_next_frame(&mut self) {}
+
+    fn keep_next_frame(&mut self) -> bool {
+        false
+    }
 }
 
 impl Plantable for Tcp {
     fn corrupt_next_frame(&mut self) {
         Self::corrupt_next_frame(self);
+    }
+
+    fn keep_next_frame(&mut self) -> bool {
+        Self::keep_next_frame(self)
     }
 }
 

@@ -6,7 +6,7 @@
 use crate::chaos::Hooks;
 use crate::engine::{Engine, EngineError, Seat};
 use crate::fence::{Admitted, Fence, Outranked};
-use crate::joined::Transport;
+use crate::joined::{Haste, Transport};
 use crate::tally::Tally;
 use crate::{Config, step};
 use all2all::tcp::Peer;
@@ -96,8 +96,8 @@ impl Runner {
     }
 
     /// Which of them are not reached within a while.
-    pub(crate) fn unreached(&self, peers: &[Peer]) -> Vec<Peer> {
-        self.transport.unreached(peers)
+    pub(crate) fn unreached(&self, peers: &[Peer], haste: Haste) -> Vec<Peer> {
+        self.transport.unreached(peers, haste)
     }
 
     /// Offers a seat in the view of these members.

@@ -1,6 +1,7 @@
 //! The gRPC face of a worker.
 
 use crate::engine::{EngineError, Seat, Shard};
+use crate::joined::Haste;
 use crate::peers;
 use crate::runner::{self, Job, Runner};
 use crate::weights::Model;
@@ -97,24 +98,14 @@ impl Service {
         Ok((seat, count(missing.saturating_sub(left)), count(left)))
     }
 
-    /// Waits for the connections to the members of a view, lest its first step does.
-    async fn reach(&self, view: &View, addresses: Vec<Peer>) -> Result<(), Status> {
-        let runner = self.runner.clone();
-        let waiting = tokio::task::spawn_blocking(move || runner.unreached(&addresses));
+    /// Waits for the connections to the members of a view, lest its first step does; the ranks that
+    /// stay out of reach.
+    async fn unreached(&self, addresses: Vec<Peer>, haste: Haste) -> Result<Vec<u32>, Status> {
+        let (runner, peers) = (self.runner.clone(), addresses.clone());
+        let waiting = tokio::task::spawn_blocking(move || runner.unreached(&peers, haste));
         let missing = waiting.await.map_err(|error| Status::internal(error.to_string()))?;
-        let is_missing = |member: &&placement::Member| {
-            missing.iter().any(|peer| peer.incarnation == member.incarnation)
-        };
-        let names: Vec<String> = view
-            .members
-            .iter()
-            .filter(is_missing)
-            .map(|member| format!("{} at {}", member.worker, member.exchange))
-            .collect();
-        if names.is_empty() {
-            return Ok(());
-        }
-        Err(Status::unavailable(format!("it does not reach {}", names.join(", "))))
+        let ranked = (0..).zip(&addresses);
+        Ok(ranked.filter(|(_, peer)| missing.contains(peer)).map(|(rank, _)| rank).collect())
     }
 
     /// Whether the view means this worker.
@@ -180,10 +171,10 @@ impl pb::worker_server::Worker for Service {
         self.runner.connect(epoch, &addresses);
         let (seat, from_peers, from_disk) = self.load(&view, Rank(rank)).await?;
         self.runner.offer(seat.with_peers(addresses.clone()), &incarnations);
-        if !urgent {
-            self.reach(&view, addresses).await?;
-        }
-        Ok(Response::new(pb::PrepareResponse { epoch: epoch.0, from_peers, from_disk }))
+        let haste = if urgent { Haste::Urgent } else { Haste::Planned };
+        let unreached = self.unreached(addresses, haste).await?;
+        let epoch = epoch.0;
+        Ok(Response::new(pb::PrepareResponse { epoch, from_peers, from_disk, unreached }))
     }
 
     async fn steps(

@@ -119,6 +119,11 @@ impl Tcp {
         self.corrupts = true;
     }
 
+    /// Takes the planted fault back; false if it has struck.
+    pub fn keep_next_frame(&mut self) -> bool {
+        std::mem::take(&mut self.corrupts)
+    }
+
     /// Records the fault of the step and tells the peers, so that none waits for its deadline.
     fn fault(&mut self, (kind, suspects): Blame, (layer, phase): (u16, Phase)) -> Fault {
         self.core.tell_fault(self.view.epoch);

@@ -92,8 +92,11 @@ fn frame_that_changes_on_its_way_fails_the_step() {
             assert_eq!(step(&mut end, 1, 9, LONG), Ok(()));
             if me == 1 {
                 end.corrupt_next_frame();
+                assert!(end.keep_next_frame(), "nothing was sent yet");
+                end.corrupt_next_frame();
             }
             let fault = step(&mut end, 2, 9, LONG).unwrap_err();
+            assert!(!end.keep_next_frame());
             end.reconfigure(view(2, me, &[true; 3]), LONG).unwrap();
             assert_eq!(step(&mut end, 1, 9, LONG), Ok(()), "{me}");
             format!("{fault:?}")

@@ -17,7 +17,7 @@
 //!
 //! A view is tried under a new epoch each time, so what belongs to an abandoned attempt is known by
 //! its epoch and changes nothing. Preparing is also how a suspect is confirmed: whoever fails to
-//! prepare is no member any more.
+//! prepare is no member any more, nor are those whom too few of the others reach.
 //!
 //! After a loss or a failed step the streams wait, so the next view makes nobody load what somebody
 //! else still holds. The copies that it lacks are made by a later view, beside the serving one; whatever
@@ -30,6 +30,7 @@ mod change;
 mod leave;
 mod machine;
 mod plan;
+mod reach;
 mod repair;
 mod silence;
 mod status;
@@ -101,8 +102,8 @@ pub enum Input {
     Hello(Hello),
     /// A worker is gone; the text says how that is known.
     Lost { worker: WorkerId, evidence: String },
-    /// A worker can serve its rank of the view.
-    Prepared { epoch: Epoch, worker: WorkerId },
+    /// A worker can serve its rank of the view, if it reaches all others.
+    Prepared { epoch: Epoch, worker: WorkerId, unreached: Vec<Rank> },
     /// It cannot, or did not answer.
     PrepareFailed { epoch: Epoch, worker: WorkerId, text: String },
     /// The store holds the view.

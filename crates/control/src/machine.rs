@@ -1,8 +1,9 @@
 //! The machine itself; `lib.rs` draws it.
 
+use crate::reach::{self, Gaps};
 use crate::silence::{Distrust, Failures};
 use crate::{Cause, Change, Hello, Input, Output, Settings, Silence};
-use ids::{Epoch, WorkerId};
+use ids::{Epoch, Rank, WorkerId};
 use placement::{Aim, Load, Member, View, Window};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -28,6 +29,8 @@ pub(crate) enum Phase {
     Preparing {
         view: Arc<View>,
         waiting: BTreeSet<WorkerId>,
+        /// Pairs that do not reach each other, as far as they have answered.
+        gaps: Gaps,
         aim: Aim,
     },
     /// `retry`: the store did not answer, and is asked again then.
@@ -117,7 +120,9 @@ impl Control {
         match input {
             Input::Hello(hello) => self.hello(now, hello),
             Input::Lost { worker, evidence } => self.lost(now, worker, evidence),
-            Input::Prepared { epoch, worker } => self.prepared(now, epoch, worker),
+            Input::Prepared { epoch, worker, unreached } => {
+                self.prepared(now, epoch, worker, &unreached)
+            }
             Input::PrepareFailed { epoch, worker, text } => {
                 self.prepare_failed(now, epoch, worker, text)
             }
@@ -309,15 +314,32 @@ impl Control {
     }
 
     /// Whether the view that counts goes on while another one is prepared: all its members are here.
-    fn is_served(&self) -> bool {
+    pub(crate) fn is_served(&self) -> bool {
         let is_here = |member: &Member| self.members.contains_key(&member.worker);
         self.committed.as_ref().is_some_and(|view| view.members.iter().all(is_here))
     }
 
-    fn prepared(&mut self, now: Duration, epoch: Epoch, worker: WorkerId) -> Vec<Output> {
-        let Phase::Preparing { view, waiting, .. } = &mut self.phase else { return Vec::new() };
-        if view.epoch != epoch || !waiting.remove(&worker) || !waiting.is_empty() {
+    fn prepared(
+        &mut self,
+        now: Duration,
+        epoch: Epoch,
+        worker: WorkerId,
+        unreached: &[Rank],
+    ) -> Vec<Output> {
+        let Phase::Preparing { view, waiting, gaps, .. } = &mut self.phase else {
             return Vec::new();
+        };
+        if view.epoch != epoch || !waiting.remove(&worker) {
+            return Vec::new();
+        }
+        if let Some(member) = view.members.iter().find(|member| member.worker == worker) {
+            reach::tell(gaps, view, member.rank, unreached);
+        }
+        if !waiting.is_empty() {
+            return Vec::new();
+        }
+        if !gaps.is_empty() {
+            return self.part(now);
         }
         let view = Arc::clone(view);
         self.note(epoch, |change| change.prepare = Some(now.saturating_sub(change.at)));

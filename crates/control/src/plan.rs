@@ -3,6 +3,7 @@
 use crate::{Cause, Change, Control, Hello, Levelling, Output, machine::Phase};
 use ids::{Rank, WorkerId};
 use placement::{Aim, Holdings, Load, Member, Request, View, even_capacity, replan};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -87,7 +88,7 @@ impl Control {
         };
         let outputs = view.members.iter().map(prepare).collect();
         let waiting = view.members.iter().map(|member| member.worker).collect();
-        self.phase = Phase::Preparing { view, waiting, aim };
+        self.phase = Phase::Preparing { view, waiting, gaps: BTreeSet::new(), aim };
         self.repair = None;
         outputs
     }

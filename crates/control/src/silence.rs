@@ -106,7 +106,7 @@ impl Control {
         self.failures = Failures::default();
     }
 
-    fn keep_out(&mut self, now: Duration, incarnation: String) {
+    pub(crate) fn keep_out(&mut self, now: Duration, incarnation: String) {
         self.distrusted.retain(|_, distrust| now < distrust.until + FORGIVEN);
         let before = self.distrusted.get(&incarnation);
         let kept_out =

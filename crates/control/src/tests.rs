@@ -2,6 +2,7 @@
 
 mod planned;
 mod random;
+mod reach;
 mod repair;
 
 use super::*;
@@ -80,7 +81,13 @@ fn check(control: &mut Control, inputs: Vec<(u64, Input)>, want: &[&str]) {
 }
 
 fn prepared(epoch: u64, worker: u32) -> Input {
-    Input::Prepared { epoch: Epoch(epoch), worker: WorkerId(worker) }
+    prepared_without(epoch, worker, &[])
+}
+
+/// Prepared, but these ranks are out of its reach.
+fn prepared_without(epoch: u64, worker: u32, unreached: &[u16]) -> Input {
+    let unreached = unreached.iter().map(|&rank| Rank(rank)).collect();
+    Input::Prepared { epoch: Epoch(epoch), worker: WorkerId(worker), unreached }
 }
 
 fn lost(worker: u32) -> Input {

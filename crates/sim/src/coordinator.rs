@@ -146,14 +146,19 @@ impl Coordinator {
         }
     }
 
-    pub(crate) fn prepared(&mut self, now: Time, epoch: Epoch, worker: WorkerId) {
+    pub(crate) fn prepared(
+        &mut self,
+        now: Time,
+        (epoch, worker): (Epoch, WorkerId),
+        unreached: Vec<Rank>,
+    ) {
         if self.bug == Some(Bug::OneAnswerPreparesAll) {
             let all: Vec<WorkerId> = self.peers.values().map(|peer| peer.worker).collect();
             for worker in all {
-                self.feed(now, Input::Prepared { epoch, worker });
+                self.feed(now, Input::Prepared { epoch, worker, unreached: Vec::new() });
             }
         }
-        self.feed(now, Input::Prepared { epoch, worker });
+        self.feed(now, Input::Prepared { epoch, worker, unreached });
     }
 
     pub(crate) fn written(&mut self, now: Time, epoch: Epoch, written: Written) {

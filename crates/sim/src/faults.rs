@@ -20,6 +20,10 @@ pub(crate) enum Fault {
         link: Link,
         span: Time,
     },
+    /// Half of the workers and the others do not hear each other.
+    Tear {
+        span: Time,
+    },
     Join,
     Drain,
     Rebalance,
@@ -71,7 +75,7 @@ pub(crate) fn gap(rng: &mut Rng) -> Time {
 
 pub(crate) fn draw(rng: &mut Rng) -> Fault {
     let span = rng.between(10, 200) * MS * if rng.below(3) == 0 { 20 } else { 1 };
-    match rng.below(20) {
+    match rng.below(21) {
         0..=2 => Fault::Kill { processes: 1 },
         3 => Fault::Kill { processes: rng.between(2, 4) },
         4..=6 => Fault::Freeze { span },
@@ -87,6 +91,7 @@ pub(crate) fn draw(rng: &mut Rng) -> Fault {
             Fault::Store { mood, span }
         }
         18 => Fault::Crash { span },
+        19 => Fault::Tear { span },
         _ => Fault::Depose { span: rng.between(10, 900) * MS },
     }
 }

@@ -286,11 +286,12 @@ impl Core {
         }
     }
 
-    /// Those of the processes that are not connected, or silent.
+    /// Those of the processes that are not connected, or have not been heard for so long that some of
+    /// their beats must have been lost.
     fn unreached(&self, peers: &[Peer]) -> Vec<Peer> {
         let (book, now) = (lock(&self.book), Instant::now());
         let is_heard = |link: &Arc<Link>| {
-            !link.dead() && now.duration_since(link.last_heard()) < self.options.silent
+            !link.dead() && now.duration_since(link.last_heard()) < self.options.silent / 2
         };
         let is_missing = |peer: &&Peer| {
             peer.incarnation != self.identity.incarnation

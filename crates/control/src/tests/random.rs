@@ -8,6 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 #[derive(Default)]
 struct World {
     pending: Vec<Input>,
+    /// Rank of a worker in a view, and how many there are.
+    ranks: BTreeMap<(Epoch, WorkerId), (Rank, u16)>,
     alive: BTreeMap<WorkerId, String>,
     prepared: BTreeMap<Epoch, BTreeSet<WorkerId>>,
     published: Vec<Arc<View>>,
@@ -16,7 +18,9 @@ struct World {
 
 impl World {
     fn feed(&mut self, control: &mut Control, now: Duration, input: Input) {
-        if let Input::Prepared { epoch, worker } = &input {
+        if let Input::Prepared { epoch, worker, unreached } = &input
+            && unreached.is_empty()
+        {
             self.prepared.entry(*epoch).or_default().insert(*worker);
         }
         for output in control.step(now, input) {
@@ -30,8 +34,11 @@ impl World {
                 | Output::ScaleRefused { .. }
                 | Output::Rebalanced(_) => {}
                 Output::Refuse { .. } => panic!("all workers of this world are alike"),
-                Output::Prepare { worker, view, .. } => {
-                    self.pending.push(Input::Prepared { epoch: view.epoch, worker });
+                Output::Prepare { worker, rank, view, .. } => {
+                    let ranks = view.placement.ranks();
+                    self.ranks.insert((view.epoch, worker), (rank, ranks));
+                    let epoch = view.epoch;
+                    self.pending.push(Input::Prepared { epoch, worker, unreached: vec![] });
                 }
                 Output::Store { view } => self.pending.push(Input::Stored { epoch: view.epoch }),
                 Output::Publish { view } => self.publish(view),
@@ -93,8 +100,14 @@ impl World {
             _ if !self.pending.is_empty() => {
                 let input = self.pending.swap_remove(pick % self.pending.len());
                 let input = match (input, dice / 16 % 5) {
-                    (Input::Prepared { epoch, worker }, 0) => {
+                    (Input::Prepared { epoch, worker, .. }, 0) => {
                         Input::PrepareFailed { epoch, worker, text: "dice".into() }
+                    }
+                    (Input::Prepared { epoch, worker, .. }, 1) => {
+                        let (me, ranks) = self.ranks[&(epoch, worker)];
+                        let is_missed = |rank: &u16| *rank != me.0 && pick >> (rank % 8) & 1 == 1;
+                        let unreached = (0..ranks).filter(is_missed).map(Rank).collect();
+                        Input::Prepared { epoch, worker, unreached }
                     }
                     (Input::Stored { epoch }, 0) => {
                         self.pending.push(Input::Stored { epoch });

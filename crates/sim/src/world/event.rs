@@ -1,6 +1,7 @@
 //! What can happen, by who has to deal with it.
 
 use crate::coordinator::Dismissal;
+use crate::net::Time;
 use crate::router::Answer;
 use crate::store::Written;
 use crate::worker::{Seat, StepOrder};
@@ -27,9 +28,11 @@ pub(crate) enum Task {
         seat: Seat,
         asked: Asked,
     },
+    /// Its experts are there, since then; whether the other members are is another matter.
     Loaded {
         seat: Seat,
         asked: Asked,
+        since: Time,
     },
     Dismissed {
         why: Dismissal,
@@ -72,6 +75,7 @@ pub(crate) enum Call {
     Elect,
     Prepared {
         asked: Asked,
+        unreached: Vec<Rank>,
     },
     /// A worker does not obey this leader any more.
     Disobeyed {

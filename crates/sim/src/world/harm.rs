@@ -2,7 +2,7 @@
 
 use super::{Call, Event, Outside, World};
 use crate::faults::{self, Fault, Link};
-use crate::net::Node;
+use crate::net::{Node, Time};
 use crate::store::Mood;
 use crate::worker::Worker;
 use control::{Input, PhaseName};
@@ -49,6 +49,7 @@ impl World {
                 let (from, to) = ends(link, Node::Worker(one), Node::Worker(other));
                 self.net.cut(from, to, self.now + span);
             }
+            Fault::Tear { span } => self.tear(self.now + span),
             Fault::Join => {
                 if self.workers.len() < usize::from(self.workers_expected) + WORKERS_SPARE {
                     self.join();
@@ -88,6 +89,18 @@ impl World {
     pub(super) fn kill_one(&mut self) {
         if self.has_faults {
             self.happen(Fault::Kill { processes: 1 });
+        }
+    }
+
+    fn tear(&mut self, until: Time) {
+        let workers: Vec<u32> = self.workers.keys().copied().collect();
+        let (left, right): (Vec<u32>, Vec<u32>) =
+            workers.into_iter().partition(|_| self.rng.below(2) == 0);
+        for &one in &left {
+            for &other in &right {
+                self.net.cut(Node::Worker(one), Node::Worker(other), until);
+                self.net.cut(Node::Worker(other), Node::Worker(one), until);
+            }
         }
     }
 

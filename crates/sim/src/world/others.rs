@@ -35,11 +35,11 @@ impl World {
                 }
             }
             Call::Elect => self.elect(),
-            Call::Prepared { asked } => {
+            Call::Prepared { asked, unreached } => {
                 if self.asked.remove(&asked)
                     && let Some(coordinator) = self.coordinators.get_mut(&asked.leader)
                 {
-                    coordinator.prepared(now, asked.epoch, asked.worker);
+                    coordinator.prepared(now, (asked.epoch, asked.worker), unreached);
                 }
             }
             Call::Disobeyed { asked } => {

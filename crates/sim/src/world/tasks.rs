@@ -10,6 +10,9 @@ use ids::{Rank, SeqId};
 use placement::View;
 use std::sync::Arc;
 
+/// Longest wait of a prepared member for the others.
+const REACH_MAX: Time = 500 * MS;
+
 impl World {
     pub(super) fn handle_task(&mut self, process: u32, task: Task) {
         match task {
@@ -20,7 +23,7 @@ impl World {
                 self.at(self.now + BEAT, Event::Worker(process, Task::Beat));
             }
             Task::Prepare { seat, asked } => self.prepare(process, seat, asked),
-            Task::Loaded { seat, asked } => self.loaded(process, seat, asked),
+            Task::Loaded { seat, asked, since } => self.loaded(process, seat, asked, since),
             Task::Dismissed { why: Dismissal::Drained } => self.kill(process),
             // Its next beat registers it again.
             Task::Dismissed { why: Dismissal::Unfit } => {}
@@ -57,14 +60,20 @@ impl World {
         let missing = Worker::needs(&seat.view, seat.rank).difference(&worker.experts).count();
         let missing = Time::try_from(missing).expect("experts are few");
         let took = self.rng.between(1, 5) * MS + missing * self.rng.between(100, 1000);
-        self.at(self.now + took, Event::Worker(process, Task::Loaded { seat, asked }));
+        let since = self.now + took;
+        self.at(since, Event::Worker(process, Task::Loaded { seat, asked, since }));
         if lacks {
             // Nobody waits for a step that a lost worker will never finish.
             self.fail_step(process, Vec::new());
         }
     }
 
-    fn loaded(&mut self, process: u32, seat: Seat, asked: Asked) {
+    fn loaded(&mut self, process: u32, seat: Seat, asked: Asked, since: Time) {
+        let unreached = self.unreached(process, &seat.view);
+        if !unreached.is_empty() && self.now < since + REACH_MAX {
+            let again = Event::Worker(process, Task::Loaded { seat, asked, since });
+            return self.at(self.now + 20 * MS, again);
+        }
         let worker = self.workers.get_mut(&process).expect("`handle` found it");
         if asked.leader < worker.leader && self.bug != Some(Bug::DeposedLeaderPrepares) {
             return; // Another one leads since it began to load.
@@ -81,8 +90,18 @@ impl World {
         self.send(
             Node::Worker(process),
             Node::Coordinator,
-            Event::Control(Call::Prepared { asked }),
+            Event::Control(Call::Prepared { asked, unreached }),
         );
+    }
+
+    /// Members that are not connected with the process.
+    fn unreached(&self, process: u32, view: &View) -> Vec<Rank> {
+        let is_reached = |other: u32| {
+            self.workers.contains_key(&other)
+                && !self.net.is_cut(self.now, Node::Worker(process), Node::Worker(other))
+        };
+        let missing = view.members.iter().filter(|member| !is_reached(member.pid));
+        missing.map(|member| member.rank).collect()
     }
 
     /// Takes up the next step, if none runs.
