@@ -20,6 +20,7 @@ import urllib.request
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HERD = ROOT / "target" / "release" / "herd"
 SCENARIOS = ["freeze-workers", "kill-leader", "kill-workers"]
+LARGE = ROOT / "target" / "mini-maverick"  # of bench/mini-maverick.json, made when it is first needed
 STREAMS = 40  # of the parts that this file loads itself
 WORKERS = 4
 
@@ -56,7 +57,7 @@ class Cluster:
             return []
 
     def until(self, workers):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while len(self.members()) != workers:
             assert time.monotonic() < deadline, f"{workers} workers do not serve"
             time.sleep(0.05)
@@ -65,13 +66,23 @@ class Cluster:
         return subprocess.run([HERD, "--log", "error", *arguments, "--url", self.url], check=True, capture_output=True, text=True, timeout=120).stdout
 
 
+def large():
+    """A random checkpoint of 3 GB."""
+    if not LARGE.exists():
+        partial = LARGE.with_suffix(".partial")
+        subprocess.run([HERD, "synth", "--config", ROOT / "bench" / "mini-maverick.json", "--tokenizer", ROOT / "models" / "toy-maverick", "--out", partial], check=True)
+        partial.rename(LARGE)
+    return LARGE
+
+
 class Load:
     """Greedy streams, one after the other, of which every text must always be the same."""
 
-    def __init__(self, cluster, skewed):
+    def __init__(self, cluster, skewed, model="toy-maverick", tokens=200, streams=STREAMS):
         self.url, self.skewed = f"{cluster.url}/v1/chat/completions", skewed
+        self.model, self.tokens = model, tokens
         self.ended, self.gaps, self.texts, self.errors, self.different = False, [], {}, [], 0
-        self.threads = [threading.Thread(target=self.run, args=(number,)) for number in range(STREAMS)]
+        self.threads = [threading.Thread(target=self.run, args=(number,)) for number in range(streams)]
         for thread in self.threads:
             thread.start()
 
@@ -87,7 +98,7 @@ class Load:
                 self.different += 1
 
     def stream(self, prompt):
-        body = {"model": "toy-maverick", "messages": [{"role": "user", "content": prompt}], "max_tokens": 200, "temperature": 0, "stream": True, "ignore_eos": True}
+        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "max_tokens": self.tokens, "temperature": 0, "stream": True, "ignore_eos": True}
         request = urllib.request.Request(self.url, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"})
         pieces, last = [], None
         with urllib.request.urlopen(request, timeout=120) as reply:
@@ -115,9 +126,9 @@ class Load:
         return round(gaps[int(len(gaps) * 0.99)], 4)
 
 
-def scenario(name, rounds):
+def scenario(name, rounds, *serving):
     flags = ["--rounds", str(rounds)] if rounds else []
-    with Cluster() as cluster:
+    with Cluster(*serving) as cluster:
         command = [HERD, "--log", "error", "chaos", ROOT / "bench" / "chaos" / f"{name}.toml", "--url", cluster.url, *flags]
         done = subprocess.run(command, capture_output=True, text=True)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -138,14 +149,14 @@ def scenario(name, rounds):
     }
 
 
-def join_and_drain(cycles):
-    with Cluster() as cluster:
-        load = Load(cluster, skewed=False)
+def join_and_drain(cycles, model=ROOT / "models" / "toy-maverick", **load):
+    with Cluster("--model", model) as cluster:
+        load = Load(cluster, skewed=False, model=model.name, **load)
         coordinator = cluster.status()["coordinators"][0]["url"]
         time.sleep(3)
         start = time.monotonic()
         for _ in range(cycles):
-            command = [HERD, "--log", "error", "worker", "--coordinator", coordinator, "--model", ROOT / "models" / "toy-maverick", "--sequences", "80"]
+            command = [HERD, "--log", "error", "worker", "--coordinator", coordinator, "--model", model, "--sequences", "80"]
             joined = subprocess.Popen(command, stdout=subprocess.DEVNULL)
             cluster.until(WORKERS + 1)
             time.sleep(0.5)
@@ -159,6 +170,7 @@ def join_and_drain(cycles):
         outcome = load.end()
     return {
         "scenario": "join-and-drain",
+        "model": model.name,
         "cycles": cycles,
         **outcome,
         "gap_p99_s": {"before": load.gap_p99(0, start), "during": load.gap_p99(start, end)},
@@ -207,6 +219,8 @@ def main():
     note(join_and_drain(arguments.rounds or 20))
     for name in SCENARIOS:
         note(scenario(name, arguments.rounds))
+    note(join_and_drain(arguments.rounds or 5, model=large(), tokens=48, streams=16))
+    note(scenario("kill-workers-large", arguments.rounds, "--model", large()))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 //! The task that owns the machine: events in, calls out.
 
+mod evidence;
+mod wishes;
+
 use crate::meter::Meter;
 use crate::{report, view_store};
 use control::{Control, Hello, Input, Levelling, Output, Settings};
+use evidence::Evidence;
 use ids::{Epoch, Rank, WorkerId};
 use placement::{Aim, View};
 use proto::pb;
@@ -57,6 +61,8 @@ pub(crate) enum Event {
         workers: u16,
         reply: oneshot::Sender<Result<Scaled, String>>,
     },
+    /// The store has answered since a member was doubted.
+    Evidence(Evidence),
     Written {
         epoch: Epoch,
         result: Result<Written, StoreError>,
@@ -206,7 +212,13 @@ impl Shell {
 
     fn event(&mut self, control: &mut Control, event: Event) {
         match event {
-            Event::Input(input) => self.feed(control, input),
+            Event::Input(input) => match input {
+                Input::Fault { ref silence, .. } if !silence.ranks.is_empty() => {
+                    self.weigh(Evidence::Silence(input));
+                }
+                input => self.feed(control, input),
+            },
+            Event::Evidence(Evidence::Silence(input)) => self.feed(control, input),
             Event::Drain { worker, reply } => {
                 self.draining.entry(worker).or_default().push(reply);
                 self.feed(control, Input::Drain { worker });
@@ -221,6 +233,9 @@ impl Shell {
             Event::Scale { workers, reply } => self.scale(control, workers, reply),
             Event::Register { hello, reply } => self.register(control, hello, reply),
             Event::Gone { worker, connection } => {
+                self.weigh(Evidence::Ended { worker, connection });
+            }
+            Event::Evidence(Evidence::Ended { worker, connection }) => {
                 // A worker that has registered again meanwhile is not gone.
                 if self.peers.get(&worker).is_some_and(|peer| peer.connection == connection) {
                     self.peers.remove(&worker);
@@ -248,54 +263,6 @@ impl Shell {
         if let Some(window) = self.meter.close(&members) {
             self.feed(control, Input::Load { window });
         }
-    }
-
-    fn rebalance(&mut self, control: &mut Control, reply: oneshot::Sender<Levelling>) {
-        // A part of a window shows what a few streams did for a moment, but it is better than nothing.
-        if self.meter.last().is_none() {
-            self.close_window(control);
-        }
-        self.feed(control, Input::Rebalance);
-        let Some(Answer::Levelling(levelling)) = self.answer.take() else {
-            unreachable!("the machine answers every wish for a level load")
-        };
-        match levelling {
-            Levelling::Begun { epoch, .. } => self.levelling.push((epoch, levelling, reply)),
-            Levelling::Level { .. } | Levelling::Unknown | Levelling::Busy => {
-                // Whoever asked may have left.
-                let _left = reply.send(levelling);
-            }
-        }
-    }
-
-    fn scale(
-        &mut self,
-        control: &mut Control,
-        workers: u16,
-        reply: oneshot::Sender<Result<Scaled, String>>,
-    ) {
-        self.feed(control, Input::Scale { workers });
-        let (leaving, missing) = match self.answer.take() {
-            Some(Answer::Scaled { leaving, missing }) => (leaving, missing),
-            Some(Answer::ScaleRefused(reason)) => {
-                // Whoever asked may have left.
-                let _left = reply.send(Err(reason));
-                return;
-            }
-            Some(Answer::Levelling(_)) | None => {
-                unreachable!("the machine answers every wish for a number of workers")
-            }
-        };
-        telemetry::spawn("coordinator.scale", async move {
-            let mut left = Vec::new();
-            for (worker, has_left) in leaving {
-                // A worker that was lost meanwhile is gone as well.
-                if has_left.await.is_ok() {
-                    left.push(worker);
-                }
-            }
-            let _left = reply.send(Ok(Scaled { left, missing }));
-        });
     }
 
     fn register(
@@ -416,16 +383,6 @@ impl Shell {
                 }
             }
         }
-    }
-
-    /// Answers those who wait for the worker to leave; whether somebody did.
-    fn drained(&mut self, worker: WorkerId, result: &Result<(), String>) -> bool {
-        let Some(waiting) = self.draining.remove(&worker) else { return false };
-        for reply in waiting {
-            // Whoever asked may have left.
-            let _left = reply.send(result.clone());
-        }
-        true
     }
 
     fn prepare(&self, (worker, rank): (WorkerId, Rank), view: &View, aim: Aim) {

@@ -17,10 +17,10 @@ def links(server):
 class Run:
     """One round of a scenario. `fault` is the text of its faults."""
 
-    def __init__(self, server, folder, *faults, with_links=True):
+    def __init__(self, server, folder, *faults, with_links=True, tokens=120):
         scenario = folder / "scenario.toml"
         blocks = "".join(f"\n[[faults]]\n{fault}\n" for fault in faults)
-        scenario.write_text(f"seed = 5\nstreams = 12\ntokens = 120\nrecovery_max_s = 20\n{blocks}")
+        scenario.write_text(f"seed = 5\nstreams = 12\ntokens = {tokens}\nrecovery_max_s = 20\n{blocks}")
         command = [str(BINARY), "--log", "error", "chaos", str(scenario), "--url", server.url, "--report", str(folder)]
         if with_links:
             command += ["--links", links(server)]

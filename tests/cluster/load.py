@@ -13,18 +13,18 @@ STALL_MAX_S = 10  # a bound against hanging, not a claim of speed; those are in 
 
 
 class Load:
-    def __init__(self, cluster):
-        self.cluster = cluster
-        self.pool = concurrent.futures.ThreadPoolExecutor(STREAMS)
-        self.expected = [text for text, _ in self.pool.map(self.stream, range(STREAMS))]
+    def __init__(self, cluster, model="toy-maverick", streams=STREAMS, tokens=TOKENS):
+        self.cluster, self.model, self.streams, self.tokens = cluster, model, streams, tokens
+        self.pool = concurrent.futures.ThreadPoolExecutor(streams)
+        self.expected = [text for text, _ in self.pool.map(self.stream, range(streams))]
 
     def stream(self, seed):
         """The text of one seeded stream, and its longest gap between two pieces."""
         pieces, gap, last = [], 0.0, None
         chunks = self.cluster.client.chat.completions.create(
-            model="toy-maverick",
+            model=self.model,
             messages=[{"role": "user", "content": f"Tell a long story about Carlos and number {seed}."}],
-            max_tokens=TOKENS,
+            max_tokens=self.tokens,
             temperature=0.7,
             seed=seed,
             stream=True,
@@ -40,8 +40,8 @@ class Load:
 
     def during(self, action):
         """Runs all streams, calls `action` when they are on their way, and checks every one of them. Returns their longest gaps."""
-        running = [self.pool.submit(self.stream, seed) for seed in range(STREAMS)]
-        self.until(lambda: self.cluster.router()["streams"] > STREAMS // 2, "the streams start")
+        running = [self.pool.submit(self.stream, seed) for seed in range(self.streams)]
+        self.until(lambda: self.cluster.router()["streams"] > self.streams // 2, "the streams start")
         time.sleep(0.3)
         assert not all(stream.done() for stream in running), "the streams end before anything happens"
         action()

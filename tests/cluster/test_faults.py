@@ -69,6 +69,28 @@ def test_frozen_etcd_stops_nothing_and_membership_waits(load):
     load.until_serving(WORKERS)
 
 
+def test_worker_that_is_late_while_etcd_is_away_is_waited_for(load):
+    load.until_serving(WORKERS)
+    etcd, before, victim = load.pid("etcd"), load.status()["epoch"], load.serving()[-1]
+
+    def stop_both():
+        os.kill(etcd, signal.SIGSTOP)
+        os.kill(victim["pid"], signal.SIGSTOP)
+        time.sleep(1)
+        os.kill(victim["pid"], signal.SIGCONT)
+
+    try:
+        # No view without the worker could count before etcd is back, so giving it up would help nobody.
+        gaps = load.during(stop_both)
+        assert gaps[-1] > 0.9, "the streams waited for the worker"
+        assert load.status()["epoch"] == before
+    finally:
+        os.kill(victim["pid"], signal.SIGCONT)
+        os.kill(etcd, signal.SIGCONT)
+    load.until_serving(WORKERS)
+    assert load.status()["epoch"] == before
+
+
 def test_join_and_drain_under_load(load):
     load.until_serving(WORKERS)
     coordinator = load.status()["coordinators"][0]["url"]

@@ -3,7 +3,7 @@
 use crate::machine::Phase;
 use crate::{Change, Control};
 use ids::{Epoch, Rank, WorkerId};
-use placement::{Member, Placement, Shape, View};
+use placement::{Aim, Member, Placement, Shape, View};
 
 /// Which phase, without its data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -120,7 +120,11 @@ impl Control {
             Some((member.rank, held(view, member.rank)))
         });
         let is_waited_for = match &self.phase {
-            Phase::Preparing { waiting, .. } => waiting.contains(&worker),
+            // What is planned stops nobody who serves.
+            Phase::Preparing { waiting, aim, .. } => {
+                let serves_on = *aim == Aim::Level && placed.is_some() && self.is_served();
+                waiting.contains(&worker) && !serves_on
+            }
             Phase::Adopting { .. }
             | Phase::Assembling { .. }
             | Phase::Committing { .. }

@@ -19,6 +19,8 @@ const OPEN_MAX: Duration = Duration::from_secs(2);
 const GRACE: Duration = Duration::from_millis(500);
 /// Longest that the echo of a fault waits for the fault: answers of a step come within a few milliseconds.
 const ECHO_MAX: Duration = Duration::from_millis(50);
+/// Beats between two reports of a silence that lasts.
+const TELL_AGAIN: u32 = 10;
 /// Steps a worker may leave unread. More than one only after failed steps.
 const UNREAD_STEPS_MAX: usize = 4;
 
@@ -141,12 +143,13 @@ impl Links {
         Ok(Self { epoch: target.epoch, links: future::try_join_all(opening).await? })
     }
 
-    /// Runs one step on all ranks, under a router's term. `sample` says how to sample a sequence.
+    /// Runs one step on all ranks, under a router's term. `sample` says how to sample a sequence. Silent ranks
+    /// are told of, but the step goes on: only a newer view proves that they are gone.
     pub(super) async fn step(
         &mut self,
         (plan, term): (&Plan, u64),
         deadline: Duration,
-        suspicion: &mut Suspicion,
+        (suspicion, tell): (&mut Suspicion, impl Fn(StepFailure)),
         sample: impl Fn(SeqId) -> pb::Sample,
     ) -> Result<Vec<pb::Sampled>, StepFailure> {
         for (link, slices) in self.links.iter().zip(&plan.ranks) {
@@ -175,7 +178,7 @@ impl Links {
             // What has come counts before the silence does.
             biased;
             results = results => sampled(plan, results?),
-            silence = silent(suspicion, &signs) => Err(StepFailure::Silent { silence }),
+            never = watch(suspicion, &signs, tell) => match never {},
             () = tokio::time::sleep(limit) => Err(StepFailure::Deadline { limit }),
         }
     }
@@ -193,16 +196,25 @@ async fn open(rank: usize, peer: &Peer) -> Result<Link, Box<dyn std::error::Erro
     Ok(Link { rank, steps, results })
 }
 
-/// Waits until a rank is silent that should not be.
-async fn silent(suspicion: &mut Suspicion, signs: &Signs) -> Silence {
+/// Tells of ranks that are silent and should not be, and again while they are.
+async fn watch(
+    suspicion: &mut Suspicion,
+    signs: &Signs,
+    tell: impl Fn(StepFailure),
+) -> std::convert::Infallible {
     let mut ticks = tokio::time::interval(BEAT);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     // The first one fires at once.
     ticks.tick().await;
+    let mut told = 0;
     loop {
         ticks.tick().await;
-        if let Some(silence) = suspicion.tick(signs) {
-            return silence;
+        let silence = suspicion.tick(signs);
+        if 0 < told {
+            told -= 1;
+        } else if let Some(silence) = silence {
+            tell(StepFailure::Silent { silence });
+            told = TELL_AGAIN;
         }
     }
 }

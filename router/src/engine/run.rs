@@ -256,7 +256,13 @@ impl Engine {
         let Session { links, plan, target, since, .. } = session;
         let Lead::Leads { term, .. } = self.lead.now() else { return Err(StepFailure::Deposed) };
         let started = Instant::now();
-        let step = links.step((plan, term), self.config.step_deadline, &mut self.suspicion, sample);
+        let (epoch, reporter) = (target.epoch, &self.reporter);
+        let tell = |silence: StepFailure| {
+            tracing::warn!(%epoch, text = %silence, "ranks are silent");
+            reporter.fault(epoch, &silence);
+        };
+        let watch = (&mut self.suspicion, tell);
+        let step = links.step((plan, term), self.config.step_deadline, watch, sample);
         let sampled = tokio::select! {
             sampled = step => sampled?,
             // Nobody waits for the answer of a rank that is gone. A planned change keeps all ranks, and
