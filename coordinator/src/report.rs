@@ -20,6 +20,7 @@ pub(crate) fn json(
         "epoch": status.epoch.map(|epoch| epoch.0),
         "phase": phase(status.phase),
         "leader": leader,
+        "waiting": status.lack.map(|lack| lack.to_string()),
         "workers_wanted": status.wanted,
         "load": load.map(|load| json!({ "fullest": load.fullest, "rows": load.experts })),
         // By layer and expert: the ranks that hold a copy.

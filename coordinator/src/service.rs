@@ -186,6 +186,7 @@ fn hello_from_wire(wire: pb::RegisterRequest) -> Result<Hello, Status> {
         usize::try_from(value).map_err(|_| Status::invalid_argument(format!("{field} is {value}")))
     };
     Ok(Hello {
+        places: size("expert_places", wire.expert_places)?,
         shape: Shape {
             moe_layers: size("moe_layers", wire.moe_layers)?,
             experts: size("experts", wire.experts)?,

@@ -354,6 +354,7 @@ impl Shell {
             Output::ScaleRefused { reason } => self.answer = Some(Answer::ScaleRefused(reason)),
             Output::Rebalanced(levelling) => self.answer = Some(Answer::Levelling(levelling)),
             Output::Prepare { worker, rank, view, aim } => self.prepare((worker, rank), &view, aim),
+            Output::Lacking(lack) => tracing::warn!(%lack, "cannot serve"),
             Output::GivenUp { epoch, reason } => {
                 tracing::warn!(%epoch, reason, "planned view given up");
                 for (.., reply) in self.levelling.extract_if(.., |(begun, ..)| *begun == epoch) {

@@ -88,6 +88,7 @@ fn request(address: &str, profile: &str) -> pb::RegisterRequest {
         model: "toy".into(),
         moe_layers: 1,
         experts: 4,
+        expert_places: 4,
         kv: Some(pb::KvPools { block_tokens: 16, full_blocks: 4, ..Default::default() }),
         context_tokens: 64,
         ..Default::default()

@@ -90,6 +90,8 @@ impl Cluster {
             exchange: worker::Exchange::Local(Arc::clone(&self.hub)),
             threads: self.config.threads,
             kv: self.config.kv,
+            // The workers of a process share what is loaded.
+            places: self.config.model.config.experts,
             coordinator: self.coordinator.clone(),
             advertise: None,
             chaos: worker::Chaos::Refused,

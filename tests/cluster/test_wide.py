@@ -4,6 +4,9 @@ Random weights, 0.4 GB. Memory for the experts decides here, unlike with the toy
 members' memory, and a worker that joins takes a part of all of them.
 """
 
+import os
+import re
+import signal
 import subprocess
 
 import pytest
@@ -17,14 +20,19 @@ EXPERTS = 128
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory):
+def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "wide"
     command = [BINARY, "synth", "--config", ROOT / "bench" / "wide-maverick.json", "--tokenizer", ROOT / "models" / "toy-maverick", "--out", folder]
     subprocess.run([str(part) for part in command], check=True, timeout=120, capture_output=True)
-    with Server("--processes", "--model", str(folder), "--sequences", "16", "--rebalance-s", "0") as running:
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wide(model):
+    with Server("--processes", "--model", str(model), "--sequences", "16", "--rebalance-s", "0") as running:
         load = Load(running, model="wide", streams=12, tokens=60)
         load.until_serving(WORKERS)
-        yield load, folder
+        yield load
 
 
 def held(load):
@@ -32,7 +40,7 @@ def held(load):
 
 
 def test_killed_worker_leaves_its_experts_to_the_others(wide, tmp_path):
-    load, _ = wide
+    load = wide
     layers = 4
     assert sum(held(load)) == 2 * layers * EXPERTS and max(held(load)) <= 1.1 * min(held(load))
     epoch = load.status()["epoch"]
@@ -49,11 +57,11 @@ def test_killed_worker_leaves_its_experts_to_the_others(wide, tmp_path):
     load.until(whole, "the copies are made again, and the worker that was started again holds its part")
 
 
-def test_worker_joins_and_is_drained_under_load(wide):
-    load, folder = wide
+def test_worker_joins_and_is_drained_under_load(wide, model):
+    load = wide
     coordinator = next(c["url"] for c in load.status()["coordinators"] if c["leader"])
-    command = [BINARY, "worker", "--coordinator", coordinator, "--model", folder, "--sequences", "16"]
-    log = folder.parent / "joined.log"
+    command = [BINARY, "worker", "--coordinator", coordinator, "--model", model, "--sequences", "16"]
+    log = model.parent / "joined.log"
     with open(log, "w", encoding="utf-8") as out:
         joined = subprocess.Popen([str(part) for part in command], stdout=out, stderr=subprocess.STDOUT)
     try:
@@ -69,3 +77,44 @@ def test_worker_joins_and_is_drained_under_load(wide):
         joined.wait()
     change = next(c for c in load.status()["changes"] if f"w{worker} joined" in c["cause"])
     assert change["expert_loads"] > 0 and change["given_up"] is None
+
+
+def small(model):
+    """Flags of a worker that can hold some 50 of the 128 experts."""
+    return ["--model", str(model), "--sequences", "16", "--memory-mib", "180", "--kv-mib", "16"]
+
+
+def test_streams_wait_until_there_is_memory_for_all_experts_again(model):
+    with Server("--processes", "--workers", "3", "--no-restart", "--rebalance-s", "0", *small(model)) as running:
+        load = Load(running, model="wide", streams=12, tokens=60)
+        load.until_serving(3)
+        assert 4 * EXPERTS <= sum(held(load)) < 2 * 4 * EXPERTS, "no room for all second copies"
+        coordinator = next(c["url"] for c in load.status()["coordinators"] if c["leader"])
+        victim = load.serving()[0]
+        another = []
+
+        def lose_one_and_start_another():
+            os.kill(victim["pid"], signal.SIGKILL)
+            load.until(lambda: load.status().get("waiting"), "it says what it waits for")
+            waiting = load.status()["waiting"]
+            assert re.search(r"the memory of 2 workers holds \d+ experts of each MoE layer, which has 128; start another worker", waiting), waiting
+            command = [str(BINARY), "--log", "error", "worker", "--coordinator", coordinator, *small(model)]
+            another.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+
+        try:
+            load.during(lose_one_and_start_another)
+            assert load.status()["waiting"] is None
+            load.until_serving(3)
+            refused = subprocess.run([str(BINARY), "drain", str(load.serving()[0]["worker"]), "--url", running.url], timeout=60, text=True, capture_output=True)
+            assert refused.returncode == 1 and "start another worker, or give them more" in refused.stderr, refused.stderr
+        finally:
+            for process in another:
+                process.kill()
+                process.wait()
+
+
+@pytest.mark.parametrize("role", [["up"], ["worker", "--coordinator", "http://127.0.0.1:1"]])
+def test_too_little_memory_is_refused_with_the_numbers(model, role):
+    command = [str(BINARY), *role, "--model", str(model), "--kv-mib", "8", "--memory-mib", "10"]
+    done = subprocess.run(command, timeout=60, text=True, capture_output=True)
+    assert done.returncode == 2 and "--memory-mib" in done.stderr and "MiB" in done.stderr, done.stderr

@@ -11,6 +11,7 @@ mod finite;
 mod inject;
 mod joined;
 mod kv;
+mod memory;
 mod peers;
 mod registration;
 mod runner;
@@ -31,6 +32,7 @@ pub use engine::{Engine, EngineError, Seat, Shard};
 pub use finite::{NonFinite, Place};
 pub use joined::{Exchange, Processes, WithinHost};
 pub use kv::{KvBlocks, KvTooSmall};
+pub use memory::{MemoryPlan, MemoryTooSmall};
 pub use weights::{Model, ModelError};
 
 /// What a worker runs with.
@@ -41,6 +43,8 @@ pub struct Config {
     /// Threads of its device.
     pub threads: usize,
     pub kv: KvBlocks,
+    /// Copies of experts per MoE layer that its memory holds.
+    pub places: usize,
     /// `http://host:port` of the coordinator. Several, separated by commas, are tried in turn.
     pub coordinator: String,
     /// `host:port` under which the others reach it, if that is not where it listens.

@@ -35,6 +35,7 @@ pub(crate) fn card(config: &Config, address: &str, incarnation: &str) -> pb::Reg
         model: model.fingerprint(),
         moe_layers: small(model.moe_layers().len()),
         experts: small(model.experts),
+        expert_places: small(config.places),
         kv: Some(proto::pools_to_wire(config.kv.pools(model))),
         context_tokens: model.context_tokens,
         exchange: String::new(),

@@ -3,6 +3,7 @@
 use kernels::{Cpu, Dtype, ExpertWeights, Experts};
 use model::checkpoint::{Checkpoint, CheckpointError};
 use model::config::{Config, ConfigError};
+use model::footprint::Footprint;
 use model::load::{LoadError, Loader};
 use model::weights::{Dense, ExpertMap};
 use std::collections::BTreeSet;
@@ -65,6 +66,12 @@ impl Model {
     #[must_use]
     pub fn checkpoint(&self) -> &Checkpoint {
         &self.checkpoint
+    }
+
+    /// What its weights take in memory.
+    #[must_use]
+    pub fn footprint(&self) -> Footprint {
+        self.loader().footprint()
     }
 
     /// The dense part; the first caller loads it.

@@ -27,9 +27,14 @@ impl Control {
         if let Phase::Adopting { .. } = self.phase {
             return vec![Output::ScaleRefused { reason: WAITING.into() }];
         }
+        let staying = || self.members.iter().filter(|(worker, _)| !self.draining.contains(worker));
+        let leaving: Vec<WorkerId> =
+            staying().map(|(&worker, _)| worker).skip(usize::from(workers)).collect();
+        let hellos = staying().map(|(_, hello)| hello).take(usize::from(workers));
+        if let Some(lack) = self.lack_of(hellos).filter(|_| !leaving.is_empty()) {
+            return vec![Output::ScaleRefused { reason: lack.to_string() }];
+        }
         self.wanted = Some(workers);
-        let staying = self.members.keys().filter(|worker| !self.draining.contains(worker));
-        let leaving: Vec<WorkerId> = staying.copied().skip(usize::from(workers)).collect();
         let staying = self.members.len() - self.draining.len() - leaving.len();
         let missing = workers.saturating_sub(u16::try_from(staying).unwrap_or(u16::MAX));
         let mut outputs = vec![Output::Scaled { leaving: leaving.clone(), missing }];
@@ -60,10 +65,11 @@ impl Control {
             return Some(WAITING.into());
         }
         let stays = |other: &&WorkerId| **other != worker && !self.draining.contains(other);
-        match self.members.keys().find(stays) {
-            Some(_) => None,
-            None => Some(format!("{worker} is the last member; start another one first")),
+        let staying = self.members.iter().filter(|(other, _)| stays(other));
+        if self.members.keys().find(stays).is_none() {
+            return Some(format!("{worker} is the last member; start another one first"));
         }
+        self.lack_of(staying.map(|(_, hello)| hello)).map(|lack| lack.to_string())
     }
 
     /// Ends the membership of those who are to leave and are in no view any more.

@@ -80,6 +80,8 @@ pub struct Hello {
     /// Fingerprint of the model's configuration.
     pub model: String,
     pub shape: Shape,
+    /// Copies of experts per layer that its memory holds.
+    pub places: usize,
     pub kv: KvPools,
     pub context_tokens: u32,
     /// `host:port` of its exchange between processes; empty if it exchanges within one only.
@@ -143,6 +145,25 @@ pub enum Levelling {
     Busy,
 }
 
+/// Places for experts, per layer, that the members do not have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lack {
+    pub experts: usize,
+    pub places: usize,
+    pub workers: usize,
+}
+
+impl std::fmt::Display for Lack {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { experts, places, workers } = self;
+        write!(
+            f,
+            "the memory of {workers} workers holds {places} experts of each MoE layer, which has "
+        )?;
+        write!(f, "{experts}; start another worker, or give them more (--memory-mib)")
+    }
+}
+
 /// What to do.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Output {
@@ -158,6 +179,8 @@ pub enum Output {
     ScaleRefused { reason: String },
     /// The answer to `Rebalance`.
     Rebalanced(Levelling),
+    /// The members cannot hold the experts; more of them are waited for.
+    Lacking(Lack),
     /// Ask a worker to prepare its rank of a view; answer with `Prepared` or `PrepareFailed`. If the aim
     /// is to survive, the view before it cannot go on.
     Prepare { worker: WorkerId, rank: Rank, view: Arc<View>, aim: Aim },

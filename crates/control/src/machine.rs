@@ -2,7 +2,7 @@
 
 use crate::reach::{self, Gaps};
 use crate::silence::{Distrust, Failures};
-use crate::{Cause, Change, Hello, Input, Output, Settings, Silence};
+use crate::{Cause, Change, Hello, Input, Lack, Output, Settings, Silence};
 use ids::{Epoch, Rank, WorkerId};
 use placement::{Aim, Load, Member, View, Window};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -62,6 +62,8 @@ pub struct Control {
     pub(crate) levelled: Duration,
     /// How many workers an operator wants; `None`: as many as come.
     pub(crate) wanted: Option<u16>,
+    /// Why no view can be planned.
+    pub(crate) lack: Option<Lack>,
     /// When the copies that the serving view lacks shall be made.
     pub(crate) repair: Option<Duration>,
     pub(crate) history: VecDeque<Change>,
@@ -96,6 +98,7 @@ impl Control {
             load: None,
             levelled: now,
             wanted: None,
+            lack: None,
             repair: None,
             history: VecDeque::new(),
             distrusted: BTreeMap::new(),
@@ -265,7 +268,9 @@ impl Control {
     fn assemble(&mut self, now: Duration) -> Vec<Output> {
         let is_full = usize::from(self.settings.workers_expected) <= self.members.len();
         let is_late = self.deadline().is_some_and(|deadline| deadline <= now);
-        if self.members.is_empty() || !(is_full || is_late) {
+        // It has been waited for already.
+        let is_due = is_full || is_late || self.lack.is_some();
+        if self.members.is_empty() || !is_due {
             return Vec::new();
         }
         self.plan(now, Cause::Start)

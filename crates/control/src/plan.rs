@@ -1,8 +1,8 @@
 //! Which view comes next: who is in it, and who holds which experts.
 
-use crate::{Cause, Change, Control, Hello, Levelling, Output, machine::Phase};
+use crate::{Cause, Change, Control, Hello, Lack, Levelling, Output, machine::Phase};
 use ids::{Rank, WorkerId};
-use placement::{Aim, Holdings, Load, Member, Request, View, even_capacity, replan};
+use placement::{Aim, Holdings, Load, Member, Request, View, capacities, replan};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,8 +29,34 @@ impl Control {
         }
         self.keep_somebody();
         let aim = aim(&cause);
-        let next = self.next_view(aim);
-        self.start(now, (cause, aim), next)
+        match self.next_view(aim) {
+            Ok(next) => self.start(now, (cause, aim), next),
+            Err(lack) => self.lacking(now, aim, lack),
+        }
+    }
+
+    /// The members cannot hold all experts. Those who serve go on if they can, and nobody leaves them.
+    fn lacking(&mut self, now: Duration, aim: Aim, lack: Lack) -> Vec<Output> {
+        if aim == Aim::Level && self.is_served() {
+            self.phase = Phase::Serving;
+            let refused = std::mem::take(&mut self.draining).into_iter();
+            let reason = lack.to_string();
+            return refused
+                .map(|worker| Output::DrainRefused { worker, reason: reason.clone() })
+                .collect();
+        }
+        self.phase = Phase::Assembling { since: Some(now) };
+        let is_news = self.lack != Some(lack);
+        self.lack = Some(lack);
+        if is_news { vec![Output::Lacking(lack)] } else { Vec::new() }
+    }
+
+    /// What these workers lack to hold all experts.
+    pub(crate) fn lack_of<'a>(&self, staying: impl Iterator<Item = &'a Hello>) -> Option<Lack> {
+        let staying: Vec<&Hello> = staying.collect();
+        let experts = staying.first()?.shape.experts;
+        let places = staying.iter().map(|hello| hello.places.min(experts)).sum();
+        (places < experts).then_some(Lack { experts, places, workers: staying.len() })
     }
 
     /// Levels the load, if that is worth a view change, and says so.
@@ -53,7 +79,7 @@ impl Control {
         let view = Arc::clone(view);
         self.keep_somebody();
         let Some(load) = &self.load else { return (Levelling::Unknown, Vec::new()) };
-        let next = self.next_view(Aim::Level);
+        let Ok(next) = self.next_view(Aim::Level) else { return (Levelling::Busy, Vec::new()) };
         let before = 1.0 / load.balance(&view.placement);
         let after = 1.0 / load.balance(&next.view.placement);
         if 1.0 - after / before < REBALANCE_GAIN_MIN {
@@ -89,12 +115,12 @@ impl Control {
         let outputs = view.members.iter().map(prepare).collect();
         let waiting = view.members.iter().map(|member| member.worker).collect();
         self.phase = Phase::Preparing { view, waiting, gaps: BTreeSet::new(), aim };
-        self.repair = None;
+        (self.repair, self.lack) = (None, None);
         outputs
     }
 
     /// Members of the last view keep their order and what they hold, newcomers follow by id.
-    fn next_view(&self, aim: Aim) -> Next {
+    fn next_view(&self, aim: Aim) -> Result<Next, Lack> {
         let last = self.committed.as_deref();
         // By incarnation: who was taken for lost and has registered again still holds what it held.
         let old_rank = |hello: &Hello| {
@@ -105,6 +131,9 @@ impl Control {
         let stays = |worker: &WorkerId| aim == Aim::Survive || !self.draining.contains(worker);
         let staying = self.members.iter().filter(|(worker, _)| stays(worker));
         let mut order: Vec<(&WorkerId, &Hello)> = staying.collect();
+        if let Some(lack) = self.lack_of(order.iter().map(|(_, hello)| *hello)) {
+            return Err(lack);
+        }
         order.sort_by_key(|(worker, hello)| (old_rank(hello).unwrap_or(Rank(u16::MAX)), **worker));
         let member = |(rank, (&worker, hello)): (u16, (&WorkerId, &Hello))| Member {
             worker,
@@ -118,6 +147,7 @@ impl Control {
             exchange: hello.exchange.clone(),
         };
         let first = order.first().expect("a view has members").1;
+        let places: Vec<usize> = order.iter().map(|(_, hello)| hello.places).collect();
         let (shape, profile, model) = (first.shape, first.profile.clone(), first.model.clone());
         let members: Vec<Member> = (0..).zip(order).map(member).collect();
         let ranks = u16::try_from(members.len()).expect("a rank is 16 bits, and each has one");
@@ -133,13 +163,15 @@ impl Control {
         };
         let unknown = Load::unknown(shape);
         let load = self.load.as_ref().filter(|load| load.shape() == shape).unwrap_or(&unknown);
-        let capacity = even_capacity(shape, ranks, redundancy, usize::from(self.settings.spare));
+        let spare = usize::from(self.settings.spare);
+        let capacity = capacities(shape, &places, redundancy, spare).expect("it was counted above");
         let request = Request { aim, capacity: &capacity, redundancy, current: &current, load };
         let planned =
             replan(&request).expect("there is a place for every copy, and a rank for each");
         let loads = planned.loads.len();
         let placement = planned.placement;
-        Next { view: View { epoch: self.epoch, members, placement, profile, model }, loads }
+        let view = View { epoch: self.epoch, members, placement, profile, model };
+        Ok(Next { view, loads })
     }
 }
 

@@ -1,9 +1,9 @@
 //! What a view left undone because the streams waited, and planned views that come to nothing.
 
 use crate::machine::{Phase, has};
-use crate::{Cause, Control, Output};
+use crate::{Cause, Control, Output, Settings};
 use ids::{ExpertId, Rank};
-use placement::View;
+use placement::{Member, Shape, View, capacities};
 use std::time::Duration;
 
 /// How long a planned view that a serving member could not prepare is let alone. What is in its way is
@@ -67,14 +67,24 @@ impl Control {
     }
 
     fn is_short(&self) -> bool {
-        self.committed.as_ref().is_some_and(|view| is_short(view, self.settings.redundancy))
+        let Some(view) = self.committed.as_deref() else { return false };
+        let placement = &view.placement;
+        let shape = Shape { moe_layers: placement.moe_layers(), experts: placement.experts() };
+        let places = |member: &Member| self.members.get(&member.worker).map_or(0, |m| m.places);
+        let places: Vec<usize> = view.members.iter().map(places).collect();
+        let Settings { redundancy, spare, .. } = self.settings;
+        let redundancy = redundancy.min(placement.ranks().saturating_sub(1));
+        let capacity = capacities(shape, &places, redundancy, usize::from(spare));
+        // As many as `replan` makes.
+        let fit =
+            capacity.map_or(0, |capacity| capacity.iter().sum::<usize>() / shape.experts.max(1));
+        is_short(view, fit.min(usize::from(redundancy) + 1))
     }
 }
 
-/// Whether the view lacks copies of experts, or has a member that holds none at all.
-fn is_short(view: &View, redundancy: u16) -> bool {
+/// Whether the view has fewer copies of an expert, or a member that holds none at all.
+fn is_short(view: &View, copies: usize) -> bool {
     let placement = &view.placement;
-    let copies = usize::from(redundancy.saturating_add(1).min(placement.ranks()));
     let experts = || (0..).map(ExpertId).take(placement.experts());
     let layers = || 0..placement.moe_layers();
     let lacks = |layer| experts().any(|expert| placement.replicas(layer, expert).len() < copies);

@@ -1,7 +1,7 @@
 //! What an operator may see of the machine.
 
 use crate::machine::Phase;
-use crate::{Change, Control};
+use crate::{Change, Control, Lack};
 use ids::{Epoch, Rank, WorkerId};
 use placement::{Aim, Member, Placement, Shape, View};
 
@@ -55,6 +55,8 @@ pub struct Status {
     pub placement: Option<Placement>,
     /// Oldest first.
     pub changes: Vec<Change>,
+    /// What keeps it from serving.
+    pub lack: Option<Lack>,
 }
 
 impl Control {
@@ -99,6 +101,7 @@ impl Control {
             members,
             placement: view.map(|view| view.placement.clone()),
             changes: self.history.iter().cloned().collect(),
+            lack: self.lack,
         }
     }
 

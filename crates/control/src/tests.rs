@@ -1,5 +1,6 @@
 //! Scenarios as traces.
 
+mod memory;
 mod planned;
 mod random;
 mod reach;
@@ -29,6 +30,7 @@ fn hello(name: &str) -> Hello {
         profile: "cpu/f32".into(),
         model: "toy".into(),
         shape: Shape { moe_layers: 2, experts: 4 },
+        places: 4,
         kv: KvPools { block_tokens: 16, full_blocks: 8, chunked_blocks: 8, chunk_tokens: Some(64) },
         context_tokens: 128,
         exchange: String::new(),
@@ -60,6 +62,7 @@ fn text(output: &Output) -> String {
             Levelling::Unknown => "no load".into(),
             Levelling::Busy => "busy".into(),
         },
+        Output::Lacking(lack) => format!("wait: {lack}"),
         Output::GivenUp { epoch, reason } => format!("give {epoch} up: {reason}"),
         Output::Prepare { worker, rank, view, .. } => {
             format!("prepare {worker} as {rank} of {}", members(view))

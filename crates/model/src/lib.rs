@@ -6,6 +6,7 @@
 
 pub mod checkpoint;
 pub mod config;
+pub mod footprint;
 pub mod forward;
 pub mod generation;
 pub mod load;

@@ -128,12 +128,12 @@ impl Loader<'_> {
         }
     }
 
-    fn tensor(&self, name: &str) -> &TensorInfo {
+    pub(crate) fn tensor(&self, name: &str) -> &TensorInfo {
         self.checkpoint.tensor(name).expect("`Checkpoint::open` found every tensor of the config")
     }
 
     /// bf16 and FP8 weights are exact in bf16; f32 and f16 keep f32 unless the profile is bf16.
-    fn storage(&self, stored: Stored) -> Storage {
+    pub(crate) fn storage(&self, stored: Stored) -> Storage {
         match (self.dtype, stored) {
             (Dtype::Bf16, _) | (Dtype::F32, Stored::Bf16 | Stored::F8E4M3) => Storage::Bf16,
             (Dtype::F32, Stored::F32 | Stored::F16) => Storage::F32,

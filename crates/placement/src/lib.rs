@@ -7,6 +7,7 @@ mod fill;
 mod improve;
 mod layer;
 mod load;
+mod memory;
 mod plan;
 mod replan;
 mod view;
@@ -15,6 +16,7 @@ use ids::{ExpertId, Rank};
 use std::fmt;
 
 pub use load::{Load, REGIMES_MAX, Window};
+pub use memory::capacities;
 pub use plan::{Shape, plan};
 pub use replan::{Aim, ExpertLoad, Holdings, Planned, Request, even_capacity, replan};
 pub use view::{KvPools, Member, View};

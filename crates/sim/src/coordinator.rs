@@ -210,6 +210,7 @@ impl Coordinator {
             | Output::Scaled { .. }
             | Output::ScaleRefused { .. }
             | Output::GivenUp { .. }
+            | Output::Lacking(_)
             | Output::Rebalanced(_) => {}
             Output::Prepare { worker, rank, view, aim } => {
                 if rank == Rank(0) {

@@ -197,6 +197,7 @@ impl World {
             profile: "cpu/f32".into(),
             model: "toy".into(),
             shape: self.shape,
+            places: self.shape.experts,
             kv: KvPools {
                 block_tokens: BLOCK_TOKENS,
                 // The longest sequence changes with who is in the view.

@@ -10,10 +10,12 @@ use tokio::io::AsyncReadExt;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use worker::{KvBlocks, Model};
 
-/// Of the memory that is free before the weights are loaded, the part that the KV cache may take.
+/// Of a worker's memory, the part that the KV cache may take.
 const KV_MEMORY_SHARE: u64 = 4;
+/// Tenths of the free memory that are taken. While experts move a worker holds those of two views.
+const MEMORY_TENTHS: u64 = 9;
 /// Where the machine does not tell how much is free.
-const KV_BYTES_UNKNOWN: u64 = 1 << 30;
+const MEMORY_UNKNOWN: u64 = 4 << 30;
 
 /// Registration again with a new leader takes a worker a second at most.
 const ADOPT_MAX: Duration = Duration::from_secs(5);
@@ -52,8 +54,12 @@ pub(crate) struct ComputeArgs {
     /// Arithmetic of the activations; equal on all workers of a cluster.
     #[arg(long, value_enum, default_value = "bf16")]
     pub(crate) dtype: DtypeArg,
-    /// Memory for the KV cache of a worker, in MiB; by default a quarter of what is free is shared by
-    /// the workers of this command, and no more is taken than the sequences can use.
+    /// Memory for weights and KV cache of a worker, in MiB; by default the workers of this command share
+    /// nine tenths of what is free. How many experts a worker holds depends on it.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) memory_mib: Option<u64>,
+    /// Memory for the KV cache of a worker, in MiB; by default a quarter of its memory, and no more than
+    /// its sequences can use.
     #[arg(long)]
     pub(crate) kv_mib: Option<u64>,
     /// Most sequences that run at once on one worker; the others wait.
@@ -67,14 +73,20 @@ impl ComputeArgs {
         self.threads.map_or((cores / usize::from(workers)).max(1), usize::from)
     }
 
-    pub(crate) fn kv(&self, model: &Model, workers: u16) -> anyhow::Result<KvBlocks> {
+    /// What a worker may take for weights and KV cache, in bytes.
+    pub(crate) fn memory(&self, workers: u16) -> u64 {
+        let share = || {
+            memory_available().map_or(MEMORY_UNKNOWN, |free| free / 10 * MEMORY_TENTHS)
+                / u64::from(workers)
+        };
+        self.memory_mib.map_or_else(share, |mib| mib.saturating_mul(1 << 20))
+    }
+
+    /// The KV cache of a worker with this memory.
+    pub(crate) fn kv(&self, model: &Model, memory: u64) -> anyhow::Result<KvBlocks> {
         let bytes = match self.kv_mib {
             Some(mib) => mib.saturating_mul(1 << 20),
-            None => {
-                memory_available().unwrap_or(KV_BYTES_UNKNOWN)
-                    / KV_MEMORY_SHARE
-                    / u64::from(workers)
-            }
+            None => memory / KV_MEMORY_SHARE,
         };
         KvBlocks::plan(&model.config, model.dtype, bytes, self.sequences)
             .with_context(|| BadInput("--kv-mib is too small for this model".into()))

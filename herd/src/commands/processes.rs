@@ -369,6 +369,9 @@ fn worker(args: &Args, program: &OsString, urls: &str, (dir, number): (&Path, u1
     ];
     let mut role = role(format!("{WORKER}{number}"), program, &flags);
     role.args.extend(["--model".into(), dir.as_os_str().to_owned()]);
+    // Now, while none of them runs: one that is started again sees only what the others left.
+    let mib = (compute.memory(args.workers) >> 20).max(1);
+    role.args.extend(["--memory-mib".into(), mib.to_string().into()]);
     if let Some(mib) = compute.kv_mib {
         role.args.extend(["--kv-mib".into(), mib.to_string().into()]);
     }

@@ -84,6 +84,9 @@ fn table(status: &Value) -> String {
         out.push('\n');
     };
     line(format!("epoch {}   {}", cell(&status["epoch"]), cell(&status["phase"])));
+    if let Some(waiting) = status["waiting"].as_str() {
+        line(format!("it does not serve: {waiting}"));
+    }
     if let Some(error) = status["coordinator_error"].as_str() {
         line(format!("no coordinator leads: {error}"));
     }

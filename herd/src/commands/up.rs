@@ -5,11 +5,11 @@ use super::etcd::EtcdArgs;
 use super::parts::{ComputeArgs, ModelArgs, PlacementArgs, ServeArgs, Signals, block_on, say};
 use super::processes;
 use super::router::Door;
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use herd::cluster::{Cluster, Config};
 use std::sync::Arc;
 use std::time::Duration;
-use worker::{Ended, Model};
+use worker::{Ended, KvBlocks, MemoryPlan, Model};
 
 /// Between a worker's end and its successor, so that one that cannot live does not fill the log.
 const RESTART_PAUSE: Duration = Duration::from_secs(1);
@@ -61,11 +61,13 @@ async fn serve(args: &Args) -> anyhow::Result<()> {
     let dir = args.model.dir()?;
     let door = Door::open(&args.serve, &dir).await?;
     let model = Arc::new(Model::open(&dir, args.compute.dtype.into())?);
+    let kv = args.compute.kv(&model, args.compute.memory(args.workers))?;
+    check_memory(args, &model, kv)?;
     let config = Config {
         model: Arc::clone(&model),
         threads: args.compute.threads(args.workers),
         settings: args.placement.settings(args.workers, ASSEMBLE_MAX),
-        kv: args.compute.kv(&model, args.workers)?,
+        kv,
         step_tokens: args.serve.step_tokens.max(args.compute.sequences),
         sequences_max: args.compute.sequences,
         queue_max: args.serve.queue,
@@ -99,6 +101,23 @@ async fn serve(args: &Args) -> anyhow::Result<()> {
         }
     }
     open.drain(args.serve.drain_max_s, &mut signals).await;
+    Ok(())
+}
+
+/// Workers of one process share one copy of all weights, and each has a KV cache.
+fn check_memory(args: &Args, model: &Model, kv: KvBlocks) -> anyhow::Result<()> {
+    let workers = u64::from(args.workers);
+    let memory = args.compute.memory(args.workers).saturating_mul(workers);
+    let other_kv = kv.bytes(&model.config, model.dtype) * (workers - 1);
+    let plan = MemoryPlan::new(model, kv, memory.saturating_sub(other_kv));
+    let plan = plan.with_context(|| BadInput("the model does not fit this machine".into()))?;
+    ensure!(
+        plan.places == plan.experts,
+        BadInput(format!(
+            "the model does not fit this machine: {plan}; give --memory-mib or less --kv-mib, or \
+             share the experts among several machines with `herd worker`"
+        ))
+    );
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use anyhow::{Context, bail, ensure};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tokio::net::TcpListener;
-use worker::{Chaos, Ended, Exchange, Model, Processes, WithinHost};
+use worker::{Chaos, Ended, Exchange, MemoryPlan, Model, Processes, WithinHost};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -74,7 +74,11 @@ impl Args {
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     block_on(async {
         let model = Arc::new(Model::open(&args.model.dir()?, args.compute.dtype.into())?);
-        let kv = args.compute.kv(&model, 1)?;
+        let memory = args.compute.memory(1);
+        let kv = args.compute.kv(&model, memory)?;
+        let plan = MemoryPlan::new(&model, kv, memory)
+            .with_context(|| BadInput("this worker is too small for the model".into()))?;
+        tracing::info!("{plan}");
         let listener = TcpListener::bind(&args.listen)
             .await
             .with_context(|| format!("cannot listen on {}; give another --listen", args.listen))?;
@@ -82,6 +86,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         let config = worker::Config {
             threads: args.compute.threads(1),
             kv,
+            places: plan.places,
             exchange: Exchange::Processes(args.exchange(address)?),
             advertise: args.advertise.clone(),
             chaos: if args.allow_chaos { Chaos::Allowed } else { Chaos::Refused },

@@ -30,6 +30,7 @@ impl World {
                 }
                 Output::DrainRefused { .. }
                 | Output::GivenUp { .. }
+                | Output::Lacking(_)
                 | Output::Scaled { .. }
                 | Output::ScaleRefused { .. }
                 | Output::Rebalanced(_) => {}

@@ -127,6 +127,12 @@ pub fn expert_scale(layer: usize, expert: usize, matrix: Mlp) -> String {
     format!("model.layers.{layer}.feed_forward.experts.{expert}.{}.weight_scale", matrix.part())
 }
 
+/// Whether a tensor belongs to routed experts.
+#[must_use]
+pub fn is_routed(name: &str) -> bool {
+    name.contains(".feed_forward.experts.")
+}
+
 /// What a tensor's elements are, which decides the types it may be stored in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {

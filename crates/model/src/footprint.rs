@@ -1,0 +1,42 @@
+//! What weights take in memory.
+
+use crate::checkpoint::names::{self, Kind};
+use crate::load::Loader;
+use kernels::Storage;
+
+/// Bytes of a model's weights once they are loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Footprint {
+    /// All that every rank holds: everything but the routed experts.
+    pub dense: u64,
+    /// One routed expert of every MoE layer.
+    pub expert: u64,
+    /// Routed experts of a layer.
+    pub experts: usize,
+}
+
+impl Loader<'_> {
+    /// The bytes of the weights, without what alignment adds.
+    #[must_use]
+    pub fn footprint(&self) -> Footprint {
+        let format = |layer| self.checkpoint.expert_format(layer).expect("an MoE layer");
+        let (mut dense, mut routed) = (0, 0);
+        for tensor in names::required(self.config, format) {
+            let elements: u64 = tensor.shape.iter().map(|&size| size as u64).product();
+            let width = match tensor.kind {
+                Kind::Weight | Kind::Fp8 => match self.storage(self.tensor(&tensor.name).dtype) {
+                    Storage::F32 => 4,
+                    Storage::Bf16 => 2,
+                },
+                Kind::Norm | Kind::Scale => 4,
+            };
+            if names::is_routed(&tensor.name) {
+                routed += elements * width;
+            } else {
+                dense += elements * width;
+            }
+        }
+        let experts = self.config.experts;
+        Footprint { dense, expert: routed / (experts as u64).max(1), experts }
+    }
+}

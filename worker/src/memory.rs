@@ -1,0 +1,114 @@
+//! How the memory of a worker is shared out, before anything of it is taken.
+
+use crate::{KvBlocks, Model};
+use std::fmt;
+
+/// What a worker's memory is for, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// What it may take in all.
+    pub memory: u64,
+    pub dense: u64,
+    pub kv: u64,
+    /// One routed expert of every MoE layer.
+    pub expert: u64,
+    /// Copies of experts per MoE layer that the rest holds, and how many experts there are.
+    pub places: usize,
+    pub experts: usize,
+}
+
+/// Not even one expert of each layer fits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{} for weights and KV cache are too few: the dense weights take {}, the KV cache {}, and one \
+     expert of each MoE layer {}; give the worker more (--memory-mib) or its KV cache less (--kv-mib)",
+    Size(&.0.memory), Size(&.0.dense), Size(&.0.kv), Size(&.0.expert)
+)]
+pub struct MemoryTooSmall(pub MemoryPlan);
+
+impl MemoryPlan {
+    /// Shares `memory` out; whatever dense weights and KV cache leave is for experts.
+    ///
+    /// # Errors
+    ///
+    /// [`MemoryTooSmall`] if that does not hold one expert of each layer.
+    pub fn new(model: &Model, kv: KvBlocks, memory: u64) -> Result<Self, MemoryTooSmall> {
+        let footprint = model.footprint();
+        let (dense, expert, experts) = (footprint.dense, footprint.expert, footprint.experts);
+        let kv = kv.bytes(&model.config, model.dtype);
+        let left = memory.saturating_sub(dense).saturating_sub(kv);
+        let fit = usize::try_from(left / expert.max(1)).unwrap_or(usize::MAX);
+        let plan = Self { memory, dense, kv, expert, places: fit.min(experts), experts };
+        if plan.places == 0 && 0 < experts { Err(MemoryTooSmall(plan)) } else { Ok(plan) }
+    }
+}
+
+/// `4.0 GiB of memory: dense weights 1.2 GiB, KV cache 0.5 GiB, experts 2.3 GiB (43 of 128 per MoE layer)`.
+impl fmt::Display for MemoryPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { memory, dense, kv, expert, places, experts } = self;
+        let held = Size(&(expert * *places as u64)).to_string();
+        write!(f, "{} of memory: dense weights {}, ", Size(memory), Size(dense))?;
+        write!(f, "KV cache {}, up to {held} of experts: ", Size(kv))?;
+        write!(f, "{places} of {experts} per MoE layer")
+    }
+}
+
+/// Bytes as people read them.
+struct Size<'a>(&'a u64);
+
+impl fmt::Display for Size<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = *self.0 as f64 / f64::from(1 << 20);
+        if mib < 1024.0 { write!(f, "{mib:.1} MiB") } else { write!(f, "{:.1} GiB", mib / 1024.0) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kernels::Dtype;
+    use model::footprint::Footprint;
+    use std::path::Path;
+
+    fn toy() -> (Model, KvBlocks) {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        let model = Model::open(&root.join("models/toy-maverick"), Dtype::Bf16).unwrap();
+        let kv = KvBlocks::plan(&model.config, model.dtype, 1 << 24, 4).unwrap();
+        (model, kv)
+    }
+
+    #[test]
+    fn what_is_planned_is_what_loading_takes() {
+        let (model, _) = toy();
+        let footprint = model.footprint();
+        let expert: usize = (0..model.config.moe_layers().len())
+            .map(|layer| model.empty_expert(layer).unwrap())
+            .map(|expert| expert.gate_up.bytes() + expert.down.bytes())
+            .sum();
+        assert_eq!(footprint.expert, expert as u64);
+        let read = model.dense().unwrap().step_bytes() as u64;
+        let embedding = 2 * (model.config.vocab * model.config.hidden) as u64;
+        let others = footprint.dense - read - embedding;
+        assert!(others < footprint.dense / 50, "norms: {others} of {}", footprint.dense);
+    }
+
+    #[test]
+    fn experts_get_what_the_others_leave() {
+        let (model, kv) = toy();
+        let Footprint { dense, expert, .. } = model.footprint();
+        let fixed = dense + kv.bytes(&model.config, model.dtype);
+        let places = |memory| MemoryPlan::new(&model, kv, memory).unwrap().places;
+        assert_eq!(places(fixed + 3 * expert), 3);
+        assert_eq!(places(fixed + 4 * expert - 1), 3);
+        assert_eq!(places(1 << 40), 16, "no more than there are");
+    }
+
+    #[test]
+    fn too_little_is_refused_with_the_numbers_and_the_remedy() {
+        let (model, kv) = toy();
+        let text = MemoryPlan::new(&model, kv, 1 << 20).unwrap_err().to_string();
+        assert!(text.starts_with("1.0 MiB for weights and KV cache are too few"), "{text}");
+        assert!(text.contains("KV cache ") && text.contains("--memory-mib"), "{text}");
+    }
+}
