@@ -212,12 +212,13 @@ impl Shell {
 
     fn event(&mut self, control: &mut Control, event: Event) {
         match event {
-            Event::Input(input) => match input {
-                Input::Fault { ref silence, .. } if !silence.ranks.is_empty() => {
+            Event::Input(input) => {
+                if matches!(&input, Input::Fault { silence, .. } if !silence.ranks.is_empty()) {
                     self.weigh(Evidence::Silence(input));
+                } else {
+                    self.feed(control, input);
                 }
-                input => self.feed(control, input),
-            },
+            }
             Event::Evidence(Evidence::Silence(input)) => self.feed(control, input),
             Event::Drain { worker, reply } => {
                 self.draining.entry(worker).or_default().push(reply);

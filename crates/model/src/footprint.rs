@@ -1,5 +1,6 @@
 //! What weights take in memory.
 
+use crate::checkpoint::ExpertFormat;
 use crate::checkpoint::names::{self, Kind};
 use crate::load::Loader;
 use kernels::Storage;
@@ -19,7 +20,8 @@ impl Loader<'_> {
     /// The bytes of the weights, without what alignment adds.
     #[must_use]
     pub fn footprint(&self) -> Footprint {
-        let format = |layer| self.checkpoint.expert_format(layer).expect("an MoE layer");
+        // It is only asked for MoE layers.
+        let format = |layer| self.checkpoint.expert_format(layer).unwrap_or(ExpertFormat::Fused);
         let (mut dense, mut routed) = (0, 0);
         for tensor in names::required(self.config, format) {
             let elements: u64 = tensor.shape.iter().map(|&size| size as u64).product();
