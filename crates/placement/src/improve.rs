@@ -7,8 +7,8 @@
 use crate::layer::{Layer, add, sub};
 
 /// What loading an expert on a rank that held others must save, as a part of what a level layer
-/// costs. With 64 ranks one of them 10 % above the mean costs 45 of these parts more than a level one.
-const LOAD_COST: f32 = 4e-4;
+/// costs. With 64 ranks one of them 10 % above the mean costs 90 of these parts more than a level one.
+const LOAD_COST: f32 = 2e-4;
 /// Least gain of a change that loads nothing: less is noise of the sums.
 const GAIN_MIN: f64 = 1e-5;
 /// Trials per layer: enough for a first placement to end level, within 1 ms.

@@ -3,12 +3,14 @@
 //! Everything here is immutable and made by a checked constructor: behind it every expert of every
 //! layer has a rank.
 
+mod bound;
 mod fill;
 mod improve;
 mod layer;
 mod load;
 mod plan;
 mod replan;
+mod unmix;
 mod view;
 
 use ids::{ExpertId, Rank};
