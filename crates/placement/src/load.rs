@@ -23,9 +23,9 @@ const FOLLOW: f64 = 0.7;
 /// Windows after a jump in which a return to the mix before it is expected.
 const EXCURSION_WINDOWS: u32 = 2;
 /// Weight of the newest mix; the rest is for bursts of any kind.
-const NEWEST: f64 = 0.5;
+const NEWEST: f64 = 0.7;
 /// Weights of the newest mix and the one before it, on an excursion.
-const AWAY: (f64, f64) = (0.4, 0.4);
+const AWAY: (f64, f64) = (0.4, 0.5);
 /// Least part of a burst that is one kind: if none was stronger yet, that does not mean much.
 const BURST_MIN: f64 = 0.3;
 /// Mixes that are remembered to tell the kinds from.
