@@ -12,8 +12,8 @@ const LOAD_COST: f32 = 2e-4;
 /// Least gain of a change that loads nothing: less is noise of the sums.
 const GAIN_MIN: f64 = 1e-5;
 /// Trials per layer: enough for a first placement to end level, within 1 ms.
-const TRIALS: usize = 2500;
-const TRIALS_PER_RANK: usize = 200;
+const TRIALS: usize = 2100;
+const TRIALS_PER_RANK: usize = 250;
 /// Fullest ranks that are tried before the layer counts as level.
 const RANKS_TRIED: usize = 8;
 

@@ -226,9 +226,11 @@ impl Load {
         let Some(Kinds { shares, strongest }) = kinds else { return };
         let weight = (1.0 - newest - before) / float(shares.len() as u64);
         let part = strongest.max(BURST_MIN);
+        // A burst comes over what is usual, also when it follows another.
+        let usual = self.before.as_ref().map_or(&self.newest, |before| &before.shares);
         for kind in shares {
-            let mix = |(now, kind): (&f64, &f64)| now + part * (kind - now);
-            let shares = self.newest.iter().zip(kind).map(mix).collect();
+            let mix = |(usual, kind): (&f64, &f64)| usual + part * (kind - usual);
+            let shares = usual.iter().zip(kind).map(mix).collect();
             self.regimes.push(Regime { weight, shares });
         }
     }
