@@ -13,7 +13,7 @@ const LOAD_COST: f32 = 2e-4;
 const GAIN_MIN: f64 = 1e-5;
 /// Trials per layer: enough for a first placement to end level, within 1 ms.
 const TRIALS: usize = 2100;
-const TRIALS_PER_RANK: usize = 250;
+const TRIALS_PER_RANK: usize = 256;
 /// Fullest ranks that are tried before the layer counts as level.
 const RANKS_TRIED: usize = 8;
 
