@@ -7,13 +7,13 @@
 use crate::layer::{Layer, add, sub};
 
 /// What loading an expert on a rank that held others must save, as a part of what a level layer
-/// costs. With 64 ranks one of them 10 % above the mean costs 45 of these parts more than a level one.
-const LOAD_COST: f32 = 4e-4;
+/// costs. With 64 ranks one of them 10 % above the mean costs 90 of these parts more than a level one.
+const LOAD_COST: f32 = 2e-4;
 /// Least gain of a change that loads nothing: less is noise of the sums.
 const GAIN_MIN: f64 = 1e-5;
 /// Trials per layer: enough for a first placement to end level, within 1 ms.
-const TRIALS: usize = 2500;
-const TRIALS_PER_RANK: usize = 200;
+const TRIALS: usize = 2100;
+const TRIALS_PER_RANK: usize = 256;
 /// Fullest ranks that are tried before the layer counts as level.
 const RANKS_TRIED: usize = 8;
 
@@ -34,12 +34,13 @@ pub(crate) fn improve(layer: &mut Layer) {
     let mut trials = TRIALS + TRIALS_PER_RANK * layer.ranks();
     let mut stuck = vec![false; layer.ranks()];
     let mut stuck_count = 0;
+    let mut rises = rises(layer);
     while stuck_count < RANKS_TRIED {
         let open = (0..layer.ranks()).filter(|&rank| !stuck[rank]);
         let fullest =
             open.max_by(|&l, &r| layer.cost_now(l).total_cmp(&layer.cost_now(r)).then(r.cmp(&l)));
         let Some(rank) = fullest else { return };
-        let mut search = Search { layer, trials, best: None };
+        let mut search = Search { layer, rises: &rises, trials, best: None };
         search.relieve(rank);
         let best = search.best;
         trials = search.trials;
@@ -49,6 +50,7 @@ pub(crate) fn improve(layer: &mut Layer) {
         if best.is_some_and(|(_, change)| make(layer, change)) {
             stuck.fill(false);
             stuck_count = 0;
+            rises = self::rises(layer);
         } else {
             stuck[rank] = true;
             stuck_count += 1;
@@ -56,9 +58,16 @@ pub(crate) fn improve(layer: &mut Layer) {
     }
 }
 
+/// What the others cost more without one copy of an expert, by expert; `None`: it cannot be spared.
+fn rises(layer: &Layer) -> Vec<Option<f32>> {
+    let rise = |expert: usize| layer.has_surplus(expert).then(|| layer.rise(expert));
+    (0..layer.experts()).map(rise).collect()
+}
+
 /// The trials of one fullest rank.
 struct Search<'a> {
     layer: &'a Layer,
+    rises: &'a [Option<f32>],
     trials: usize,
     best: Option<(f32, Change)>,
 }
@@ -71,12 +80,10 @@ impl Search<'_> {
             0 < layer.capacity(to) && layer.load(to)[regime] < layer.load(rank)[regime]
         };
         let targets: Vec<usize> = (0..layer.ranks()).filter(emptier).collect();
-        let rise = |expert: usize| layer.has_surplus(expert).then(|| layer.rise(expert));
-        let rises: Vec<Option<f32>> = (0..layer.experts()).map(rise).collect();
         self.trials = self.trials.saturating_sub(layer.ranks());
         for &expert in &layer.held[rank] {
             self.part(rank, expert, regime, &targets);
-            self.copy(expert, &targets, &rises);
+            self.copy(expert, &targets);
         }
     }
 
@@ -102,16 +109,16 @@ impl Search<'_> {
                     continue;
                 }
                 let loads = load_cost(layer, rank, other) - load_cost(layer, to, other);
-                let (back, with) = (add(without, back), sub(with, back));
-                let cost = before + layer.cost(back) + layer.cost(with) + loads;
+                let cost = layer.cost_of_both(add(without, back), sub(with, back));
+                let cost = before + cost + loads;
                 self.offer(cost, Change::Swap { rank, expert, to, other });
             }
         }
     }
 
     /// `expert` gets one more copy elsewhere.
-    fn copy(&mut self, expert: usize, targets: &[usize], rises: &[Option<f32>]) {
-        let layer = self.layer;
+    fn copy(&mut self, expert: usize, targets: &[usize]) {
+        let (layer, rises) = (self.layer, self.rises);
         let share = layer.share_of(expert, layer.holders[expert].len() + 1);
         let less = sub(layer.share(expert), share);
         let relief =

@@ -141,11 +141,12 @@ impl Layer {
     /// What a rank with this load costs. The eighth power sees little else than the fullest ranks,
     /// and yet it tells two placements apart whose fullest rank is the same.
     pub(crate) fn cost(&self, load: Lanes) -> f32 {
-        let mut sum = 0.0;
-        for (x, weight) in load.iter().zip(&self.weights) {
-            sum += eighth_power(*x) * weight;
-        }
-        sum
+        sum(mul(eighth_powers(load), self.weights))
+    }
+
+    /// What two ranks cost, in less time than one after the other: most of all trials end here.
+    pub(crate) fn cost_of_both(&self, one: Lanes, other: Lanes) -> f32 {
+        sum(mul(add(eighth_powers(one), eighth_powers(other)), self.weights))
     }
 
     pub(crate) fn cost_of_adding(&self, rank: usize, share: Lanes) -> f32 {
@@ -222,8 +223,7 @@ impl Layer {
     /// The regime that costs most under this load.
     pub(crate) fn worst_regime(&self, load: Lanes) -> usize {
         let mut worst = (0, 0.0);
-        for (regime, (x, weight)) in load.iter().zip(&self.weights).enumerate() {
-            let cost = eighth_power(*x) * weight;
+        for (regime, cost) in mul(eighth_powers(load), self.weights).into_iter().enumerate() {
             if worst.1 < cost {
                 worst = (regime, cost);
             }
@@ -238,16 +238,36 @@ fn single(count: usize) -> f32 {
 }
 
 /// Without `powi`, whose digits depend on the platform.
-fn eighth_power(x: f32) -> f32 {
-    let square = x * x;
-    let fourth = square * square;
-    fourth * fourth
+fn eighth_powers(loads: Lanes) -> Lanes {
+    let squares = mul(loads, loads);
+    let fourths = mul(squares, squares);
+    mul(fourths, fourths)
 }
 
-pub(crate) fn add(left: Lanes, right: Lanes) -> Lanes {
-    std::array::from_fn(|lane| left[lane] + right[lane])
+/// Halves are added to halves: one sum after the other would wait for each.
+fn sum([a, b, c, d, e, f, g, h]: Lanes) -> f32 {
+    ((a + e) + (c + g)) + ((b + f) + (d + h))
 }
 
-pub(crate) fn sub(left: Lanes, right: Lanes) -> Lanes {
-    std::array::from_fn(|lane| left[lane] - right[lane])
+// Loops in place: what `array::from_fn` makes of these is often done lane by lane.
+
+pub(crate) fn add(mut left: Lanes, right: Lanes) -> Lanes {
+    for (left, right) in left.iter_mut().zip(right) {
+        *left += right;
+    }
+    left
+}
+
+pub(crate) fn sub(mut left: Lanes, right: Lanes) -> Lanes {
+    for (left, right) in left.iter_mut().zip(right) {
+        *left -= right;
+    }
+    left
+}
+
+fn mul(mut left: Lanes, right: Lanes) -> Lanes {
+    for (left, right) in left.iter_mut().zip(right) {
+        *left *= right;
+    }
+    left
 }

@@ -3,6 +3,7 @@
 //! Everything here is immutable and made by a checked constructor: behind it every expert of every
 //! layer has a rank.
 
+mod bound;
 mod fill;
 mod improve;
 mod layer;
@@ -10,6 +11,7 @@ mod load;
 mod memory;
 mod plan;
 mod replan;
+mod unmix;
 mod view;
 
 use ids::{ExpertId, Rank};

@@ -1,24 +1,35 @@
 //! What the experts had to do: tokens per expert and layer, window after window.
 //!
-//! Traffic is a mix of kinds (code, chat, one language), and the mix jumps. A decayed mean of the
-//! windows would plan for a mix that never comes; a placement that is level for every pure kind is
-//! level for all their mixes, because the load of the fullest rank is convex in the traffic. So
-//! [`Load`] keeps a few *regimes*: windows that differ from each other, each with a weight that
-//! fades while it does not come again.
+//! Traffic is a mix of kinds (code, chat, one language), and the mix jumps: now and then one kind
+//! bursts. A decayed mean of the windows would plan for a mix that never comes, and a plan for the
+//! newest window is worst when it is needed most. So [`Load`] names a few *regimes* that the next
+//! window may be near: the newest mix; the one before it, while the newest is so young that it may be
+//! an excursion; and a burst of each kind that can be told from the mixes seen so far ([`unmix`]).
 
+use crate::unmix::{self, Kinds, Sample};
 use crate::{Placement, PlacementError, Shape};
 use ids::ExpertId;
 
-/// Regimes that are remembered: as many as the planner's vectors have lanes.
+/// Regimes that a plan is for: as many as the planner's vectors have lanes.
 pub const REGIMES_MAX: usize = 8;
-/// What is left of a weight when one more window has passed.
-const FADE: f64 = 0.95;
-/// Share of the tokens that must go elsewhere to make another regime, beyond chance.
+/// Kinds of traffic that are told apart: the other two lanes are for the newest mix and the one before.
+const KINDS_MAX: usize = REGIMES_MAX - 2;
+/// Share of the tokens that must go elsewhere to make another mix, beyond chance.
 const DISTANCE: f64 = 0.03;
-/// How far a regime follows the newest of its windows.
+/// Share that makes it a jump.
+const JUMP: f64 = 0.1;
+/// How far the newest mix follows the newest of its windows.
 const FOLLOW: f64 = 0.7;
-/// Weight of the newest regime beyond what its windows give it.
-const NEWEST: f64 = 0.5;
+/// Windows after a jump in which a return to the mix before it is expected.
+const EXCURSION_WINDOWS: u32 = 2;
+/// Weight of the newest mix; the rest is for bursts of any kind.
+const NEWEST: f64 = 0.7;
+/// Weights of the newest mix and the one before it, on an excursion.
+const AWAY: (f64, f64) = (0.4, 0.5);
+/// Least part of a burst that is one kind: if none was stronger yet, that does not mean much.
+const BURST_MIN: f64 = 0.3;
+/// Mixes that are remembered to tell the kinds from.
+const SAMPLES_MAX: usize = 16;
 
 /// Tokens that each expert of each MoE layer received in one span of time.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -89,7 +100,7 @@ fn balance(loads: &[f64], shape: Shape, placement: &Placement) -> f64 {
     if shape.moe_layers == 0 { 1.0 } else { sum / float(shape.moe_layers as u64) }
 }
 
-/// One kind of traffic.
+/// Traffic that the next window may bring.
 #[derive(Debug, Clone, PartialEq)]
 struct Regime {
     weight: f64,
@@ -97,11 +108,24 @@ struct Regime {
     shares: Vec<f64>,
 }
 
-/// The regimes of the traffic seen so far; empty if none was.
+/// The mix before a jump.
+#[derive(Debug, Clone, PartialEq)]
+struct Before {
+    shares: Vec<f64>,
+    /// Windows since the jump.
+    windows: u32,
+}
+
+/// The traffic seen so far, and what is expected next.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Load {
     shape: Shape,
-    /// The one of the newest window is the last.
+    /// Shares as in [`Regime`]; empty while no window was seen.
+    newest: Vec<f64>,
+    before: Option<Before>,
+    /// At most [`SAMPLES_MAX`].
+    samples: Vec<Sample>,
+    /// Empty while no window was seen; their weights add up to 1.
     regimes: Vec<Regime>,
 }
 
@@ -109,7 +133,8 @@ impl Load {
     /// Nothing is known.
     #[must_use]
     pub fn unknown(shape: Shape) -> Self {
-        Self { shape, regimes: Vec::new() }
+        let (newest, samples, regimes) = (Vec::new(), Vec::new(), Vec::new());
+        Self { shape, newest, before: None, samples, regimes }
     }
 
     /// Layers and experts that are counted.
@@ -118,7 +143,7 @@ impl Load {
         self.shape
     }
 
-    /// Takes in the window that has just ended. Windows of equal length weigh the same.
+    /// Takes in the window that has just ended.
     ///
     /// # Errors
     ///
@@ -128,38 +153,86 @@ impl Load {
         if found != self.shape {
             return Err(PlacementError::Window { found, expected: self.shape });
         }
-        let totals = window.layers().map(|layer| layer.iter().sum::<u64>());
-        let (least, most) = totals.fold((u64::MAX, 0), |(l, m), t| (l.min(t), m.max(t)));
+        let totals = || window.layers().map(|layer| layer.iter().sum::<u64>());
+        let (least, most) = totals().fold((u64::MAX, 0), |(l, m), t| (l.min(t), m.max(t)));
         if most == 0 {
             return Ok(()); // Nobody asked anything; that tells nothing about the experts.
         }
         let shares: Vec<f64> = window.layers().flat_map(shares).collect();
-        for regime in &mut self.regimes {
-            regime.weight *= FADE;
-        }
         // Two samples of one distribution differ by this much in the mean, at most.
         let chance = (float(found.experts as u64) / (3.0 * float(least.max(1)))).sqrt();
-        let nearest = (0..self.regimes.len())
-            .map(|at| (distance(&self.regimes[at].shares, &shares, found.moe_layers), at))
-            .min_by(|left, right| left.0.total_cmp(&right.0));
-        let mut newest = match nearest {
-            Some((distance, at)) if distance <= DISTANCE + chance => {
-                let mut regime = self.regimes.remove(at);
-                for (mean, new) in regime.shares.iter_mut().zip(&shares) {
-                    *mean += FOLLOW * (new - *mean);
-                }
-                regime
-            }
-            Some(_) | None => Regime { weight: 0.0, shares },
-        };
-        newest.weight += 1.0;
-        self.regimes.push(newest);
-        if REGIMES_MAX < self.regimes.len() {
-            let weights = self.regimes.iter().map(|regime| regime.weight).enumerate();
-            let faintest = weights.min_by(|left, right| left.1.total_cmp(&right.1));
-            self.regimes.remove(faintest.map_or(0, |(at, _)| at));
-        }
+        self.follow(&shares, chance);
+        let noise = totals().map(|tokens| 1.0 / float(tokens.max(1))).sum();
+        self.remember(Sample { shares, noise });
+        let kinds = unmix::unmix(&self.samples, found.moe_layers, KINDS_MAX);
+        self.expect(kinds.as_ref());
         Ok(())
+    }
+
+    /// Moves the newest mix, and remembers the one before if it jumped.
+    fn follow(&mut self, shares: &[f64], chance: f64) {
+        let far = |mix: &[f64]| distance(mix, shares, self.shape.moe_layers) - chance;
+        let moved = if self.newest.is_empty() { 0.0 } else { far(&self.newest) };
+        self.before = match self.before.take() {
+            Some(before) if far(&before.shares) <= JUMP => None,
+            Some(Before { windows, .. }) if moved <= JUMP && EXCURSION_WINDOWS <= windows => None,
+            Some(Before { shares, windows }) if moved <= JUMP => {
+                Some(Before { shares, windows: windows + 1 })
+            }
+            // From one excursion to the next: they may all end where the first began.
+            Some(Before { shares, .. }) => Some(Before { shares, windows: 1 }),
+            None if JUMP < moved => Some(Before { shares: self.newest.clone(), windows: 1 }),
+            None => None,
+        };
+        if self.newest.is_empty() || DISTANCE < moved {
+            self.newest = shares.to_vec();
+        } else {
+            for (mean, new) in self.newest.iter_mut().zip(shares) {
+                *mean += FOLLOW * (new - *mean);
+            }
+        }
+    }
+
+    /// Keeps the sample; of too many, the two most alike become one.
+    fn remember(&mut self, sample: Sample) {
+        self.samples.push(sample);
+        if self.samples.len() <= SAMPLES_MAX {
+            return;
+        }
+        let all = 0..self.samples.len();
+        let pairs = all.flat_map(|right| (0..right).map(move |left| (left, right)));
+        let far = |(left, right): (usize, usize)| {
+            let shares = |at: usize| &self.samples[at].shares;
+            (distance(shares(left), shares(right), self.shape.moe_layers), left, right)
+        };
+        let nearest = pairs.map(far).min_by(|left, right| left.0.total_cmp(&right.0));
+        let (_, left, right) = nearest.expect("there are several");
+        let other = self.samples.remove(right);
+        let one = &mut self.samples[left];
+        for (mean, new) in one.shares.iter_mut().zip(&other.shares) {
+            *mean += (new - *mean) / 2.0;
+        }
+        one.noise = one.noise.max(other.noise);
+    }
+
+    /// Names the regimes.
+    fn expect(&mut self, kinds: Option<&Kinds>) {
+        let (newest, before) = if self.before.is_some() { AWAY } else { (NEWEST, 0.0) };
+        let known = if kinds.is_some() { 1.0 } else { newest + before };
+        self.regimes = vec![Regime { weight: newest / known, shares: self.newest.clone() }];
+        if let Some(Before { shares, .. }) = &self.before {
+            self.regimes.push(Regime { weight: before / known, shares: shares.clone() });
+        }
+        let Some(Kinds { shares, strongest }) = kinds else { return };
+        let weight = (1.0 - newest - before) / float(shares.len() as u64);
+        let part = strongest.max(BURST_MIN);
+        // A burst comes over what is usual, also when it follows another.
+        let usual = self.before.as_ref().map_or(&self.newest, |before| &before.shares);
+        for kind in shares {
+            let mix = |(usual, kind): (&f64, &f64)| usual + part * (kind - usual);
+            let shares = usual.iter().zip(kind).map(mix).collect();
+            self.regimes.push(Regime { weight, shares });
+        }
     }
 
     /// No window was seen.
@@ -185,16 +258,11 @@ impl Load {
         weighted.sum()
     }
 
-    /// Weights of the regimes, which add up to 1. The newest one counts as much as all others: the
-    /// next window is more often like the last than like any before.
+    /// Weights of the regimes, which add up to 1.
     pub(crate) fn weights(&self) -> Lanes {
         let mut weights = [0.0; REGIMES_MAX];
-        let sum: f64 = self.regimes.iter().map(|regime| regime.weight).sum();
         for (lane, regime) in weights.iter_mut().zip(&self.regimes) {
-            *lane = single((1.0 - NEWEST) * regime.weight / sum);
-        }
-        if let Some(last) = self.regimes.len().checked_sub(1) {
-            weights[last] += single(NEWEST);
+            *lane = single(regime.weight);
         }
         weights
     }

@@ -1,5 +1,6 @@
 //! The next placement: level, redundant, and near what the ranks hold already.
 
+use crate::bound;
 use crate::fill::{self, Free};
 use crate::improve;
 use crate::layer::{Layer, Terms};
@@ -206,6 +207,12 @@ fn demand(request: &Request<'_>, moe_layer: usize) -> (Lanes, Vec<Lanes>) {
     let mut demands = request.load.demands(moe_layer);
     for demand in &mut demands {
         *demand = demand.map(|share| share * hosts);
+    }
+    let places = request.capacity.iter().sum();
+    // A regime that no placement makes level must not hide those that some can.
+    let factors = bound::least_fullest(&demands, places).map(|load| 1.0 / load);
+    for demand in &mut demands {
+        *demand = std::array::from_fn(|lane| demand[lane] * factors[lane]);
     }
     (request.load.weights(), demands)
 }

@@ -1,6 +1,7 @@
 //! Plans are valid, even and redundant; impossible placements are refused.
 
 mod replan;
+mod unmix;
 
 use super::*;
 use proptest::prelude::*;

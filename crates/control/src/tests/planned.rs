@@ -96,7 +96,7 @@ fn rebalance_changes_the_view_only_if_it_gains() {
         &mut control,
         vec![(6, load(skewed)), (6, Input::Rebalance)],
         &[
-            "level 1.52 to 1.00 by n2",
+            "level 1.29 to 1.00 by n2",
             "prepare w0 as r0 of n2[w0 w1]",
             "prepare w1 as r1 of n2[w0 w1]",
         ],
