@@ -14,9 +14,9 @@ const HISTORY_MAX: usize = 256;
 const REBALANCE_GAIN_MIN: f64 = 0.05;
 
 /// A view that may come, under the epoch before it, and how many copies of experts it makes workers load.
-struct Next {
+pub(crate) struct Next {
     view: View,
-    loads: usize,
+    pub(crate) loads: usize,
 }
 
 impl Control {
@@ -97,7 +97,12 @@ impl Control {
         }
     }
 
-    fn start(&mut self, now: Duration, (cause, aim): (Cause, Aim), next: Next) -> Vec<Output> {
+    pub(crate) fn start(
+        &mut self,
+        now: Duration,
+        (cause, aim): (Cause, Aim),
+        next: Next,
+    ) -> Vec<Output> {
         let Next { mut view, loads } = next;
         self.epoch = self.epoch.next();
         view.epoch = self.epoch;
@@ -120,7 +125,7 @@ impl Control {
     }
 
     /// Members of the last view keep their order and what they hold, newcomers follow by id.
-    fn next_view(&self, aim: Aim) -> Result<Next, Lack> {
+    pub(crate) fn next_view(&self, aim: Aim) -> Result<Next, Lack> {
         let last = self.committed.as_deref();
         // By incarnation: who was taken for lost and has registered again still holds what it held.
         let old_rank = |hello: &Hello| {

@@ -3,7 +3,7 @@
 use crate::machine::{Phase, has};
 use crate::{Cause, Control, Output, Settings};
 use ids::{ExpertId, Rank};
-use placement::{Member, Shape, View, capacities};
+use placement::{Aim, Member, Shape, View, capacities};
 use std::time::Duration;
 
 /// How long a planned view that a serving member could not prepare is let alone. What is in its way is
@@ -16,6 +16,8 @@ impl Control {
         let mut outputs = self.dismiss_drained();
         match self.unfinished() {
             Some(cause) => outputs.extend(self.plan(now, cause)),
+            // What a repair could not mend no other one will.
+            None if self.was_repaired() => {}
             None => self.repair = self.is_short().then(|| now + self.settings.repair_after),
         }
         outputs
@@ -23,8 +25,19 @@ impl Control {
 
     /// The time has come to make what the view lacks.
     pub(crate) fn repair(&mut self, now: Duration) -> Vec<Output> {
-        let cause = self.unfinished().unwrap_or(Cause::Repair);
-        self.plan(now, cause)
+        self.repair = None;
+        if let Some(cause) = self.unfinished() {
+            return self.plan(now, cause);
+        }
+        // Fewer copies than ranks leave some without any, wherever they are.
+        match self.next_view(Aim::Level) {
+            Ok(next) if 0 < next.loads => self.start(now, (Cause::Repair, Aim::Level), next),
+            Ok(_) | Err(_) => Vec::new(),
+        }
+    }
+
+    fn was_repaired(&self) -> bool {
+        self.history.back().is_some_and(|change| change.cause == Cause::Repair)
     }
 
     /// Members that should have left the view, or are not yet in it.
