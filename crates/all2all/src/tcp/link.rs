@@ -57,6 +57,7 @@ impl Link {
             to: Rank(0),
             rows: 0,
             row_bytes: 0,
+            lent: 0,
             sequence: 0,
         };
         let streams =
