@@ -75,7 +75,7 @@ pub struct Options {
     pub silent: Duration,
     /// Share memory with processes of the same host, if that works.
     pub shared_memory: bool,
-    /// Bytes that the system holds per connection and direction; `None` leaves it to the system.
+    /// Bytes that the system holds per connection and direction; `None` takes what has proved itself.
     pub buffer_bytes: Option<usize>,
 }
 

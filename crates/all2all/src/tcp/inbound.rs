@@ -23,8 +23,10 @@ const AHEAD: usize = 32 * 1024;
 /// Where reading calls nobody, only heads and slots take the way through the buffer.
 const AHEAD_IN_MEMORY: usize = 1024;
 
-/// Rows are summed in pieces that are still in the core's own cache.
-pub(super) const SUM_BYTES: usize = 256 * 1024;
+/// Rows are summed, sent and received in pieces of at most so many bytes. Of smaller ones more fit into a core's own
+/// cache, but calls of the system cost more than that gains (8 ranks on 2 cores, 1.25 MiB per pair: 28 ms instead of
+/// 30 ms with 256 KiB).
+pub(super) const SUM_BYTES: usize = 1024 * 1024;
 
 /// Why a peer's frame does not come.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -75,6 +77,8 @@ pub(super) struct Inbound {
     lent_place: Place,
     /// The peer has given up its frame.
     void: bool,
+    /// Bytes of lent rows of the current frame: who skips them has to say that it takes no more.
+    owed: u64,
     place: Place,
     /// Frames that have come whole.
     pub(super) frames: u64,
@@ -101,6 +105,7 @@ impl Inbound {
             lent: Runs::default(),
             lent_place: Place::default(),
             void: false,
+            owed: 0,
             place: Place::default(),
             frames: 0,
             dropped: 0,
@@ -199,6 +204,7 @@ impl Inbound {
                 }
                 self.start += HEAD;
                 self.rest = head.following();
+                self.owed = if head.lent == 0 { 0 } else { head.rows_bytes() };
                 self.head = Some(head);
                 head
             }
@@ -385,6 +391,11 @@ impl Inbound {
         self.used(here);
         if 0 < self.rest {
             return self.refill(pipe);
+        }
+        if 0 < self.owed {
+            // The peer may serve the old epoch still, and waits until its rows are taken.
+            let all = u32::try_from(self.owed).map_err(|_| Trouble::Garbled)?;
+            pipe.took(self.frames, all).map_err(|_| Trouble::Closed)?;
         }
         self.frames += 1;
         self.dropped += 1;

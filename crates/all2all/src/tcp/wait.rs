@@ -103,13 +103,14 @@ impl Tcp {
     }
 
     fn lent(&mut self, goal: Goal, rows: &[u8], deadline: Instant) -> Result<(), Blame> {
-        let mut lost = Duration::ZERO;
         self.waiting.seen = None;
         self.stopped()?;
+        let news = self.core.news();
+        let (mut moved, mut lost) = (Instant::now(), Duration::ZERO);
         loop {
             let looked = Instant::now();
             if self.round(goal, rows, &mut [])? {
-                lost = Duration::ZERO;
+                (moved, lost) = (looked, Duration::ZERO);
             }
             let staging = self.staging(goal);
             if staging == 0 || goal == Goal::Returned {
@@ -117,13 +118,15 @@ impl Tcp {
             }
             let now = Instant::now();
             let patience = Duration::from_nanos(staging as u64 / COPY_BYTES_PER_NS);
-            if patience <= lost || deadline <= now {
+            // All ranks may share this core, and each has as much to copy.
+            let longest = patience * u32::from(self.view.ranks);
+            let waited = patience <= lost || longest <= now.duration_since(moved);
+            if waited || deadline <= now || self.core.news() != news {
                 return Ok(());
             }
             std::thread::yield_now();
-            let away = now.elapsed();
-            lost +=
-                now.duration_since(looked) + if away < GIVEN_AWAY { away } else { Duration::ZERO };
+            let away = Some(now.elapsed()).filter(|away| *away < GIVEN_AWAY);
+            lost += now.duration_since(looked) + away.unwrap_or_default();
         }
     }
 
@@ -376,6 +379,8 @@ fn lost(wire: &Wire, goal: Goal, view: &View) -> Option<FaultKind> {
     // Rows that were copied right out of the peer's memory are here before it knows.
     let here = wire.inbound.frames;
     let short = |frames: u64| wire.inbound.is_void() || frames.max(here) < here + needed;
+    // Nor can be waited for what it would have to take: it may do so in its next epoch, or never.
+    let short = |frames: u64| short(frames) || !wire.outbound.done();
     let failed = faulted.filter(|&(epoch, _)| view.epoch <= epoch);
     let left = over.filter(|&(before, _)| view.epoch < before);
     match (failed, left) {
