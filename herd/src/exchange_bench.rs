@@ -4,7 +4,7 @@
 //! included, as in an all-to-all of other libraries. Its time is that of the slowest rank. Every rank writes its
 //! rows anew before each round, as an engine does, so that a reader finds them in another core's cache.
 
-use all2all::tcp::{Identity, Mesh, Options, Peer, Tcp};
+use all2all::tcp::{Buffer, Identity, Mesh, Options, Peer, Tcp};
 use all2all::{AllToAll, HostRows, LayerKey, Routes, StepOutcome, View};
 use anyhow::{Context, bail, ensure};
 use ids::{Epoch, ExpertId, Rank, StepId};
@@ -174,7 +174,7 @@ pub fn rank(
     let peers = addresses.split_whitespace().enumerate().map(peer);
     let peers = peers.collect::<anyhow::Result<Vec<_>>>()?;
     let mut end = mesh.join(view(me, case.ranks)?, &peers)?;
-    let mut work = Work::new(case, me);
+    let mut work = Work::new(case, me, &end);
     let mut seconds = Vec::with_capacity(rounds);
     for round in 0..WARM_ROUNDS + rounds {
         let took = work.round(&mut end, StepId(u64::try_from(round)?))?;
@@ -199,19 +199,18 @@ fn view(me: u16, ranks: u16) -> anyhow::Result<View> {
 struct Work {
     me: u16,
     row_bytes: usize,
-    rows: Vec<u8>,
+    /// Where an engine would have its rows, too.
+    rows: Buffer,
     experts: Vec<u16>,
-    out: Vec<u8>,
 }
 
 impl Work {
-    fn new(case: Case, me: u16) -> Self {
+    fn new(case: Case, me: u16, end: &Tcp) -> Self {
         let row_bytes = ROW_BYTES.min(case.pair_bytes);
         let each = case.pair_bytes / row_bytes;
         let experts: Vec<u16> = (0..case.ranks).flat_map(|to| vec![to; each]).collect();
-        let buffer = || vec![0; experts.len() * row_bytes];
-        let (rows, out) = (buffer(), buffer());
-        Self { me, row_bytes, rows, experts, out }
+        let rows = end.buffer(experts.len() * row_bytes);
+        Self { me, row_bytes, rows, experts }
     }
 
     /// What rank `from` sends in a step.
@@ -243,10 +242,11 @@ impl Work {
                 bail!("the rows of rank {from} are wrong in {step}");
             }
         }
-        // Any bytes will do as results; a buffer more would only push the others out of the cache.
+        // Any bytes will do as results, and they may come back to where they were sent from: buffers more would only
+        // push the others out of the cache.
         let results = HostRows { bytes: &self.rows, row_bytes: self.row_bytes };
         let pending = end.combine_send(arrived, results)?;
-        end.combine_recv(pending, &mut self.out)?;
+        end.combine_recv(pending, &mut self.rows)?;
         match end.end_step() {
             StepOutcome::Complete => Ok(took),
             StepOutcome::Faulted(fault) => bail!("{step} has failed: {fault}"),

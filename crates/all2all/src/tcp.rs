@@ -9,11 +9,14 @@
 //! Rows are sent from where the caller has them and received where they belong; see [`lanes`]. Only what a
 //! connection does not take at once is copied.
 //!
-//! Processes of one host share memory if they can ([`ring`]); the connections then only wake and tell.
+//! Processes of one host share memory if they can ([`ring`]); the connections then only wake and tell. Many rows
+//! are copied by their receiver right out of the sender's memory ([`direct`], [`arena`]).
 //!
 //! Anything that reaches the port and is not ours is closed. This keeps accidents away, not attackers:
 //! frames are neither encrypted nor signed, so the port belongs in the cluster's own network.
 
+mod arena;
+mod direct;
 mod frame;
 mod inbound;
 mod keeper;
@@ -27,6 +30,7 @@ mod runs;
 mod socket;
 mod wait;
 
+pub use arena::Buffer;
 pub use mesh::Mesh;
 
 use crate::error::{ExchangeError, Fault, FaultKind, Phase, Reason};
@@ -71,7 +75,7 @@ pub struct Options {
     pub silent: Duration,
     /// Share memory with processes of the same host, if that works.
     pub shared_memory: bool,
-    /// Bytes that the system holds per connection and direction; `None` leaves it to the system.
+    /// Bytes that the system holds per connection and direction; `None` takes what has proved itself.
     pub buffer_bytes: Option<usize>,
 }
 
@@ -103,7 +107,8 @@ impl Tcp {
     fn new(core: Arc<Core>, view: View) -> Self {
         let waiting = wait::Waiting::new(&view);
         let lanes = (0..view.ranks).map(|_| Lane::default()).collect();
-        let (state, layer) = (State::Idle, Layer::default());
+        let layer = Layer::new(core.arena.clone());
+        let state = State::Idle;
         Self { core, view, state, lanes, layer, waiting, corrupts: false }
     }
 
@@ -111,6 +116,13 @@ impl Tcp {
     #[must_use]
     pub fn dropped_frames(&self) -> u64 {
         self.lanes.iter().flat_map(|lane| &lane.wire).map(|wire| wire.inbound.dropped).sum()
+    }
+
+    /// Bytes for rows that are to be sent: processes of the same host copy them right from there, instead of having
+    /// them copied twice. They are 0 or what an earlier buffer left, and may outlive the exchange.
+    #[must_use]
+    pub fn buffer(&self, bytes: usize) -> Buffer {
+        Buffer::new(self.core.arena.as_ref(), bytes)
     }
 
     /// Plants a fault: a bit of the next frame that holds rows for another rank changes on its way, behind
@@ -150,7 +162,7 @@ impl Tcp {
     }
 
     /// Begins the frames of a phase to all peers, and awaits theirs.
-    fn open_frames(&mut self, key: LayerKey, phase: Phase) {
+    fn open_frames(&mut self, key: LayerKey, phase: Phase, sent: &[u8]) {
         let me = self.view.me;
         let row_bytes = u32::try_from(self.layer.row_bytes).expect("a row is short");
         for to in active_ranks(&self.view).filter(|rank| *rank != me) {
@@ -162,8 +174,11 @@ impl Tcp {
             };
             let rows = u32::try_from(rows).expect("a step has fewer than 2^32 rows");
             let (epoch, sequence) = (self.view.epoch, 0);
-            let head = Head { epoch, key, phase, from: me, to, rows, row_bytes, sequence };
-            wire.outbound.begin(head, own_slots);
+            let lent = 0;
+            let head = Head { epoch, key, phase, from: me, to, rows, row_bytes, lent, sequence };
+            let kept = self.layer.kept && phase == Phase::Combine;
+            let sent = if kept { &self.layer.rows } else { sent };
+            wire.outbound.begin(&wire.link.data, (head, own_slots), (sent, runs));
             if self.corrupts && 0 < head.rows_bytes() {
                 self.corrupts = !wire.outbound.corrupt();
             }
@@ -191,7 +206,10 @@ impl Tcp {
     /// Leaves the connections to whoever uses them next.
     fn put_down(&mut self) {
         for lane in &mut self.lanes {
-            if let Some(wire) = lane.wire.take() {
+            if let Some(mut wire) = lane.wire.take() {
+                if self.layer.kept {
+                    wire.outbound.stage(&wire.link.data, (&self.layer.rows, &lane.theirs));
+                }
                 wire.give_back();
             }
         }
@@ -250,7 +268,7 @@ impl AllToAll for Tcp {
         self.moved_to(step, At::Layer(key.layer, Phase::Dispatch));
         self.connect(step.deadline).map_err(|blame| self.faulted(blame, place))?;
         self.layer.plan((&self.view, key.layer), (rows, experts), &mut self.lanes);
-        self.open_frames(key, Phase::Dispatch);
+        self.open_frames(key, Phase::Dispatch, rows.bytes);
         self.lend(Goal::Arrived(key.layer), rows.bytes, step.deadline)
             .map_err(|blame| self.faulted(blame, place))?;
         Ok(Sent(key))
@@ -280,8 +298,9 @@ impl AllToAll for Tcp {
         let step = self.running(key, Some(At::Layer(key.layer, Phase::Dispatch)))?;
         self.moved_to(step, At::Layer(key.layer, Phase::Combine));
         self.layer.stage_results(results.bytes, &self.lanes[self.view.me.index()]);
-        self.open_frames(key, Phase::Combine);
-        self.lend(Goal::Returned, results.bytes, step.deadline)
+        self.open_frames(key, Phase::Combine, results.bytes);
+        let lent = if self.layer.kept { &[] } else { results.bytes };
+        self.lend(Goal::Returned, lent, step.deadline)
             .map_err(|blame| self.faulted(blame, (key.layer, Phase::Combine)))?;
         Ok(Pending(key))
     }

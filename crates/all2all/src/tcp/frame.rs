@@ -7,6 +7,9 @@
 //!                                              │ rows │ checksum of slots and rows, 4 bytes
 //! ```
 //!
+//! Between processes that share memory, a frame of lent rows has their places in the sender's memory instead of
+//! the rows: address and length of every run, 8 bytes each, and no checksum.
+//!
 //! The head is checked before its lengths are believed. The checksum of the rows comes behind them, so
 //! that neither side has to pass over the rows before it moves them.
 
@@ -17,11 +20,13 @@ use crc_fast::CrcAlgorithm::Crc32Iscsi;
 use ids::{Epoch, Rank, StepId};
 
 /// Opens everything; another version of the format gets another one.
-const MAGIC: u32 = u32::from_le_bytes(*b"hrd1");
+const MAGIC: u32 = u32::from_le_bytes(*b"hrd2");
 /// Bytes of a frame's head.
 pub(super) const HEAD: usize = 64;
 /// Bytes of the checksum behind the rows.
 pub(super) const TRAILER: usize = 4;
+/// Bytes of the place of lent rows.
+pub(super) const PLACE: usize = 16;
 /// Bytes of a greeting.
 pub(super) const HELLO: usize = 512;
 /// Bytes of the answer to it.
@@ -68,6 +73,8 @@ pub(super) struct Head {
     pub(super) to: Rank,
     pub(super) rows: u32,
     pub(super) row_bytes: u32,
+    /// Runs of rows that are lent; none if the rows themselves follow.
+    pub(super) lent: u32,
     /// Counts the frames of a connection and direction.
     pub(super) sequence: u64,
 }
@@ -86,6 +93,17 @@ impl Head {
         u64::from(self.rows) * u64::from(self.row_bytes)
     }
 
+    /// Bytes of the places of lent rows.
+    pub(super) fn lent_bytes(&self) -> u64 {
+        u64::from(self.lent) * PLACE as u64
+    }
+
+    /// All bytes that follow the head.
+    pub(super) fn following(&self) -> u64 {
+        let inline = self.rows_bytes() + TRAILER as u64;
+        self.slot_bytes() + if self.lent == 0 { inline } else { self.lent_bytes() }
+    }
+
     pub(super) fn encode(&self) -> [u8; HEAD] {
         let mut bytes = [0; HEAD];
         let mut write = Writer(&mut bytes);
@@ -100,6 +118,7 @@ impl Head {
         write.put(&self.row_bytes.to_le_bytes());
         write.put(&(self.slot_bytes() + self.rows_bytes()).to_le_bytes());
         write.put(&self.sequence.to_le_bytes());
+        write.put(&self.lent.to_le_bytes());
         seal(&mut bytes);
         bytes
     }
@@ -130,9 +149,10 @@ impl Head {
                 }
                 u64::from_le_bytes(read.take())
             },
+            lent: u32::from_le_bytes(read.take()),
         };
-        // Anything else, such as another payload length, is not what `encode` writes.
-        (head.encode() == *bytes).then_some(head)
+        // Anything else, such as another payload length, is not what `encode` writes. A run has a row at least.
+        (head.encode() == *bytes && head.lent <= head.rows).then_some(head)
     }
 }
 
@@ -342,6 +362,7 @@ mod tests {
         to: Rank(7),
         rows: 5,
         row_bytes: 10_240,
+        lent: 0,
         sequence: 1 << 40,
     };
 
@@ -362,6 +383,8 @@ mod tests {
     #[test]
     fn messages_are_read_as_written_or_not_at_all() {
         check((HEAD_OF_ROWS, HEAD_OF_ROWS.encode()), Head::decode);
+        let lent = Head { lent: 3, ..HEAD_OF_ROWS };
+        check((lent, lent.encode()), Head::decode);
         let (cluster, from, to) = ("maverick".into(), "a".repeat(NAME_MAX), String::new());
         let (host, offer) = ("here".into(), Some(Found { process: 77, file: 3 }));
         let hello = Hello { channel: Channel::Control, nonce: 7, cluster, from, to, host, offer };
@@ -378,6 +401,8 @@ mod tests {
     #[test]
     fn frame_beyond_the_limit_is_no_frame() {
         let head = Head { rows: u32::MAX, ..HEAD_OF_ROWS };
+        assert_eq!(Head::decode(&head.encode()), None);
+        let head = Head { lent: 6, ..HEAD_OF_ROWS };
         assert_eq!(Head::decode(&head.encode()), None);
     }
 

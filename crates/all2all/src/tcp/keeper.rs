@@ -194,7 +194,7 @@ impl<'a> Keeper<'a> {
         let bytes = data.into.first_chunk().expect("a greeting is this long");
         let hello = Hello::decode(bytes)?;
         let near = self.core.options.shared_memory && hello.host == self.core.identity.host;
-        ring::accept(hello.offer.filter(|_| near)?, bytes).ok()
+        ring::accept(hello.offer.filter(|_| near)?, bytes, self.core.arena.as_ref()).ok()
     }
 
     fn judge(&mut self, hello: &Hello) -> Verdict {
@@ -320,7 +320,8 @@ impl Dial {
     /// Begins to connect, and offers memory to share in case the peer is near.
     fn new(core: &Core, peer: &str, address: SocketAddr, now: Instant) -> io::Result<Self> {
         let (us, nonce) = (&core.identity, nonce());
-        let offer = core.options.shared_memory.then(Offer::new).transpose()?;
+        let offer = core.options.shared_memory.then(|| Offer::new(core.arena.as_ref()));
+        let offer = offer.transpose()?;
         let found = offer.as_ref().map(Offer::found).transpose()?;
         let talk = |channel| {
             let stream = socket::connect(address, core.address.ip())?;

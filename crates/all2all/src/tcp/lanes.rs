@@ -4,6 +4,7 @@
 //! the caller's buffers, and so do the rows from it and the results for it; so one pair of run lists serves
 //! both halves of a layer. The lane of this rank itself has no connection, and its rows are copied.
 
+use super::arena::{Arena, Buffer};
 use super::inbound::Inbound;
 use super::link::{Link, Streams};
 use super::outbound::Outbound;
@@ -38,11 +39,15 @@ impl Wire {
 
     /// Leaves the connection to the next epoch, or the next exchange.
     pub(super) fn give_back(mut self) {
-        self.outbound.abandon();
+        self.outbound.abandon(&self.link.data);
         let streams = Streams { inbound: self.inbound, outbound: self.outbound };
         self.link.give_back(streams);
     }
 }
+
+/// Results of so many bytes are kept where the arrived rows were, at once and whole: connections would not take
+/// them while they are lent. Of fewer, most go out without another copy.
+const KEPT_MIN: usize = 256 * 1024;
 
 /// Buffers and bookkeeping of one layer; reused by the next.
 #[derive(Default)]
@@ -50,7 +55,9 @@ pub(super) struct Layer {
     pub(super) row_bytes: usize,
     /// Arrived rows, sorted by local expert, source and row; and what is left of larger layers, since
     /// growing again would clear memory that is overwritten anyway.
-    pub(super) rows: Vec<u8>,
+    pub(super) rows: Buffer,
+    /// Where `rows` are allocated.
+    arena: Option<Arc<Arena>>,
     /// `[local experts + 1]`
     pub(super) offsets: Vec<u32>,
     /// Next free position of every expert while sorting.
@@ -60,9 +67,15 @@ pub(super) struct Layer {
     /// Rows or results of this rank for itself, while the caller lends them no longer.
     own: Vec<u8>,
     own_staged: bool,
+    /// Whether `rows` are the results by now.
+    pub(super) kept: bool,
 }
 
 impl Layer {
+    pub(super) fn new(arena: Option<Arc<Arena>>) -> Self {
+        Self { arena, ..Self::default() }
+    }
+
     /// Finds out which rows go to whom.
     pub(super) fn plan(
         &mut self,
@@ -72,7 +85,7 @@ impl Layer {
     ) {
         assert_eq!(rows.len(), experts.len(), "one expert per row");
         self.row_bytes = rows.row_bytes;
-        (self.laid_out, self.own_staged) = (false, false);
+        (self.laid_out, self.own_staged, self.kept) = (false, false, false);
         for lane in &mut *lanes {
             lane.own.clear(experts.len());
             lane.own_slots.clear();
@@ -109,7 +122,9 @@ impl Layer {
         self.cursors.extend_from_slice(&self.offsets);
         let bytes = self.arrived_bytes();
         if self.rows.len() < bytes {
-            self.rows.resize(bytes, 0);
+            // What is in the smaller ones is not needed, nor is their memory.
+            self.rows = Buffer::default();
+            self.rows = Buffer::new(self.arena.as_ref(), bytes);
         }
         for from in active_ranks(view) {
             let Lane { wire, own_slots, theirs, .. } = &mut lanes[from.index()];
@@ -147,15 +162,24 @@ impl Layer {
         }
     }
 
-    /// Copies the results of the own rows.
+    /// Copies the results of the own rows; or all, if they are many.
     pub(super) fn stage_results(&mut self, results: &[u8], lane: &Lane) {
         assert_eq!(results.len(), self.arrived_bytes(), "one result per arrived row");
-        gather(results, &lane.theirs, &mut self.own);
+        self.kept = KEPT_MIN <= results.len();
+        if self.kept {
+            self.rows[..results.len()].copy_from_slice(results);
+        } else {
+            gather(results, &lane.theirs, &mut self.own);
+        }
     }
 
     /// Brings the results of the own rows to their places.
     pub(super) fn keep_results(&self, out: &mut [u8], lane: &Lane) {
-        scatter(&self.own, out, &lane.own);
+        if self.kept {
+            transfer((&self.rows, &lane.theirs), (out, &lane.own));
+        } else {
+            scatter(&self.own, out, &lane.own);
+        }
     }
 }
 

@@ -57,6 +57,7 @@ impl Link {
             to: Rank(0),
             rows: 0,
             row_bytes: 0,
+            lent: 0,
             sequence: 0,
         };
         let streams =
@@ -111,12 +112,14 @@ impl Link {
         self.frames.load(Ordering::Relaxed)
     }
 
-    /// Tells the peer. Who leaves so many notices unread that one does not fit is given up.
+    /// Tells the peer. Who leaves so many notices unread that one does not fit is given up. Who is gone may have sent
+    /// rows before, which are still to be read: closing the data connection would lose them.
     pub(super) fn tell(&self, notice: Notice) {
         let bytes = notice.encode();
         match socket::send(&self.control, &[IoSlice::new(&bytes)]) {
             Ok(Some(sent)) if sent == bytes.len() => {}
-            Ok(_) | Err(_) => self.close(),
+            Ok(_) => self.close(),
+            Err(_) => self.ended(),
         }
     }
 

@@ -3,6 +3,7 @@
 //! Of two processes the one with the smaller incarnation connects, so that no pair is connected twice.
 //! A thread of the mesh ([`keeper`](super::keeper)) does all of this in the background.
 
+use super::arena::Arena;
 use super::frame::{NAME_MAX, Notice};
 use super::keeper;
 use super::link::Link;
@@ -45,9 +46,12 @@ impl Mesh {
             }
         }
         let listener = socket::listen(address)?;
+        // Without one, rows are copied once more.
+        let arena = options.shared_memory.then(|| Arena::new().ok()).flatten().map(Arc::new);
         let core = Arc::new(Core {
             identity,
             options,
+            arena,
             address: listener.local_addr()?,
             book: Mutex::default(),
             news: AtomicU64::new(0),
@@ -139,6 +143,8 @@ impl Drop for Mesh {
 pub(super) struct Core {
     pub(super) identity: Identity,
     pub(super) options: Options,
+    /// Memory that peers on this host can read.
+    pub(super) arena: Option<Arc<Arena>>,
     pub(super) address: SocketAddr,
     pub(super) book: Mutex<Book>,
     /// Counts what a waiting rank should look at.

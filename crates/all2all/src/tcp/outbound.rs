@@ -3,11 +3,16 @@
 //! Rows are sent from where the caller has them. What the connection does not take while the caller lends
 //! them is staged: copied once, and sent later. A frame that its step does not wait for any more is sent to
 //! its end all the same, before the next one: the peer skips it, and the connection stays in order.
+//!
+//! Of a large frame to a process that reads this one's memory only the places of its rows are sent; see
+//! [`direct`](super::direct). It is done when the peer has copied all of them.
 
+use super::direct::Where;
 use super::frame::{Head, Sum, TRAILER};
 use super::inbound::{SUM_BYTES, Trouble};
 use super::pipe::Pipe;
-use super::runs::{Place, Runs};
+use super::ring::{Ring, Room};
+use super::runs::{Place, Run, Runs};
 use super::socket::PIECES;
 use std::io::IoSlice;
 
@@ -31,11 +36,21 @@ pub(super) struct Outbound {
     stage: Vec<u8>,
     staged: Runs,
     lent: bool,
+    /// The frame under way, if the peer copies its rows itself.
+    direct: Option<Direct>,
     /// Send the next byte of a row with a bit flipped, once: a planted fault.
     flips: bool,
     /// Frames that were begun, and those that have gone out whole.
     begun: u64,
     frames: u64,
+}
+
+/// A frame whose rows the peer copies itself.
+#[derive(Clone, Copy)]
+struct Direct {
+    sequence: u64,
+    /// Bytes that had been taken when the rest was staged.
+    before: usize,
 }
 
 impl Outbound {
@@ -54,6 +69,7 @@ impl Outbound {
             stage: Vec::new(),
             staged: Runs::default(),
             lent: false,
+            direct: None,
             flips: false,
             begun: 0,
             frames: 0,
@@ -61,14 +77,30 @@ impl Outbound {
     }
 
     /// Begins a frame of the rows that `push` will be given.
-    pub(super) fn begin(&mut self, head: Head, slots: &[u16]) {
+    pub(super) fn begin(
+        &mut self,
+        pipe: &Pipe,
+        (head, slots): (Head, &[u16]),
+        (rows, runs): (&[u8], &Runs),
+    ) {
         assert!(!self.open, "the last frame is sent or abandoned");
-        let head = Head { sequence: self.begun, ..head };
+        let ring = pipe.ring().filter(|ring| ring.lends(rows, head.rows_bytes()));
+        let lent = if ring.is_some() { runs.iter().len() } else { 0 };
+        let lent = u32::try_from(lent).expect("there are no more runs than rows");
+        let head = Head { lent, sequence: self.begun, ..head };
+        self.direct = ring.map(|ring| {
+            ring.put(head.sequence, Where::Lent);
+            Direct { sequence: head.sequence, before: 0 }
+        });
         self.front.clear();
         self.front.extend_from_slice(&head.encode());
         self.sum = Sum::default();
         if 0 < head.slot_bytes() {
             self.front.extend(slots.iter().flat_map(|slot| slot.to_le_bytes()));
+        }
+        if 0 < lent {
+            let place = |run: Run| [rows[run.start..].as_ptr() as u64, run.bytes as u64];
+            self.front.extend(runs.iter().flat_map(place).flat_map(u64::to_le_bytes));
         }
         if self.sums {
             self.sum.add(&self.front[head.encode().len()..]);
@@ -115,7 +147,13 @@ impl Outbound {
             if self.done() {
                 break Ok(moved);
             }
-            match self.send(pipe, source) {
+            let went = match (pipe.ring(), self.direct) {
+                (Some(ring), Some(direct)) if self.open && self.is_front_sent() => {
+                    self.note_taken(ring, direct, source.1)
+                }
+                _ => self.send(pipe, source),
+            };
+            match went {
                 Ok(true) => moved = true,
                 Ok(false) => break Ok(moved),
                 Err(trouble) => break Err(trouble),
@@ -125,9 +163,38 @@ impl Outbound {
         result
     }
 
+    /// What a connection is waited for.
+    pub(super) fn room(&self) -> Room {
+        match self.direct {
+            _ if self.done() => Room::Enough,
+            Some(Direct { sequence, before }) if self.open && self.is_front_sent() => {
+                Room::Taken { sequence, bytes: (before + self.place.at) as u64 }
+            }
+            _ => Room::Bytes,
+        }
+    }
+
+    fn is_front_sent(&self) -> bool {
+        self.old.is_empty() && self.front_sent == self.front.len()
+    }
+
+    /// Looks how much the peer has copied; whether that is more than before.
+    fn note_taken(&mut self, ring: &Ring, of: Direct, runs: &Runs) -> Result<bool, Trouble> {
+        let taken = usize::try_from(ring.taken(of.sequence)).map_err(|_| Trouble::Garbled)?;
+        let more = taken.checked_sub(of.before + self.place.at).ok_or(Trouble::Garbled)?;
+        if runs.bytes() - self.place.at < more {
+            return Err(Trouble::Garbled);
+        }
+        runs.walk(&mut self.place, more, |_| {});
+        if self.place.at == runs.bytes() {
+            (self.open, self.direct, self.frames) = (false, None, self.frames + 1);
+        }
+        Ok(0 < more)
+    }
+
     /// One call of the system.
     fn send(&mut self, pipe: &Pipe, (rows, runs): (&[u8], &Runs)) -> Result<bool, Trouble> {
-        if self.open && self.place.at == self.summed.at {
+        if self.open && self.direct.is_none() && self.place.at == self.summed.at {
             self.sum_on(rows, runs);
         }
         if self.flips && self.open && self.place.at < self.summed.at {
@@ -144,7 +211,8 @@ impl Outbound {
         if self.open {
             add(&self.front[self.front_sent..]);
             let mut ahead = self.place;
-            for _ in 0..PIECES - 3 {
+            let most = if self.direct.is_some() { 0 } else { PIECES - 3 };
+            for _ in 0..most {
                 let run = runs.piece(ahead, self.summed.at - ahead.at);
                 add(&rows[run.start..][..run.bytes]);
                 runs.step(&mut ahead, run.bytes);
@@ -152,7 +220,7 @@ impl Outbound {
                     break;
                 }
             }
-            if ahead.at == runs.bytes() {
+            if self.direct.is_none() && ahead.at == runs.bytes() {
                 add(&trailer[self.trailer_sent..]);
             }
         }
@@ -211,6 +279,9 @@ impl Outbound {
             return;
         }
         self.front_sent += part(self.front.len() - self.front_sent);
+        if self.direct.is_some() {
+            return;
+        }
         let rows = part(self.summed.at - self.place.at);
         runs.walk(&mut self.place, rows, |_| {});
         self.trailer_sent += rest;
@@ -227,11 +298,13 @@ impl Outbound {
     }
 
     /// Copies what is not sent, since the rows are lent no longer.
-    pub(super) fn stage(&mut self, (rows, runs): (&[u8], &Runs)) {
+    pub(super) fn stage(&mut self, pipe: &Pipe, (rows, runs): (&[u8], &Runs)) {
         if self.unsent(runs) == 0 {
             return;
         }
-        let (bytes, summed) = (self.unsent(runs), self.summed.at - self.place.at);
+        // Of rows that the peer copies itself, none are summed.
+        let (bytes, summed) = (self.unsent(runs), self.summed.at.saturating_sub(self.place.at));
+        let taken = self.place.at;
         self.stage.clear();
         let stage = &mut self.stage;
         runs.walk(&mut self.place, bytes, |run| {
@@ -242,12 +315,21 @@ impl Outbound {
         (self.place, self.summed) = (Place::default(), Place::default());
         self.staged.walk(&mut self.summed, summed, |_| {});
         self.lent = false;
+        if let (Some(ring), Some(direct)) = (pipe.ring(), &mut self.direct) {
+            direct.before = taken;
+            let address = self.stage.as_ptr() as u64;
+            ring.put(direct.sequence, Where::Staged { from: taken as u64, address });
+        }
     }
 
     /// Gives up a frame of a step that has failed; its rows are staged.
-    pub(super) fn abandon(&mut self) {
+    pub(super) fn abandon(&mut self, pipe: &Pipe) {
         if !std::mem::take(&mut self.open) {
             return;
+        }
+        let direct = self.direct.take();
+        if let (Some(ring), Some(Direct { sequence, .. })) = (pipe.ring(), direct) {
+            ring.put(sequence, Where::Void);
         }
         if self.front_sent == 0 {
             self.begun -= 1;
@@ -255,6 +337,11 @@ impl Outbound {
         }
         assert!(self.old.is_empty(), "a frame goes out behind the one before it");
         self.old.extend_from_slice(&self.front[self.front_sent..]);
+        if direct.is_some() {
+            // Whoever skips the frame skips its places only.
+            self.frames += u64::from(self.old.is_empty());
+            return;
+        }
         if !self.lent {
             if self.sums {
                 self.sum.add(&self.stage[self.summed.at..]);

@@ -1,6 +1,6 @@
 //! How the bytes of a data connection travel: through the connection, or through shared memory beside it.
 
-use super::ring::{Ring, Wants};
+use super::ring::{Ring, Room, Wants};
 use super::socket::{self, watch};
 use std::io::{self, IoSlice};
 use std::net::{Shutdown, TcpStream};
@@ -51,6 +51,17 @@ impl Pipe {
         }
     }
 
+    /// The memory beside the connection.
+    pub(super) fn ring(&self) -> Option<&Ring> {
+        self.ring.as_ref()
+    }
+
+    /// Notes how many bytes of a frame were copied right out of the peer's memory.
+    pub(super) fn took(&self, sequence: u64, bytes: u32) -> io::Result<()> {
+        let wakes = self.ring.as_ref().is_some_and(|ring| ring.took(sequence, bytes));
+        self.woken((None, wakes)).map(|_| ())
+    }
+
     /// Wakes the peer if it sleeps. A connection too full for one more byte has woken it already.
     fn woken(&self, (moved, wakes): (Option<usize>, bool)) -> io::Result<Option<usize>> {
         if wakes {
@@ -62,7 +73,7 @@ impl Pipe {
     /// What to poll for before sleeping; `None` if there is no need to sleep.
     pub(super) fn fall_asleep(&self, wants: Wants) -> Option<libc::pollfd> {
         let reads = if wants.reads { libc::POLLIN } else { 0 };
-        let writes = if wants.writes { libc::POLLOUT } else { 0 };
+        let writes = if wants.writes != Room::Enough { libc::POLLOUT } else { 0 };
         match &self.ring {
             Some(ring) if ring.fall_asleep(wants) => None,
             Some(_) => Some(watch(&self.stream, libc::POLLIN)),

@@ -5,7 +5,7 @@
 //! has a name that could be left behind, and where the two cannot share memory they keep to the connection.
 //!
 //! ```text
-//!   file:  greeting │ caller's ring: written, read, flags │ other ring: the same │ bytes │ bytes
+//!   file:  greeting │ caller's ring: written, read, flags, place of rows │ other ring: the same │ bytes │ bytes
 //! ```
 //!
 //! One side only writes a ring and the other only reads it. Both counters only rise. What the peer says is
@@ -20,8 +20,11 @@ use rustix::mm::{MapFlags, ProtFlags};
 use std::io::{self, ErrorKind, IoSlice};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
+use super::arena::{Arena, Place, Window};
+use super::direct::{LENT_MIN, Reach, SEEN_MIN, Secret, Where};
 use super::frame::HELLO;
 
 /// Bytes that a ring holds: what a decode step sends, or pieces of a large frame that both sides work on
@@ -38,6 +41,24 @@ const WRITTEN: usize = 0;
 const READ: usize = 128;
 const READER_SLEEPS: usize = 256;
 const WRITER_SLEEPS: usize = 384;
+/// Sequence of the writer's frame, and bytes of it that the reader has copied right out of the writer's memory.
+const TAKEN: usize = 512;
+/// What of that memory the reader can read: sum of the two.
+const TAKES: usize = 520;
+const ALL: u32 = 1;
+const ITS_ARENA: u32 = 2;
+/// Where the rows of the writer's frame are: sequence and kind, byte, address.
+const LENDS: usize = 640;
+const STAGE_FROM: usize = 648;
+const STAGE_AT: usize = 656;
+/// How to reach the writer's memory.
+const PROCESS: usize = 768;
+const SECRET_AT: usize = 776;
+const SECRET: usize = 784;
+/// Its arena.
+const ARENA_FILE: usize = 792;
+const ARENA_AT: usize = 800;
+const ARENA_SIGN: usize = 808;
 const BYTES: [usize; 2] = [4096, 4096 + RING];
 const FILE: usize = 4096 + 2 * RING;
 
@@ -45,6 +66,13 @@ const FILE: usize = 4096 + 2 * RING;
 pub(super) struct Offer {
     file: OwnedFd,
     map: Map,
+    own: Own,
+}
+
+/// What a peer may read of this process's memory.
+struct Own {
+    secret: Secret,
+    arena: Option<Arc<Arena>>,
 }
 
 /// Where an offered file is found.
@@ -56,13 +84,14 @@ pub(super) struct Found {
 
 impl Offer {
     /// Makes a file that can neither shrink nor grow, so that a peer's access to it cannot fail.
-    pub(super) fn new() -> io::Result<Self> {
+    pub(super) fn new(arena: Option<&Arc<Arena>>) -> io::Result<Self> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = rustix::fs::memfd_create("exchange", flags)?;
         rustix::fs::ftruncate(&file, FILE as u64)?;
         rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)?;
-        let map = Map::new(&file)?;
-        Ok(Self { file, map })
+        let (map, own) = (Map::new(&file)?, Own::new(arena));
+        map.introduce(0, &own)?;
+        Ok(Self { file, map, own })
     }
 
     pub(super) fn found(&self) -> io::Result<Found> {
@@ -77,12 +106,17 @@ impl Offer {
 
     /// The caller's side, once the other one has the file.
     pub(super) fn taken(self) -> Ring {
-        Ring { map: self.map, out: 0 }
+        let Self { map, own, .. } = self;
+        Ring::new(map, 0, own)
     }
 }
 
 /// Opens an offered file, if it is the one that was meant.
-pub(super) fn accept(found: Found, hello: &[u8; HELLO]) -> io::Result<Ring> {
+pub(super) fn accept(
+    found: Found,
+    hello: &[u8; HELLO],
+    arena: Option<&Arc<Arena>>,
+) -> io::Result<Ring> {
     let path = format!("/proc/{}/fd/{}", found.process, found.file);
     // Another namespace may have another file by this name: opening it must not wait for anything.
     let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
@@ -95,7 +129,18 @@ pub(super) fn accept(found: Found, hello: &[u8; HELLO]) -> io::Result<Ring> {
     let map = Map::new(&file)?;
     let mut there = [0; HELLO];
     map.read(0, &mut there);
-    if there == *hello { Ok(Ring { map, out: 1 }) } else { Err(ErrorKind::InvalidData.into()) }
+    if there != *hello {
+        return Err(ErrorKind::InvalidData.into());
+    }
+    let own = Own::new(arena);
+    map.introduce(1, &own)?;
+    Ok(Ring::new(map, 1, own))
+}
+
+impl Own {
+    fn new(arena: Option<&Arc<Arena>>) -> Self {
+        Self { secret: Secret::new(), arena: arena.cloned() }
+    }
 }
 
 /// One side of a pair of rings.
@@ -103,9 +148,96 @@ pub(super) struct Ring {
     map: Map,
     /// The ring that this side writes.
     out: usize,
+    /// The peer's memory.
+    reach: Reach,
+    /// A part of it that is mapped here.
+    window: Option<Window>,
+    /// What the peer finds in this process's memory.
+    own: Own,
 }
 
 impl Ring {
+    /// Both sides are known by now.
+    fn new(map: Map, out: usize, own: Own) -> Self {
+        let (reach, place) = map.introduced(1 - out);
+        // None if the peer has no arena, or it cannot be reached.
+        let window = Window::open(reach.process, place).ok();
+        let all = if reach.works() { ALL } else { 0 };
+        let takes = all + if window.is_some() { ITS_ARENA } else { 0 };
+        map.flag(RINGS[1 - out] + TAKES).store(takes, Ordering::Release);
+        Self { map, out, reach, window, own }
+    }
+
+    /// Whether the peer should copy so many bytes of rows right out of this process's memory. What is staged later is
+    /// not in the arena, so it has to be able to read all.
+    pub(super) fn lends(&self, rows: &[u8], bytes: u64) -> bool {
+        let takes = self.map.flag(RINGS[self.out] + TAKES).load(Ordering::Acquire);
+        let seen = takes & ITS_ARENA != 0;
+        let seen = seen && self.own.arena.as_ref().is_some_and(|arena| arena.holds(rows));
+        takes & ALL != 0 && (if seen { SEEN_MIN } else { LENT_MIN }) <= bytes
+    }
+
+    /// Copies pieces of the peer's memory (address, length) into the pieces of `rows` (offset, length), as many bytes
+    /// as both hold, and returns how many.
+    pub(super) fn copy(
+        &self,
+        from: &[(usize, usize)],
+        rows: &mut [u8],
+        pieces: &[(usize, usize)],
+    ) -> io::Result<usize> {
+        let seen = self.window.as_ref().and_then(|window| window.copy(from, rows, pieces));
+        seen.map_or_else(|| self.reach.copy(from, rows, pieces), Ok)
+    }
+
+    /// Says where the rows of this side's frame are now. Behind this, those that lay elsewhere may be changed.
+    pub(super) fn put(&self, sequence: u64, place: Where) {
+        let at = RINGS[self.out];
+        let kind = match place {
+            Where::Lent => 0,
+            Where::Staged { from, address } => {
+                self.map.counter(at + STAGE_FROM).store(from, Ordering::Relaxed);
+                self.map.counter(at + STAGE_AT).store(address, Ordering::Relaxed);
+                1
+            }
+            Where::Void => 2,
+        };
+        self.map.counter(at + LENDS).store(sequence << 2 | kind, Ordering::Release);
+        // The word before whatever the caller writes next.
+        fence(Ordering::SeqCst);
+    }
+
+    /// Where the rows of the peer's frame are; an error if it never had such a frame.
+    pub(super) fn find(&self, sequence: u64) -> io::Result<Where> {
+        let at = RINGS[1 - self.out];
+        // What was copied before this was copied before the word is read.
+        fence(Ordering::SeqCst);
+        let word = self.map.counter(at + LENDS).load(Ordering::Acquire);
+        let from = self.map.counter(at + STAGE_FROM).load(Ordering::Relaxed);
+        let address = self.map.counter(at + STAGE_AT).load(Ordering::Relaxed);
+        match (word >> 2, word & 3) {
+            (now, 0) if now == sequence => Ok(Where::Lent),
+            (now, 1) if now == sequence => Ok(Where::Staged { from, address }),
+            (now, 2) if now == sequence => Ok(Where::Void),
+            // A frame that is not taken whole is followed by another one only if it was given up.
+            (now, 0..=2) if sequence < now => Ok(Where::Void),
+            _ => Err(ErrorKind::InvalidData.into()),
+        }
+    }
+
+    /// Notes how many bytes of a frame were copied out of the peer's memory. Returns whether it has to be woken.
+    pub(super) fn took(&self, sequence: u64, bytes: u32) -> bool {
+        let taken = self.map.counter(RINGS[1 - self.out] + TAKEN);
+        taken.store(sequence << 32 | u64::from(bytes), Ordering::Release);
+        wake(End::new(&self.map, 1 - self.out).writer_sleeps)
+    }
+
+    /// How many bytes of a frame the peer has copied out of this process's memory. What it says late of a
+    /// frame that was given up does not count for the next one.
+    pub(super) fn taken(&self, sequence: u64) -> u64 {
+        let word = self.map.counter(RINGS[self.out] + TAKEN).load(Ordering::Acquire);
+        if word >> 32 == sequence & 0xffff_ffff { word & 0xffff_ffff } else { 0 }
+    }
+
     /// Writes what fits; `None` if nothing does. The second tells whether the reader has to be woken.
     pub(super) fn send(&self, pieces: &[IoSlice<'_>]) -> io::Result<(Option<usize>, bool)> {
         let end = End::new(&self.map, self.out);
@@ -168,13 +300,17 @@ impl Ring {
         if wants.reads {
             into.reader_sleeps.store(1, Ordering::Relaxed);
         }
-        if wants.writes {
+        if wants.writes != Room::Enough {
             out.writer_sleeps.store(1, Ordering::Relaxed);
         }
         // The flags before the counters: the other side moves its counter before it looks at the flag.
         fence(Ordering::SeqCst);
         let comes = wants.reads && self.filled(&into).map_or(true, |filled| 0 < filled);
-        let goes = wants.writes && self.filled(&out).map_or(true, |filled| filled < RING);
+        let goes = match wants.writes {
+            Room::Enough => false,
+            Room::Bytes => self.filled(&out).map_or(true, |filled| filled < RING),
+            Room::Taken { sequence, bytes } => self.taken(sequence) != bytes,
+        };
         comes || goes
     }
 
@@ -189,7 +325,18 @@ impl Ring {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Wants {
     pub(super) reads: bool,
-    pub(super) writes: bool,
+    pub(super) writes: Room,
+}
+
+/// What a writer waits for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Room {
+    /// Nothing.
+    Enough,
+    /// That bytes can be written.
+    Bytes,
+    /// That the peer takes more than these bytes of the frame that it was lent.
+    Taken { sequence: u64, bytes: u64 },
 }
 
 /// Whether the other side sleeps; it is told once.
@@ -271,6 +418,30 @@ impl Map {
         assert!(offset.is_multiple_of(4) && offset + 4 <= BYTES[0], "a flag of the file");
         // SAFETY: as for `counter`.
         unsafe { AtomicU32::from_ptr(self.0.as_ptr().wrapping_add(offset).cast()) }
+    }
+
+    /// Tells the reader of a ring how to reach its writer's memory.
+    fn introduce(&self, ring: usize, own: &Own) -> io::Result<()> {
+        let Reach { process, address, secret } = own.secret.reach();
+        let arena = own.arena.as_ref().map(|arena| arena.place()).transpose()?;
+        let Place { file, base, sign } = arena.unwrap_or(Place { file: 0, base: 0, sign: 0 });
+        self.flag(RINGS[ring] + ARENA_FILE).store(file, Ordering::Relaxed);
+        self.counter(RINGS[ring] + ARENA_AT).store(base, Ordering::Relaxed);
+        self.counter(RINGS[ring] + ARENA_SIGN).store(sign, Ordering::Relaxed);
+        self.flag(RINGS[ring] + PROCESS).store(process, Ordering::Relaxed);
+        self.counter(RINGS[ring] + SECRET_AT).store(address, Ordering::Relaxed);
+        self.counter(RINGS[ring] + SECRET).store(secret, Ordering::Release);
+        Ok(())
+    }
+
+    fn introduced(&self, ring: usize) -> (Reach, Place) {
+        let secret = self.counter(RINGS[ring] + SECRET).load(Ordering::Acquire);
+        let address = self.counter(RINGS[ring] + SECRET_AT).load(Ordering::Relaxed);
+        let process = self.flag(RINGS[ring] + PROCESS).load(Ordering::Relaxed);
+        let file = self.flag(RINGS[ring] + ARENA_FILE).load(Ordering::Relaxed);
+        let base = self.counter(RINGS[ring] + ARENA_AT).load(Ordering::Relaxed);
+        let sign = self.counter(RINGS[ring] + ARENA_SIGN).load(Ordering::Relaxed);
+        (Reach { process, address, secret }, Place { file, base, sign })
     }
 
     fn write(&self, offset: usize, bytes: &[u8]) {

@@ -1,5 +1,8 @@
 //! Rows that lie together: where the rows of one peer stand in a larger buffer.
 
+use super::socket::PIECES;
+use std::ops::Deref;
+
 /// Bytes that lie together.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Run {
@@ -28,6 +31,11 @@ impl Runs {
             Some(last) if last.start + last.bytes == start => last.bytes += bytes,
             _ => self.list.push(Run { start, bytes }),
         }
+    }
+
+    /// The runs, in order.
+    pub(super) fn iter(&self) -> impl ExactSizeIterator<Item = Run> + '_ {
+        self.list.iter().copied()
     }
 
     /// Bytes of all runs.
@@ -65,6 +73,49 @@ impl Runs {
         if self.list.get(place.run).is_some_and(|run| run.bytes == place.within) {
             (place.run, place.within) = (place.run + 1, 0);
         }
+    }
+}
+
+/// The next pieces of runs, for one call of the system: start and length.
+pub(super) struct Pieces {
+    list: [(usize, usize); PIECES],
+    count: usize,
+    bytes: usize,
+}
+
+impl Pieces {
+    pub(super) fn one(start: usize, bytes: usize) -> Self {
+        let mut list = [(0, 0); PIECES];
+        list[0] = (start, bytes);
+        Self { list, count: 1, bytes }
+    }
+
+    /// Those from a place on, `most` bytes of them.
+    pub(super) fn next(runs: &Runs, mut place: Place, most: usize) -> Self {
+        let mut pieces = Self { list: [(0, 0); PIECES], count: 0, bytes: 0 };
+        while pieces.count < PIECES {
+            let run = runs.piece(place, most - pieces.bytes);
+            if run.bytes == 0 {
+                break;
+            }
+            pieces.list[pieces.count] = (run.start, run.bytes);
+            pieces.count += 1;
+            pieces.bytes += run.bytes;
+            runs.step(&mut place, run.bytes);
+        }
+        pieces
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Deref for Pieces {
+    type Target = [(usize, usize)];
+
+    fn deref(&self) -> &[(usize, usize)] {
+        &self.list[..self.count]
     }
 }
 

@@ -8,7 +8,7 @@ use super::Tcp;
 use super::inbound::Trouble;
 use super::lanes::{Lane, Wire};
 use super::link::Told;
-use super::ring::Wants;
+use super::ring::{Room, Wants};
 use super::socket::poll;
 use crate::error::{FaultKind, Reason};
 use crate::{View, active_ranks};
@@ -27,6 +27,10 @@ const YIELDS: u32 = 100;
 /// Bytes that a core copies per nanosecond, about. Waiting for a connection for as long as copying what it
 /// does not take would last costs at most twice the better choice.
 const COPY_BYTES_PER_NS: u64 = 8;
+
+/// Whoever gave its core away for so long gave it to somebody, most likely to a peer that copies: that time is not
+/// lost, and staging would only have kept the peer from it. Nobody else there: half a microsecond.
+const GIVEN_AWAY: Duration = Duration::from_micros(5);
 
 /// What a rank waits for.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -86,8 +90,11 @@ impl Tcp {
         let me = self.view.me;
         for rank in active_ranks(&self.view) {
             let lane = &mut self.lanes[rank.index()];
-            if let Some(wire) = &mut lane.wire {
-                wire.outbound.stage((rows, sending(goal, &lane.own, &lane.theirs)));
+            if self.layer.kept {
+                // They stay where they are.
+            } else if let Some(wire) = &mut lane.wire {
+                let runs = sending(goal, &lane.own, &lane.theirs);
+                wire.outbound.stage(&wire.link.data, (rows, runs));
             } else if rank == me && goal != Goal::Returned {
                 self.layer.stage_own(rows, lane);
             }
@@ -96,24 +103,30 @@ impl Tcp {
     }
 
     fn lent(&mut self, goal: Goal, rows: &[u8], deadline: Instant) -> Result<(), Blame> {
-        let mut stalled = None;
         self.waiting.seen = None;
         self.stopped()?;
+        let news = self.core.news();
+        let (mut moved, mut lost) = (Instant::now(), Duration::ZERO);
         loop {
+            let looked = Instant::now();
             if self.round(goal, rows, &mut [])? {
-                stalled = None;
+                (moved, lost) = (looked, Duration::ZERO);
             }
             let staging = self.staging(goal);
             if staging == 0 || goal == Goal::Returned {
                 return Ok(());
             }
             let now = Instant::now();
-            let stalled = *stalled.get_or_insert(now);
             let patience = Duration::from_nanos(staging as u64 / COPY_BYTES_PER_NS);
-            if patience <= now.duration_since(stalled) || deadline <= now {
+            // All ranks may share this core, and each has as much to copy.
+            let longest = patience * u32::from(self.view.ranks);
+            let waited = patience <= lost || longest <= now.duration_since(moved);
+            if waited || deadline <= now || self.core.news() != news {
                 return Ok(());
             }
             std::thread::yield_now();
+            let away = Some(now.elapsed()).filter(|away| *away < GIVEN_AWAY);
+            lost += now.duration_since(looked) + away.unwrap_or_default();
         }
     }
 
@@ -176,13 +189,17 @@ impl Tcp {
         let me = self.view.me;
         let mut moved = false;
         let mut slots = true;
-        for rank in active_ranks(&self.view).filter(|rank| *rank != me) {
+        let ranks = self.view.ranks;
+        // Every rank begins with another one, so that not all want the same memory at once.
+        let others = (me.0 + 1..ranks).chain(0..me.0).map(Rank);
+        for rank in others.filter(|rank| self.view.active[rank.index()]) {
             let Lane { wire, own, theirs, .. } = &mut self.lanes[rank.index()];
             let Some(wire) = wire else { unreachable!("connected before the first frame") };
             let Wire { link, inbound, outbound } = wire;
             let mut step = || {
                 let mut any = false;
                 if !outbound.done() {
+                    let rows = if self.layer.kept { &self.layer.rows } else { rows };
                     any |= outbound.push(&link.data, (rows, sending(goal, own, theirs)))?;
                     link.sent(outbound.frames());
                 }
@@ -319,8 +336,8 @@ impl Tcp {
                 Goal::Arrived(_) if !layer.laid_out => wire.inbound.wants_slots(),
                 Goal::Arrived(_) | Goal::Returned => !wire.inbound.done(),
             };
-            let wants = Wants { reads, writes: !wire.outbound.done() };
-            if wants.reads || wants.writes {
+            let wants = Wants { reads, writes: wire.outbound.room() };
+            if wants.reads || wants.writes != Room::Enough {
                 match wire.link.data.fall_asleep(wants) {
                     Some(entry) => waiting.entries.push(entry),
                     None => ready = true,
@@ -359,7 +376,11 @@ fn lost(wire: &Wire, goal: Goal, view: &View) -> Option<FaultKind> {
         Goal::Returned => 1 - here,
     };
     let Told { faulted, over } = wire.link.told();
-    let short = |frames: u64| frames < wire.inbound.frames + needed;
+    // Rows that were copied right out of the peer's memory are here before it knows.
+    let here = wire.inbound.frames;
+    let short = |frames: u64| wire.inbound.is_void() || frames.max(here) < here + needed;
+    // Nor can be waited for what it would have to take: it may do so in its next epoch, or never.
+    let short = |frames: u64| short(frames) || !wire.outbound.done();
     let failed = faulted.filter(|&(epoch, _)| view.epoch <= epoch);
     let left = over.filter(|&(before, _)| view.epoch < before);
     match (failed, left) {

@@ -49,8 +49,15 @@ fn try_step(
         let byte = |row: usize| (row * 7 + me * 31 + usize::from(layer)).to_le_bytes()[0];
         let bytes: Vec<u8> = (0..experts.len()).flat_map(|row| [byte(row); ROW_BYTES]).collect();
         let key = LayerKey { step, layer };
-        let lent = HostRows { bytes: &bytes, row_bytes: ROW_BYTES };
+        // Peers read these in different ways.
+        let mut buffer = end.buffer(bytes.len());
+        buffer.copy_from_slice(&bytes);
+        let lent = if layer % 2 == 0 { &bytes } else { &buffer[..] };
+        let lent = HostRows { bytes: lent, row_bytes: ROW_BYTES };
         let sent = end.dispatch_send(key, lent, &experts)?;
+        // Rows are lent no longer.
+        buffer.fill(!0);
+        drop(buffer);
         let arrived = end.dispatch_recv(sent)?;
         let (here, offsets) = end.arrived(&arrived);
         let mut results = here.bytes.to_vec();
