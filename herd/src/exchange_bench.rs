@@ -174,7 +174,7 @@ pub fn rank(
     let peers = addresses.split_whitespace().enumerate().map(peer);
     let peers = peers.collect::<anyhow::Result<Vec<_>>>()?;
     let mut end = mesh.join(view(me, case.ranks)?, &peers)?;
-    let mut work = Work::new(case, me, &end);
+    let mut work = Work::new(case, me, &mesh);
     let mut seconds = Vec::with_capacity(rounds);
     for round in 0..WARM_ROUNDS + rounds {
         let took = work.round(&mut end, StepId(u64::try_from(round)?))?;
@@ -205,11 +205,11 @@ struct Work {
 }
 
 impl Work {
-    fn new(case: Case, me: u16, end: &Tcp) -> Self {
+    fn new(case: Case, me: u16, mesh: &Mesh) -> Self {
         let row_bytes = ROW_BYTES.min(case.pair_bytes);
         let each = case.pair_bytes / row_bytes;
         let experts: Vec<u16> = (0..case.ranks).flat_map(|to| vec![to; each]).collect();
-        let rows = end.buffer(experts.len() * row_bytes);
+        let rows = mesh.buffer(experts.len() * row_bytes);
         Self { me, row_bytes, rows, experts }
     }
 

@@ -11,7 +11,9 @@ use all2all::local::Hub;
 use all2all::tcp::Peer;
 use all2all::{Aborter, AllToAll, ExchangeError, Fault, Reason, Routes, StepOutcome, View};
 use ids::{Epoch, ExpertId, Rank, StepId};
-use kernels::{Cache, Cpu, DeviceError, Dtype, Experts, Level, Pool, Sampled, StepBatch};
+use kernels::{
+    Cache, Cpu, Device, DeviceError, Dtype, Experts, Level, Pool, Sampled, StepBatch, Wire,
+};
 use model::forward::{Forward, ForwardError, Observer, Pass, pools, shape};
 use model::weights::Dense;
 use std::sync::Arc;
@@ -137,6 +139,8 @@ pub struct Engine {
     transport: Transport,
     hooks: Hooks,
     dtype: Dtype,
+    /// Of its experts, for other ranks.
+    results: Wire,
     tally: Arc<Tally>,
     seated: Option<Seated>,
 }
@@ -162,6 +166,10 @@ impl Engine {
         let config = &model.config;
         let dense = model.dense()?;
         let device = Cpu::new(Level::detect(), model.dtype, threads)?;
+        let device = match transport.row_memory() {
+            Some(memory) => device.with_row_memory(memory),
+            None => device,
+        };
         let blocks = |pool| match pool {
             Pool::Full => kv.full,
             Pool::Chunked(_) => kv.chunked,
@@ -172,6 +180,7 @@ impl Engine {
         Ok(Self {
             forward: Forward::new(&device, config, 0, (kv.full, kv.chunked)),
             row_bytes: device.row_bytes(config.hidden),
+            results: device.wire(),
             device,
             dense,
             cache,
@@ -268,6 +277,7 @@ impl Engine {
             device: &mut self.device,
             forward: &mut self.forward,
             row_bytes: self.row_bytes,
+            results: &mut self.results,
             dtype: self.dtype,
             hooks: &self.hooks,
             served,
@@ -286,6 +296,7 @@ struct RankStep<'a> {
     device: &'a mut Cpu,
     forward: &'a mut Forward<Cpu>,
     row_bytes: usize,
+    results: &'a mut Wire,
     dtype: Dtype,
     hooks: &'a Hooks,
     served: &'a Served,
@@ -304,7 +315,8 @@ impl RankStep<'_> {
         let mut all2all = Struck::new(all2all, self.hooks, self.dtype);
         all2all.begin_step(epoch, step, self.deadline)?;
         let rows = Rows { bytes: self.row_bytes, dtype: self.dtype };
-        let mut exchange = StepExchange::new(&mut all2all, step, rows, self.served);
+        let results = (rows, self.results);
+        let mut exchange = StepExchange::new(&mut all2all, step, results, self.served);
         let mut watch = Watch { observer, batch: pass.step, found: None };
         let result = self.forward.run(self.device, &mut pass, &mut exchange, &mut watch);
         let found = exchange.found.or(watch.found);

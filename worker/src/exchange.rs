@@ -47,11 +47,16 @@ pub(crate) struct StepExchange<'a, A> {
     index: u16,
     pub(crate) found: Option<NonFinite>,
     layer: Layer,
-    results: Wire,
+    results: &'a mut Wire,
 }
 
 impl<'a, A> StepExchange<'a, A> {
-    pub(crate) fn new(exchange: &'a mut A, step: StepId, rows: Rows, served: &'a Served) -> Self {
+    pub(crate) fn new(
+        exchange: &'a mut A,
+        step: StepId,
+        (rows, results): (Rows, &'a mut Wire),
+        served: &'a Served,
+    ) -> Self {
         Self {
             exchange,
             step,
@@ -63,7 +68,7 @@ impl<'a, A> StepExchange<'a, A> {
             index: 0,
             found: None,
             layer: Layer::Idle,
-            results: Wire::default(),
+            results,
         }
     }
 
@@ -122,7 +127,7 @@ impl<A: HostExchange> MoeExchange<Cpu> for StepExchange<'_, A> {
         let (rows, offsets) = self.exchange.arrived(&arrived);
         self.served.count(usize::from(self.index), offsets);
         self.results.room(0);
-        device.experts(rows.bytes, offsets, experts, &mut self.results);
+        device.experts(rows.bytes, offsets, experts, self.results);
         let results = HostRows { bytes: self.results.bytes(), row_bytes: self.row_bytes };
         self.layer = Layer::Pending(self.exchange.combine_send(arrived, results)?);
         Ok(())

@@ -5,6 +5,7 @@ use all2all::local::{Hub, Local};
 use all2all::tcp::{Identity, Mesh, Options, Peer, Tcp};
 use all2all::{Aborter, AllToAll, ExchangeError, View};
 use ids::Epoch;
+use kernels::RowMemory;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -91,6 +92,17 @@ impl Transport {
         match self {
             Self::Local(_) => String::new(),
             Self::Mesh(_, address) => address.to_string(),
+        }
+    }
+
+    /// Where rows should lie that this process sends.
+    pub(crate) fn row_memory(&self) -> Option<RowMemory> {
+        match self {
+            Self::Local(_) => None,
+            Self::Mesh(mesh, _) => {
+                let mesh = Arc::clone(mesh);
+                Some(Arc::new(move |bytes| Box::new(mesh.buffer(bytes))))
+            }
         }
     }
 

@@ -118,8 +118,7 @@ impl Tcp {
         self.lanes.iter().flat_map(|lane| &lane.wire).map(|wire| wire.inbound.dropped).sum()
     }
 
-    /// Bytes for rows that are to be sent: processes of the same host copy them right from there, instead of having
-    /// them copied twice. They are 0 or what an earlier buffer left, and may outlive the exchange.
+    /// As [`Mesh::buffer`].
     #[must_use]
     pub fn buffer(&self, bytes: usize) -> Buffer {
         Buffer::new(self.core.arena.as_ref(), bytes)

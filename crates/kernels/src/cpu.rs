@@ -18,6 +18,9 @@ use rayon::prelude::*;
 use std::sync::Arc;
 
 mod check;
+mod wire;
+
+pub use wire::{RowMemory, Wire};
 
 /// Multiply-adds of an attention below which a second thread costs more than it gains.
 const ATTENTION_WORK_MIN: usize = 1 << 16;
@@ -70,26 +73,6 @@ impl Route {
     }
 }
 
-/// Rows as they travel: f32 or bf16, by the profile.
-#[derive(Default)]
-pub struct Wire {
-    bytes: Vec<u8>,
-}
-
-impl Wire {
-    /// The rows' bytes.
-    #[must_use]
-    pub fn bytes(&self) -> &[u8] {
-        &self.bytes
-    }
-
-    /// Makes room for so many bytes, to be overwritten.
-    pub fn room(&mut self, bytes: usize) -> &mut [u8] {
-        self.bytes.resize(bytes, 0);
-        &mut self.bytes
-    }
-}
-
 /// Weights of one routed expert: `[2 * width, hidden]` with the gate first, and `[hidden, width]`.
 pub struct ExpertWeights {
     pub gate_up: Matrix,
@@ -134,6 +117,7 @@ pub struct Cpu {
     expert_gate_up: Tensor,
     expert_act: Tensor,
     expert_y: Tensor,
+    row_memory: Option<RowMemory>,
     /// Keeps the threads alive; parallel loops of this thread run on it.
     _pool: Option<rayon::ThreadPool>,
 }
@@ -163,8 +147,15 @@ impl Cpu {
             expert_gate_up: Tensor::default(),
             expert_act: Tensor::default(),
             expert_y: Tensor::default(),
+            row_memory: None,
             _pool: pool,
         })
+    }
+
+    /// Rows that it sends lie in this memory.
+    #[must_use]
+    pub fn with_row_memory(self, memory: RowMemory) -> Self {
+        Self { row_memory: Some(memory), ..self }
     }
 
     /// Bytes of a row of `columns` elements on the wire.
@@ -307,6 +298,10 @@ impl Device for Cpu {
         Tensor { data: vec![0.0; rows * columns], rows: 0, columns }
     }
 
+    fn wire(&self) -> Wire {
+        Wire::new(self.row_memory.clone())
+    }
+
     fn upload(
         &mut self,
         step: &StepBatch,
@@ -422,7 +417,7 @@ impl Device for Cpu {
     fn add_wire(&mut self, wire: &Wire, x: &mut Tensor) {
         let rows = x.rows;
         let data = x.resize(rows);
-        self.unpack(&wire.bytes, |i, value| data[i] += value);
+        self.unpack(wire.bytes(), |i, value| data[i] += value);
     }
 
     fn select(&mut self, batch: &CpuBatch, x: &Tensor, out: &mut Tensor) {

@@ -142,6 +142,9 @@ pub trait Device {
     /// A buffer for up to `rows` rows.
     fn tensor(&self, rows: usize, columns: usize) -> Self::Tensor;
 
+    /// A buffer for rows that travel.
+    fn wire(&self) -> Self::Wire;
+
     /// Starts a step: checks it against the cache and the vocabulary, and uploads it.
     ///
     /// # Errors

@@ -33,7 +33,7 @@ mod sample;
 pub use attention::{AttentionShape, BLOCK_TOKENS};
 pub use bandwidth::read_bandwidth;
 pub use cache::Cache;
-pub use cpu::{Cpu, CpuBatch, ExpertWeights, Experts, Route, Tensor, Wire};
+pub use cpu::{Cpu, CpuBatch, ExpertWeights, Experts, Route, RowMemory, Tensor, Wire};
 pub use device::{
     AttentionLayer, Device, DeviceError, Pool, Positional, RopeTable, Row, SampleRow, StepBatch,
     StepLimits, Table, Temperature,

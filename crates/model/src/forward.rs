@@ -131,7 +131,6 @@ pub struct Pass<'a, D: Device> {
 impl<D: Device> Forward<D>
 where
     D::Route: Default,
-    D::Wire: Default,
 {
     /// Buffers for steps of up to `rows` rows, `blocks` are the capacities of (full, chunked) pool.
     ///
@@ -160,7 +159,7 @@ where
             shared: MlpBuffers::new(device, rows, config.hidden, config.expert_width),
             router_logits: tensor(config.experts),
             route: D::Route::default(),
-            wire: D::Wire::default(),
+            wire: device.wire(),
             selected: device.tensor(0, config.hidden),
             logits: device.tensor(0, config.vocab),
         }

@@ -3,7 +3,7 @@
 //! Of two processes the one with the smaller incarnation connects, so that no pair is connected twice.
 //! A thread of the mesh ([`keeper`](super::keeper)) does all of this in the background.
 
-use super::arena::Arena;
+use super::arena::{Arena, Buffer};
 use super::frame::{NAME_MAX, Notice};
 use super::keeper;
 use super::link::Link;
@@ -76,6 +76,13 @@ impl Mesh {
     #[must_use]
     pub fn sums(&self) -> bool {
         !self.core.options.shared_memory
+    }
+
+    /// Bytes for rows that are to be sent: processes of the same host copy them right from there, instead of having
+    /// them copied twice. They are 0 or what an earlier buffer left, and may outlive the exchange.
+    #[must_use]
+    pub fn buffer(&self, bytes: usize) -> Buffer {
+        Buffer::new(self.core.arena.as_ref(), bytes)
     }
 
     /// Begins to connect to the members of a coming view, `[ranks]`, without disturbing the present one.
