@@ -44,7 +44,7 @@ def test_killed_worker_leaves_its_experts_to_the_others(wide, tmp_path):
     layers = 4
     assert sum(held(load)) == 2 * layers * EXPERTS and max(held(load)) <= 1.1 * min(held(load))
     epoch = load.status()["epoch"]
-    run = Run(load.cluster, tmp_path, 'kind = "kill"\ntarget = "worker"\nafter_s = [0.5, 1.0]', with_links=False, tokens=60).check()
+    run = Run(load.cluster, tmp_path, 'kind = "kill"\ntarget = "worker"\nafter_s = [0.3, 0.5]', with_links=False, tokens=250).check()
     assert run.report["streams"] == 12
     load.until_serving(WORKERS)
     changes = [change for change in load.status()["changes"] if change["epoch"] > epoch]

@@ -247,13 +247,14 @@ async fn forward(
     // Signs of life, as long as a step may be running.
     let mut beats = tokio::time::interval(proto::BEAT);
     beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut last: Option<Instant> = None;
+    let (mut last, mut newest): (Option<Instant>, u64) = (None, 0);
     loop {
         let message = tokio::select! {
             message = steps.message() => message,
             _ = beats.tick(), if last.is_some_and(|last| last.elapsed() < BEATS_LAST) => {
                 // A full channel is sign enough.
-                let _full = answer.try_send(Ok(pb::StepResult::default()));
+                let beat = pb::StepResult { step: newest, ..Default::default() };
+                let _full = answer.try_send(Ok(beat));
                 continue;
             }
         };
@@ -274,6 +275,7 @@ async fn forward(
             continue;
         }
         runner.supersede(Epoch(step.epoch));
+        newest = step.step;
         let job = Job { step, received: Instant::now(), answer: answer.clone() };
         if jobs.send(job).await.is_err() {
             // The router may be gone too.

@@ -235,7 +235,10 @@ impl Link {
         loop {
             let result = self.results.message().await.map_err(|s| broken(s.to_string()))?;
             let result = result.ok_or_else(|| broken("the worker ended it".into()))?;
-            signs.heard(rank);
+            // Beats of a worker that the step does not reach are those of one that does not answer.
+            if step.0 <= result.step {
+                signs.heard(rank);
+            }
             if (result.epoch, result.step) != (epoch.0, step.0) {
                 continue;
             }
