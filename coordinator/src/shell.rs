@@ -25,8 +25,8 @@ const STORE_RETRY: Duration = Duration::from_millis(500);
 const WINDOW: Duration = Duration::from_secs(10);
 /// A worker that answers no ping for this long while it prepares is gone. Preparing itself may take
 /// as long as loading does.
-const PING: Duration = Duration::from_secs(1);
-const PING_MAX: Duration = Duration::from_secs(2);
+const PING: Duration = Duration::from_millis(250);
+const PING_MAX: Duration = Duration::from_millis(750);
 const CONNECT_MAX: Duration = Duration::from_secs(2);
 
 /// What the services and the shell's own calls report.

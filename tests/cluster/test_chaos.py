@@ -77,7 +77,7 @@ def test_ended_connections_come_back(strikable, tmp_path):
 
 @pytest.mark.parametrize("way", ["to", "from"])
 def test_worker_that_is_cut_off_one_way_is_left_behind_and_comes_back(strikable, tmp_path, way):
-    run = Run(strikable, tmp_path, f'kind = "partition"\nway = "{way}"\nfor_s = 2\nafter_s = [0.4, 0.4]').check()
+    run = Run(strikable, tmp_path, f'kind = "partition"\nway = "{way}"\nfor_s = 4\nafter_s = [0.4, 0.4]').check()
     assert left_and_came_back(run) == 1, run.causes
 
 

@@ -51,13 +51,18 @@ def ip(*arguments, check=True):
 class Hosts:
     """A bridge that is this host, with one namespace on each of its ports."""
 
+    made = 0
+
     def __init__(self):
-        self.bridge = f"{NAME}br"
+        # The kernel takes its time to remove interfaces, so no two clusters have the same.
+        Hosts.made += 1
+        self.name = f"{NAME}{Hosts.made}"
+        self.bridge = f"{self.name}br"
         ip("link", "add", self.bridge, "type", "bridge")
         ip("addr", "add", f"{NET}.1/24", "dev", self.bridge)
         ip("link", "set", self.bridge, "up")
         for number, host in enumerate(HOSTS):
-            space, outside = f"{NAME}{host}", f"{NAME}{host}o"
+            space, outside = f"{self.name}{host}", f"{self.name}{host}o"
             ip("netns", "add", space)
             ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", space)
             ip("link", "set", outside, "master", self.bridge, "up")
@@ -66,16 +71,16 @@ class Hosts:
             ip("-n", space, "link", "set", "eth0", "up")
 
     def link(self, host, state):
-        ip("link", "set", f"{NAME}{host}o", state)
+        ip("link", "set", f"{self.name}{host}o", state)
 
     def isolate(self, state):
         """Keeps the namespaces from each other (`on`), though this host reaches them all; or not (`off`)."""
         for host in HOSTS:
-            ip("link", "set", f"{NAME}{host}o", "type", "bridge_slave", "isolated", state)
+            ip("link", "set", f"{self.name}{host}o", "type", "bridge_slave", "isolated", state)
 
     def remove(self):
         for host in HOSTS:
-            ip("netns", "del", f"{NAME}{host}", check=False)
+            ip("netns", "del", f"{self.name}{host}", check=False)
         ip("link", "del", self.bridge, check=False)
 
 
@@ -98,7 +103,7 @@ class Cluster:
         self.start([BINARY, "coordinator", "--listen", f"{NET}.1:{coordinator}", "--etcd", urls[0], "--workers", str(sum(HOSTS.values())), "--redundancy", "1"])
         at = f"http://{NET}.1:{coordinator}"
         for number, (host, workers) in enumerate(HOSTS.items()):
-            inside = ["ip", "netns", "exec", f"{NAME}{host}", BINARY, "worker", "--coordinator", at, "--model", MODEL_DIR]
+            inside = ["ip", "netns", "exec", f"{hosts.name}{host}", BINARY, "worker", "--coordinator", at, "--model", MODEL_DIR]
             for _ in range(workers):
                 self.start([*inside, "--listen", f"{NET}.{number + 2}:0", "--threads", "1", "--sequences", "64"])
         self.start([BINARY, "router", "--model", MODEL_DIR, "--listen", f"127.0.0.1:{port}", "--coordinator", at, "--sequences", "64"])

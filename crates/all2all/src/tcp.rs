@@ -83,7 +83,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             unanswered: Duration::from_secs(10),
-            silent: Duration::from_secs(2),
+            silent: Duration::from_secs(1),
             shared_memory: true,
             buffer_bytes: None,
         }
