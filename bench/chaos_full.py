@@ -70,7 +70,11 @@ def large():
     """A random checkpoint of 3 GB."""
     if not LARGE.exists():
         partial = LARGE.with_suffix(".partial")
-        subprocess.run([HERD, "synth", "--config", ROOT / "bench" / "mini-maverick.json", "--tokenizer", ROOT / "models" / "toy-maverick", "--out", partial], check=True)
+        # Every token shall be text, or a stall could not be seen.
+        config = json.loads((ROOT / "bench" / "mini-maverick.json").read_text())
+        config |= {"vocab_size": 2048, "bos_token_id": 2000, "eos_token_id": 2001, "pad_token_id": 2018}
+        partial.with_suffix(".json").write_text(json.dumps(config))
+        subprocess.run([HERD, "synth", "--config", partial.with_suffix(".json"), "--tokenizer", ROOT / "models" / "toy-maverick", "--out", partial], check=True)
         partial.rename(LARGE)
     return LARGE
 

@@ -14,6 +14,7 @@ mod shell;
 #[cfg(test)]
 mod tests;
 mod view_store;
+mod wanted;
 
 use control::Settings;
 use proto::pb;

@@ -112,7 +112,10 @@ impl pb::coordinator_server::Coordinator for Service {
         let worker = WorkerId(request.into_inner().worker);
         let (reply, answer) = oneshot::channel();
         self.send(Event::Drain { worker, reply }).await?;
-        answer.await.map_err(|_| ended())?.map_err(Status::failed_precondition)?;
+        answer
+            .await
+            .map_err(|_| ended())?
+            .map_err(|stays| Status::failed_precondition(stays.to_string()))?;
         Ok(Response::new(pb::DrainResponse {}))
     }
 

@@ -4,7 +4,7 @@ mod evidence;
 mod wishes;
 
 use crate::meter::Meter;
-use crate::{report, view_store};
+use crate::{report, view_store, wanted};
 use control::{Control, Hello, Input, Levelling, Output, Settings};
 use evidence::Evidence;
 use ids::{Epoch, Rank, WorkerId};
@@ -45,7 +45,7 @@ pub(crate) enum Event {
     /// An operator wants a worker to leave; answered when it has, or cannot.
     Drain {
         worker: WorkerId,
-        reply: oneshot::Sender<Result<(), String>>,
+        reply: oneshot::Sender<Result<(), Stays>>,
     },
     /// What a worker's experts had to do, `[moe layers][experts]`.
     Load {
@@ -89,6 +89,15 @@ pub(crate) struct Scaled {
     pub(crate) missing: u16,
 }
 
+/// Why a worker that should leave has not been drained.
+#[derive(Debug, Clone, thiserror::Error)]
+pub(crate) enum Stays {
+    #[error("it was lost before it was drained")]
+    Lost,
+    #[error("{0}")]
+    Refused(String),
+}
+
 /// Why a membership ends.
 #[derive(Debug)]
 pub(crate) enum Dismissal {
@@ -121,7 +130,7 @@ enum Answer {
 }
 
 /// Fires when a worker has left, or cannot.
-type Left = oneshot::Receiver<Result<(), String>>;
+type Left = oneshot::Receiver<Result<(), Stays>>;
 
 pub(crate) struct Shell {
     /// Weak: the shell ends when nobody else can send any more.
@@ -136,7 +145,7 @@ pub(crate) struct Shell {
     peers: BTreeMap<WorkerId, Peer>,
     connections: u64,
     /// Who waits for a worker to leave.
-    draining: BTreeMap<WorkerId, Vec<oneshot::Sender<Result<(), String>>>>,
+    draining: BTreeMap<WorkerId, Vec<oneshot::Sender<Result<(), Stays>>>>,
     /// Who waits for a levelled view, with its epoch.
     levelling: Vec<(Epoch, Levelling, oneshot::Sender<Levelling>)>,
     meter: Meter,
@@ -174,6 +183,9 @@ impl Shell {
     pub(crate) async fn run(mut self, settings: Settings) {
         let stands = self.read_store().await;
         let mut control = Control::new(settings, self.started.elapsed(), stands);
+        if let Ok(Some(workers)) = wanted::read(&*self.context.store).await {
+            control.want(workers);
+        }
         let mut windows = tokio::time::interval(WINDOW);
         windows.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         while !self.is_fenced {
@@ -222,7 +234,11 @@ impl Shell {
             Event::Evidence(Evidence::Silence(input)) => self.feed(control, input),
             Event::Drain { worker, reply } => {
                 self.draining.entry(worker).or_default().push(reply);
+                let before = control.wanted();
                 self.feed(control, Input::Drain { worker });
+                if let Some(workers) = control.wanted().filter(|_| control.wanted() != before) {
+                    self.remember(workers);
+                }
             }
             Event::Load { worker, layers } => {
                 let Some(shape) = control.shape() else { return };
@@ -240,7 +256,7 @@ impl Shell {
                 // A worker that has registered again meanwhile is not gone.
                 if self.peers.get(&worker).is_some_and(|peer| peer.connection == connection) {
                     self.peers.remove(&worker);
-                    self.drained(worker, &Err("it was lost before it was drained".into()));
+                    self.drained(worker, &Err(Stays::Lost));
                     let evidence = "its registration stream ended".into();
                     self.feed(control, Input::Lost { worker, evidence });
                 }
@@ -341,7 +357,7 @@ impl Shell {
             Output::Refuse { reason, .. } => self.registering = Some(Err(reason)),
             Output::DrainRefused { worker, reason } => {
                 tracing::warn!(%worker, reason, "drain refused");
-                self.drained(worker, &Err(reason));
+                self.drained(worker, &Err(Stays::Refused(reason)));
             }
             Output::Scaled { leaving, missing } => {
                 let waiting = |worker: WorkerId| {

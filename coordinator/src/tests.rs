@@ -207,3 +207,25 @@ async fn epochs_go_on_from_the_store_after_a_restart() {
     let _member = join(&mut client, &start_puppet(Puppet::Able).await).await;
     assert_eq!(next(&mut views).await, "2[1]");
 }
+
+#[tokio::test]
+async fn later_leader_knows_how_many_workers_are_wanted() {
+    let store = Memory::new();
+    let (first, mut client) = coordinator(&store, 1).await;
+    leads(&first).await;
+    let mut views = client.watch_view(pb::WatchViewRequest {}).await.unwrap().into_inner();
+    let _member = join(&mut client, &start_puppet(Puppet::Able).await).await;
+    assert_eq!(next(&mut views).await, "1[0]");
+    client.scale(pb::ScaleRequest { workers: 3 }).await.unwrap();
+    // It is written beside the answer.
+    let written = async {
+        while wanted::read(&store).await != Ok(Some(3)) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, written).await.expect("it is written");
+    first.resign().await;
+    let (second, _client) = coordinator(&store, 1).await;
+    leads(&second).await;
+    assert_eq!(second.status().await.unwrap()["workers_wanted"], 3);
+}

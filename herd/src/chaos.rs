@@ -109,8 +109,11 @@ fn settled(
         let status = status(cluster);
         let elapsed_s = start.elapsed().as_secs_f64();
         match status {
+            // Nobody leads for a while after a leader's death, though all workers serve.
             Ok(status)
-                if workers <= serving_members(&status).len() && invariants::is_idle(&status) =>
+                if workers <= serving_members(&status).len()
+                    && 0 < invariants::leading(&status)
+                    && invariants::is_idle(&status) =>
             {
                 return Ok((status, Some(elapsed_s)));
             }

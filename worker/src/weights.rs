@@ -14,6 +14,9 @@ use std::time::{Duration, Instant};
 /// How often the progress of loading is logged.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
+/// How far the threads that load give way: a tenth of the time that a step's thread gets.
+const NICE: i32 = 10;
+
 /// Why a model cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
@@ -38,6 +41,8 @@ pub struct Model {
     dense: Mutex<Option<Arc<Dense<Cpu>>>>,
     /// Never locked while something is loaded: who needs nothing does not wait.
     experts: Mutex<ExpertMap>,
+    /// Threads that load; they give way to the steps. `None` if there are none to be had.
+    loaders: Option<rayon::ThreadPool>,
     /// Held by whoever reads experts, lest two workers of a process read the same.
     reading: Mutex<()>,
 }
@@ -58,6 +63,7 @@ impl Model {
             checkpoint,
             dense: Mutex::default(),
             experts: Mutex::default(),
+            loaders: loaders(),
             reading: Mutex::default(),
         })
     }
@@ -195,7 +201,10 @@ impl Model {
                     report("loading");
                 }
             });
-            let result = load();
+            let result = match &self.loaders {
+                Some(loaders) => loaders.install(load),
+                None => load(),
+            };
             drop(done);
             result
         })?;
@@ -204,6 +213,18 @@ impl Model {
         }
         Ok(result)
     }
+}
+
+fn loaders() -> Option<rayon::ThreadPool> {
+    let give_way = |_| {
+        // On Linux a thread's own priority. If it is refused, steps wait a little longer while experts are loaded.
+        let _refused = rustix::process::nice(NICE);
+    };
+    rayon::ThreadPoolBuilder::new()
+        .thread_name(|index| format!("load-{index}"))
+        .start_handler(give_way)
+        .build()
+        .ok()
 }
 
 fn keys(wanted: &[Vec<usize>]) -> impl Iterator<Item = Key> {

@@ -1,8 +1,10 @@
 //! What operators want, and what they are told.
 
-use super::{Answer, Scaled, Shell};
+use super::{Answer, Scaled, Shell, Stays};
+use crate::wanted;
 use control::{Control, Input, Levelling};
 use ids::WorkerId;
+use std::sync::Arc;
 use tokio::sync::oneshot;
 
 impl Shell {
@@ -42,20 +44,39 @@ impl Shell {
                 unreachable!("the machine answers every wish for a number of workers")
             }
         };
+        self.remember(workers);
         telemetry::spawn("coordinator.scale", async move {
-            let mut left = Vec::new();
+            let (mut left, mut refused) = (Vec::new(), None);
             for (worker, has_left) in leaving {
-                // A worker that was lost meanwhile is gone as well.
-                if has_left.await.is_ok() {
-                    left.push(worker);
+                match has_left.await {
+                    Ok(Ok(())) => left.push(worker),
+                    // It is gone as well.
+                    Ok(Err(Stays::Lost)) => left.push(worker),
+                    Ok(Err(stays)) => refused = Some(stays.to_string()),
+                    // The leader ends, and the next one knows how many are wanted.
+                    Err(_) => {}
                 }
             }
-            let _left = reply.send(Ok(Scaled { left, missing }));
+            let answer = match refused {
+                Some(reason) => Err(reason),
+                None => Ok(Scaled { left, missing }),
+            };
+            let _left = reply.send(answer);
+        });
+    }
+
+    /// A later leader shall know how many are wanted.
+    pub(super) fn remember(&self, workers: u16) {
+        let (store, guard) = (Arc::clone(&self.context.store), self.context.guard.clone());
+        telemetry::spawn("coordinator.wanted", async move {
+            if let Err(error) = wanted::write(store, guard, workers).await {
+                tracing::warn!(workers, %error, "a later leader will not know how many are wanted");
+            }
         });
     }
 
     /// Answers those who wait for the worker to leave; whether somebody did.
-    pub(super) fn drained(&mut self, worker: WorkerId, result: &Result<(), String>) -> bool {
+    pub(super) fn drained(&mut self, worker: WorkerId, result: &Result<(), Stays>) -> bool {
         let Some(waiting) = self.draining.remove(&worker) else { return false };
         for reply in waiting {
             // Whoever asked may have left.

@@ -9,6 +9,17 @@ use std::time::Duration;
 const WAITING: &str = "a new leader is waiting for the members; try again";
 
 impl Control {
+    /// How many workers an operator wants; `None`: nobody has said.
+    #[must_use]
+    pub fn wanted(&self) -> Option<u16> {
+        self.wanted
+    }
+
+    /// What an operator told an earlier leader: so many workers.
+    pub fn want(&mut self, workers: u16) {
+        self.wanted = Some(workers);
+    }
+
     /// A member that is to leave stays until a view without it counts.
     pub(crate) fn drain(&mut self, now: Duration, worker: WorkerId) -> Vec<Output> {
         if let Some(reason) = self.drain_refusal(worker) {
@@ -17,6 +28,9 @@ impl Control {
         if !self.draining.insert(worker) {
             return Vec::new();
         }
+        // Whoever is drained is not to be replaced.
+        let staying = u16::try_from(self.members.len() - self.draining.len()).unwrap_or(u16::MAX);
+        self.wanted = self.wanted.map(|wanted| wanted.min(staying));
         self.send_away(now, Cause::Drained(worker))
     }
 

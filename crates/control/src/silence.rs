@@ -5,11 +5,16 @@
 //! every stream wait. If the worker lives it registers again, but not at once and later each time, so
 //! that one that only the router cannot reach does not stop the streams again and again.
 
+use crate::machine::Phase;
 use crate::{Control, Hello, Output, Silence};
 use ids::{Epoch, Rank, WorkerId};
+use placement::Aim;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+/// Members that prepare a planned view load experts beside their steps, and are late with all else. Silence
+/// counts against them from here on; routers tell of one that lasts again and again.
+const BUSY: Duration = Duration::from_millis(300);
 /// How long a worker that was silent once is kept out.
 const KEPT_OUT_FIRST: Duration = Duration::from_secs(1);
 /// The longest; then it gets another chance.
@@ -49,6 +54,10 @@ impl Control {
         epoch: Epoch,
         silence: &Silence,
     ) -> Option<Vec<Output>> {
+        let is_loading = matches!(self.phase, Phase::Preparing { aim: Aim::Level, .. });
+        if is_loading && !silence.lasted.is_zero() && silence.lasted < BUSY {
+            return Some(Vec::new());
+        }
         let view = self.committed.as_ref().filter(|view| view.epoch == epoch)?;
         let member = |rank: &Rank| view.members.get(rank.index());
         let is_here = |worker: &WorkerId| self.members.contains_key(worker);

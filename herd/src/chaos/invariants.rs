@@ -45,6 +45,12 @@ pub(super) fn judge(report: &Report) -> Vec<Verdict> {
     RULES.map(verdict).into()
 }
 
+/// How many coordinators say that they lead.
+pub(super) fn leading(status: &Value) -> usize {
+    let all = status["coordinators"].as_array().into_iter().flatten();
+    all.filter(|coordinator| coordinator["leader"] == true).count()
+}
+
 /// Whether no request is under way.
 pub(super) fn is_idle(status: &Value) -> bool {
     left(status) == (0, 0)
@@ -104,7 +110,6 @@ fn ends(_: &Report, round: &Round) -> Option<String> {
 }
 
 fn leaders(_: &Report, round: &Round) -> Option<String> {
-    let all = round.after["coordinators"].as_array().into_iter().flatten();
-    let count = all.filter(|coordinator| coordinator["leader"] == true).count();
+    let count = leading(&round.after);
     (count != 1).then(|| format!("{count} lead"))
 }

@@ -7,7 +7,7 @@
 
 use proto::pb;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -39,12 +39,15 @@ impl Default for Links {
     }
 }
 
+/// Addresses that processes call from, and what they are called.
+pub type Names = Arc<Mutex<Vec<(IpAddr, String)>>>;
+
 /// Who opens the connections of a relay.
 #[derive(Debug, Clone)]
 pub enum Caller {
     One(String),
     /// Told by the address that they come from; whoever is not listed is the [`REST`].
-    From(Arc<Vec<(IpAddr, String)>>),
+    From(Names),
 }
 
 impl Links {
@@ -65,7 +68,10 @@ impl Links {
             };
             let caller = match &caller {
                 Caller::One(name) => name.clone(),
+                // Names are put whole.
                 Caller::From(names) => names
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
                     .iter()
                     .find(|(ip, _)| *ip == from.ip())
                     .map_or(REST.to_owned(), |(_, name)| name.clone()),

@@ -5,24 +5,18 @@
 //! its exchange is known by where the connection comes from.
 
 use anyhow::Context;
-use herd::chaos::links::{Caller, Links, REST};
+use herd::chaos::links::{Caller, Links, Names, REST};
 use proto::pb::links_server::LinksServer;
 use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
-/// A relay that is not running yet: it keeps its port.
-struct Relay {
-    listener: TcpListener,
-    ends: (Caller, String),
-    target: SocketAddr,
-}
-
-/// The relays of a cluster.
+/// The relays of a cluster; they end with this process.
 pub(super) struct Network {
     links: Links,
-    relays: Vec<Relay>,
-    control: TcpListener,
+    /// Of all workers.
+    names: Names,
+    coordinators: String,
 }
 
 /// What a worker needs to know of its relays.
@@ -33,47 +27,42 @@ pub(super) struct Place {
 }
 
 impl Network {
-    /// Plans the relays of `workers` workers, each with its [`Place`]. `coordinators`: their URLs.
-    pub(super) fn plan(workers: u16, coordinators: &str) -> anyhow::Result<(Self, Vec<Place>)> {
-        let links = Links::default();
-        let control = listen()?;
-        let mut network = Self { links, relays: Vec::new(), control };
-        let fronts = (0..workers).map(|number| Ok((own_ip(number), listen()?)));
-        let fronts: Vec<(IpAddr, TcpListener)> = fronts.collect::<anyhow::Result<_>>()?;
-        let name = |(ip, front): &(IpAddr, TcpListener)| Ok((*ip, front.local_addr()?.to_string()));
-        let names: Vec<_> = fronts.iter().map(name).collect::<anyhow::Result<_>>()?;
-        let names = Arc::new(names);
-        let mut places = Vec::new();
-        for ((ip, front), (_, name)) in fronts.into_iter().zip(&*names) {
-            places.push(network.place(ip, (front, name), coordinators, &names)?);
-        }
-        Ok((network, places))
+    /// A network without workers, and where it takes rules, `http://host:port`. `coordinators`: their URLs.
+    pub(super) fn start(coordinators: &str) -> anyhow::Result<(Self, String)> {
+        let (links, control) = (Links::default(), listen()?);
+        let url = format!("http://{}", control.local_addr()?);
+        let incoming = proto::incoming(own(control)?);
+        let server = LinksServer::new(links.clone());
+        telemetry::spawn("chaos.control", async move {
+            let server = tonic::transport::Server::builder().add_service(server);
+            if let Err(error) = server.serve_with_incoming(incoming).await {
+                tracing::error!(%error, "the control of the links ended");
+            }
+        });
+        Ok((Self { links, names: Names::default(), coordinators: coordinators.to_owned() }, url))
     }
 
-    fn place(
-        &mut self,
-        ip: IpAddr,
-        (front, name): (TcpListener, &String),
-        coordinators: &str,
-        names: &Arc<Vec<(IpAddr, String)>>,
-    ) -> anyhow::Result<Place> {
+    /// Starts the relays of a worker.
+    pub(super) fn place(&self, number: u16) -> anyhow::Result<Place> {
+        let ip = own_ip(number);
         let (serves, exchanges) = (free_port(ip)?, free_port(ip)?);
-        let exchange = listen()?;
-        let reached = exchange.local_addr()?;
-        self.add(front, (Caller::One(REST.into()), name.clone()), serves);
-        self.add(exchange, (Caller::From(Arc::clone(names)), name.clone()), exchanges);
+        let (front, exchange) = (listen()?, listen()?);
+        let (name, reached) = (front.local_addr()?.to_string(), exchange.local_addr()?);
+        self.names.lock().unwrap_or_else(PoisonError::into_inner).push((ip, name.clone()));
+        self.relay(front, (Caller::One(REST.into()), name.clone()), serves)?;
+        self.relay(exchange, (Caller::From(Arc::clone(&self.names)), name.clone()), exchanges)?;
         let mut urls = Vec::new();
-        for url in coordinators.split(',') {
+        for url in self.coordinators.split(',') {
             let target = url.trim_start_matches("http://");
             let target = target.parse().with_context(|| format!("{url} is no http://ip:port"))?;
             let relay = listen()?;
             urls.push(format!("http://{}", relay.local_addr()?));
-            self.add(relay, (Caller::One(name.clone()), REST.into()), target);
+            self.relay(relay, (Caller::One(name.clone()), REST.into()), target)?;
         }
         let mut flags: Vec<OsString> = vec!["--exchange".into(), "tcp".into()];
         for (flag, value) in [
             ("--listen", serves.to_string()),
-            ("--advertise", name.clone()),
+            ("--advertise", name),
             ("--exchange-listen", exchanges.to_string()),
             ("--exchange-advertise", reached.to_string()),
         ] {
@@ -83,25 +72,15 @@ impl Network {
         Ok(Place { flags, coordinators: urls.join(",") })
     }
 
-    fn add(&mut self, listener: TcpListener, ends: (Caller, String), target: SocketAddr) {
-        self.relays.push(Relay { listener, ends, target });
-    }
-
-    /// Runs the relays and takes rules for them; returns where, `http://host:port`.
-    pub(super) fn start(self) -> anyhow::Result<String> {
-        let Self { links, relays, control } = self;
-        for Relay { listener, ends, target } in relays {
-            telemetry::spawn("chaos.links", links.clone().relay(own(listener)?, ends, target));
-        }
-        let url = format!("http://{}", control.local_addr()?);
-        let incoming = proto::incoming(own(control)?);
-        telemetry::spawn("chaos.control", async move {
-            let server = tonic::transport::Server::builder().add_service(LinksServer::new(links));
-            if let Err(error) = server.serve_with_incoming(incoming).await {
-                tracing::error!(%error, "the control of the links ended");
-            }
-        });
-        Ok(url)
+    fn relay(
+        &self,
+        listener: TcpListener,
+        ends: (Caller, String),
+        target: SocketAddr,
+    ) -> anyhow::Result<()> {
+        let relay = self.links.clone().relay(own(listener)?, ends, target);
+        telemetry::spawn("chaos.links", relay);
+        Ok(())
     }
 }
 

@@ -6,7 +6,7 @@
 //! dead.
 
 use super::DtypeArg;
-use super::links::Network;
+use super::links::{Network, Place};
 use super::parts::{Signals, say};
 use super::up::{Args, how_to_try};
 use anyhow::{Context, bail};
@@ -109,16 +109,21 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
     let program = std::env::current_exe().context("cannot find this program")?.into_os_string();
     let (coordinators, urls) = coordinators(args, &program, &etcd)?;
     roles.extend(coordinators);
-    if args.allow_chaos {
-        let (network, places) = Network::plan(args.workers, &urls)?;
-        for (number, place) in (0..).zip(places) {
-            let mut role = worker(args, &program, &place.coordinators, (&dir, number));
-            role.args.extend(place.flags);
-            roles.push(role);
-        }
-        say(&format!("links: {}", network.start()?));
-    } else {
-        roles.extend((0..args.workers).map(|n| worker(args, &program, &urls, (&dir, n))));
+    let network = args.allow_chaos.then(|| Network::start(&urls)).transpose()?;
+    if let Some((_, links)) = &network {
+        say(&format!("links: {links}"));
+    }
+    let another = |number| {
+        let Some((network, _)) = &network else {
+            return Ok(worker(args, &program, &urls, (&dir, number)));
+        };
+        let Place { flags, coordinators } = network.place(number)?;
+        let mut role = worker(args, &program, &coordinators, (&dir, number));
+        role.args.extend(flags);
+        Ok(role)
+    };
+    for number in 0..args.workers {
+        roles.push(another(number)?);
     }
     let address =
         if args.serve.listen.ends_with(":0") { free_address()? } else { args.serve.listen.clone() };
@@ -128,14 +133,6 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
     }
     let mut signals = Signals::new()?;
     let name = args.serve.model_name(&dir);
-    let another = |number| {
-        let mut role = worker(args, &program, &urls, (&dir, number));
-        if args.allow_chaos {
-            // Its links have no relays: these are planned at the start.
-            role.args.extend(["--allow-chaos", "--exchange", "tcp"].map(OsString::from));
-        }
-        role
-    };
     let announce = async {
         ready(&address).await;
         say(&format!("\n{}", how_to_try(&name, &address)));
@@ -209,7 +206,7 @@ async fn supervise(
     roles: &mut Vec<Role>,
     coordinators: &str,
     args: &Args,
-    mut worker: impl FnMut(u16) -> Role,
+    worker: impl Fn(u16) -> anyhow::Result<Role>,
 ) -> anyhow::Result<()> {
     let status = router::status::of_coordinators(coordinators);
     let mut next_worker = args.workers;
@@ -225,7 +222,7 @@ async fn supervise(
                 let runs = |role: &&Role| role.is_worker() && role.child.is_some();
                 let running = roles.iter().filter(runs).count();
                 for _ in running..usize::from(workers) {
-                    let mut role = worker(next_worker);
+                    let mut role = worker(next_worker)?;
                     next_worker += 1;
                     role.spawn()?;
                     roles.push(role);

@@ -313,3 +313,41 @@ fn rank_that_others_do_not_reach_leaves_when_steps_keep_failing() {
         ],
     );
 }
+
+/// Whoever is drained is not replaced by those who start workers until there are as many as wanted.
+#[test]
+fn drain_lowers_the_number_that_was_wanted() {
+    let mut control = serving_with(settings(3));
+    control.step(Duration::from_secs(5), Input::Scale { workers: 3 });
+    control.step(Duration::from_secs(6), drain(1));
+    assert_eq!(control.wanted(), Some(2));
+    let mut control = serving_with(settings(3));
+    control.step(Duration::from_secs(6), drain(1));
+    assert_eq!(control.wanted(), None, "nobody has said");
+    control.want(5);
+    control.step(Duration::from_secs(7), drain(2));
+    assert_eq!(control.wanted(), Some(1));
+}
+
+/// Who loads experts for a planned view is late with its beats, and is not given up for a few of them.
+#[test]
+fn short_silence_while_experts_are_loaded_is_let_pass() {
+    let mut control = serving();
+    let silent = |ms| Input::Fault {
+        epoch: Epoch(1),
+        text: "silent".into(),
+        suspects: vec![Rank(1)],
+        silence: Silence { ranks: vec![Rank(1)], lasted: Duration::from_millis(ms) },
+    };
+    control.step(Duration::from_secs(5), Input::Hello(hello("c")));
+    check(&mut control, vec![(5, silent(60)), (5, silent(290))], &[]);
+    check(
+        &mut control,
+        vec![(5, silent(310))],
+        &[
+            "dismiss w1: the router heard nothing from it for 310ms",
+            "prepare w0 as r0 of n3[w0 w2]",
+            "prepare w2 as r1 of n3[w0 w2]",
+        ],
+    );
+}
