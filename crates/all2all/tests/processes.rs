@@ -181,6 +181,6 @@ fn killed_process_is_named_at_once() {
 
 #[test]
 fn frozen_process_is_named_at_the_deadline() {
-    survive("own", "-STOP", "Deadline", 1000);
-    survive("shared", "-STOP", "Deadline", 1000);
+    survive("own", "-STOP", "Deadline", 500);
+    survive("shared", "-STOP", "Deadline", 500);
 }
