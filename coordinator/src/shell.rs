@@ -181,9 +181,9 @@ impl Shell {
     }
 
     pub(crate) async fn run(mut self, settings: Settings) {
-        let stands = self.read_store().await;
+        let (stands, wanted) = self.read_store().await;
         let mut control = Control::new(settings, self.started.elapsed(), stands);
-        if let Ok(Some(workers)) = wanted::read(&*self.context.store).await {
+        if let Some(workers) = wanted {
             control.want(workers);
         }
         let mut windows = tokio::time::interval(WINDOW);
@@ -207,12 +207,20 @@ impl Shell {
         }
     }
 
-    async fn read_store(&mut self) -> Option<View> {
+    /// The view that stands, and how many workers are wanted.
+    async fn read_store(&mut self) -> (Option<View>, Option<u16>) {
+        let store = Arc::clone(&self.context.store);
         loop {
-            match view_store::read(&*self.context.store).await {
-                Ok((view, revision)) => {
+            let read = async {
+                Ok::<_, StoreError>((
+                    view_store::read(&*store).await?,
+                    wanted::read(&*store).await?,
+                ))
+            };
+            match read.await {
+                Ok(((view, revision), wanted)) => {
                     self.revision = revision;
-                    return view;
+                    return (view, wanted);
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot read the view; will retry");

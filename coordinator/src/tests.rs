@@ -191,14 +191,20 @@ async fn standby_names_the_leader_and_takes_the_view_over_unchanged() {
     assert_eq!(next(&mut views).await, "1[0]");
 }
 
+/// The first worker joins, and its view counts.
+async fn serves_one(client: &mut CoordinatorClient<Channel>) -> Streaming<pb::RegisterEvent> {
+    let mut views = client.watch_view(pb::WatchViewRequest {}).await.unwrap().into_inner();
+    let member = join(client, &start_puppet(Puppet::Able).await).await;
+    assert_eq!(next(&mut views).await, "1[0]");
+    member
+}
+
 #[tokio::test]
 async fn epochs_go_on_from_the_store_after_a_restart() {
     let store = Memory::new();
     let (first, mut client) = coordinator(&store, 1).await;
     leads(&first).await;
-    let mut views = client.watch_view(pb::WatchViewRequest {}).await.unwrap().into_inner();
-    let _member = join(&mut client, &start_puppet(Puppet::Able).await).await;
-    assert_eq!(next(&mut views).await, "1[0]");
+    let _member = serves_one(&mut client).await;
     first.resign().await;
 
     let (second, mut client) = coordinator(&store, 1).await;
@@ -213,9 +219,7 @@ async fn later_leader_knows_how_many_workers_are_wanted() {
     let store = Memory::new();
     let (first, mut client) = coordinator(&store, 1).await;
     leads(&first).await;
-    let mut views = client.watch_view(pb::WatchViewRequest {}).await.unwrap().into_inner();
-    let _member = join(&mut client, &start_puppet(Puppet::Able).await).await;
-    assert_eq!(next(&mut views).await, "1[0]");
+    let _member = serves_one(&mut client).await;
     client.scale(pb::ScaleRequest { workers: 3 }).await.unwrap();
     // It is written beside the answer.
     let written = async {

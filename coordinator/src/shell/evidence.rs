@@ -26,18 +26,20 @@ pub(crate) enum Evidence {
 impl Shell {
     /// Takes evidence in as soon as the store answers: then it comes back as an event.
     pub(super) fn weigh(&self, evidence: Evidence) {
-        let Some(events) = self.events.upgrade() else { return };
+        // Weak: the shell must not live on for a store that never answers.
+        let events = self.events.clone();
         let (store, key) = (Arc::clone(&self.context.store), self.context.guard.key.clone());
         telemetry::spawn("coordinator.evidence", async move {
             loop {
                 let answer = tokio::time::timeout(ANSWER_MAX, store.get(&key)).await;
                 if matches!(answer, Ok(Ok(_))) {
+                    let Some(events) = events.upgrade() else { return };
                     // Nobody listens: the coordinator ends.
                     let _ended = events.send(Event::Evidence(evidence)).await;
                     return;
                 }
                 tracing::warn!(?evidence, "not acted on: the store does not answer");
-                if let Evidence::Silence(_) = evidence {
+                if matches!(evidence, Evidence::Silence(_)) || events.strong_count() == 0 {
                     return;
                 }
                 tokio::time::sleep(ASK_AGAIN).await;

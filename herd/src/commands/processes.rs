@@ -366,7 +366,7 @@ fn worker(args: &Args, program: &OsString, urls: &str, (dir, number): (&Path, u1
     ];
     let mut role = role(format!("{WORKER}{number}"), program, &flags);
     role.args.extend(["--model".into(), dir.as_os_str().to_owned()]);
-    // Now, while none of them runs: one that is started again sees only what the others left.
+    // A part of what is free now; who is started again has the same flags, and so the same part.
     let mib = (compute.memory(args.workers) >> 20).max(1);
     role.args.extend(["--memory-mib".into(), mib.to_string().into()]);
     if let Some(mib) = compute.kv_mib {
