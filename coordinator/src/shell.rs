@@ -233,13 +233,13 @@ impl Shell {
     fn event(&mut self, control: &mut Control, event: Event) {
         match event {
             Event::Input(input) => {
-                if matches!(&input, Input::Fault { silence, .. } if !silence.ranks.is_empty()) {
-                    self.weigh(Evidence::Silence(input));
+                if matches!(input, Input::Fault { .. }) {
+                    self.weigh(Evidence::Fault(input));
                 } else {
                     self.feed(control, input);
                 }
             }
-            Event::Evidence(Evidence::Silence(input)) => self.feed(control, input),
+            Event::Evidence(Evidence::Fault(input)) => self.feed(control, input),
             Event::Drain { worker, reply } => {
                 self.draining.entry(worker).or_default().push(reply);
                 let before = control.wanted();

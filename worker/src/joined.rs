@@ -126,6 +126,14 @@ impl Transport {
         }
     }
 
+    /// Whether a member is heard.
+    pub(crate) fn reaches(&self, incarnation: &str) -> bool {
+        match self {
+            Self::Local(_) => true,
+            Self::Mesh(mesh, _) => mesh.reaches(incarnation),
+        }
+    }
+
     /// Whether a frame that changes on its way to another rank is noticed.
     pub(crate) fn sums(&self) -> bool {
         match self {

@@ -100,6 +100,14 @@ impl Runner {
         self.transport.unreached(peers, haste)
     }
 
+    /// Ranks of the view that is served of which nothing is heard.
+    pub(crate) fn unheard(&self) -> Vec<u32> {
+        let seats = self.waiting.lock();
+        let members = seats.current.iter().flat_map(|current| &current.incarnations);
+        let is_unheard = |(_, member): &(u32, &String)| !self.transport.reaches(member);
+        (0..).zip(members).filter(is_unheard).map(|(rank, _)| rank).collect()
+    }
+
     /// Offers a seat in the view of these members.
     pub(crate) fn offer(&self, seat: Seat, incarnations: &[String]) {
         let mut seats = self.waiting.lock();

@@ -24,6 +24,9 @@ const ANSWERS_MAX: usize = 16;
 /// Beats go on for this long after the last step has come: longer than the router waits for any.
 const BEATS_LAST: Duration = Duration::from_secs(120);
 
+/// A step that takes longer may wait for a peer that is not heard any more.
+const LONG_STEP: Duration = Duration::from_secs(1);
+
 /// Implements `herd.v1.Worker`.
 pub(crate) struct Service {
     model: Arc<Model>,
@@ -253,7 +256,9 @@ async fn forward(
             message = steps.message() => message,
             _ = beats.tick(), if last.is_some_and(|last| last.elapsed() < BEATS_LAST) => {
                 // A full channel is sign enough.
-                let beat = pb::StepResult { step: newest, ..Default::default() };
+                let is_long = last.is_some_and(|last| LONG_STEP <= last.elapsed());
+                let unheard = if is_long { runner.unheard() } else { Vec::new() };
+                let beat = pb::StepResult { step: newest, unheard, ..Default::default() };
                 let _full = answer.try_send(Ok(beat));
                 continue;
             }

@@ -1,8 +1,8 @@
 //! What to do with the news that a member may be gone.
 //!
-//! A view without it counts only once the store holds it, and until then every stream waits. So while the
-//! store does not answer nobody is given up: a worker that was only late, or whose connection broke and
-//! comes back, goes on as if nothing had been.
+//! A new view counts only once the store holds it, and until then every stream waits. So while the store
+//! does not answer nobody is given up, and no step is ended: a worker that was only late, or whose connection
+//! broke and comes back, goes on as if nothing had been.
 
 use super::{Event, Shell};
 use control::Input;
@@ -17,8 +17,8 @@ const ASK_AGAIN: Duration = Duration::from_millis(200);
 /// Evidence against a member.
 #[derive(Debug)]
 pub(crate) enum Evidence {
-    /// A router does not hear it. The router says so again while that lasts.
-    Silence(Input),
+    /// A router's step fails, or would for want of a member. The router says so again while that lasts.
+    Fault(Input),
     /// Its registration stream ended.
     Ended { worker: ids::WorkerId, connection: u64 },
 }
@@ -39,7 +39,7 @@ impl Shell {
                     return;
                 }
                 tracing::warn!(?evidence, "not acted on: the store does not answer");
-                if matches!(evidence, Evidence::Silence(_)) || events.strong_count() == 0 {
+                if matches!(evidence, Evidence::Fault(_)) || events.strong_count() == 0 {
                     return;
                 }
                 tokio::time::sleep(ASK_AGAIN).await;

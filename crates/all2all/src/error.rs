@@ -35,8 +35,6 @@ pub enum Reason {
 pub enum FaultKind {
     /// The step's deadline passed.
     Deadline,
-    /// A peer gives no sign of life.
-    Silent,
     /// A peer is gone.
     PeerClosed,
     /// A peer sent what does not belong to this step.
@@ -49,7 +47,6 @@ impl fmt::Display for FaultKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Deadline => f.write_str("the step's deadline passed"),
-            Self::Silent => f.write_str("a peer gives no sign of life"),
             Self::PeerClosed => f.write_str("a peer is gone"),
             Self::Corrupt => {
                 f.write_str("a peer sent rows of another step, or they changed on their way")

@@ -70,8 +70,8 @@ pub struct Peer {
 pub struct Options {
     /// A peer whose kernel does not answer for so long is gone, even between steps.
     pub unanswered: Duration,
-    /// A peer of which nothing is heard for so long is cut off or frozen: steps that need it fail. Processes give
-    /// ten signs of life in this time.
+    /// A peer of which nothing is heard for so long is cut off or frozen: [`Mesh::reaches`]. Processes give five
+    /// signs of life in this time.
     pub silent: Duration,
     /// Share memory with processes of the same host, if that works.
     pub shared_memory: bool,
@@ -83,7 +83,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             unanswered: Duration::from_secs(10),
-            silent: Duration::from_secs(1),
+            silent: Duration::from_millis(500),
             shared_memory: true,
             buffer_bytes: None,
         }

@@ -33,6 +33,8 @@ pub(super) enum StepFailure {
     Broken { rank: usize, text: String },
     #[error("no sign of life from ranks {:?} for {:?}", silence.ranks, silence.lasted)]
     Silent { silence: Silence },
+    #[error("rank {rank} does not hear ranks {unheard:?}")]
+    Unheard { rank: usize, unheard: Vec<u32> },
     #[error("no answer of all ranks within {limit:?}")]
     Deadline { limit: Duration },
     #[error("rank {rank} did not sample {sequence}")]
@@ -61,6 +63,7 @@ impl StepFailure {
     pub(super) fn suspects(&self) -> Vec<u32> {
         match self {
             Self::Fault { suspects, .. } => suspects.clone(),
+            Self::Unheard { unheard, .. } => unheard.clone(),
             Self::Broken { rank, .. } => u32::try_from(*rank).into_iter().collect(),
             Self::Silent { silence } => silence.ranks.iter().map(|&rank| number(rank)).collect(),
             Self::Deadline { .. }
@@ -77,6 +80,7 @@ impl StepFailure {
             Self::Fault { not_finite, .. } => *not_finite,
             Self::Broken { .. }
             | Self::Silent { .. }
+            | Self::Unheard { .. }
             | Self::Deadline { .. }
             | Self::Incomplete { .. }
             | Self::Outranked { .. }
@@ -91,6 +95,7 @@ impl StepFailure {
             Self::Silent { silence } => Some(silence),
             Self::Fault { .. }
             | Self::Broken { .. }
+            | Self::Unheard { .. }
             | Self::Deadline { .. }
             | Self::Incomplete { .. }
             | Self::Outranked { .. }
@@ -103,6 +108,7 @@ impl StepFailure {
         match self {
             Self::Fault { .. }
             | Self::Silent { .. }
+            | Self::Unheard { .. }
             | Self::Deadline { .. }
             | Self::Incomplete { .. } => Remedy::Retry,
             Self::Broken { .. } => Remedy::Reopen,
@@ -196,7 +202,7 @@ async fn open(rank: usize, peer: &Peer) -> Result<Link, Box<dyn std::error::Erro
     Ok(Link { rank, steps, results })
 }
 
-/// Tells of ranks that are silent and should not be, and again while they are.
+/// Tells of ranks that are silent and should not be, or do not hear each other, and again while that lasts.
 async fn watch(
     suspicion: &mut Suspicion,
     signs: &Signs,
@@ -209,11 +215,15 @@ async fn watch(
     let mut told = 0;
     loop {
         ticks.tick().await;
-        let silence = suspicion.tick(signs);
+        let silence = suspicion.tick(signs).map(|silence| StepFailure::Silent { silence });
+        let unheard = || {
+            let (rank, unheard) = signs.unheard()?;
+            Some(StepFailure::Unheard { rank, unheard })
+        };
         if 0 < told {
             told -= 1;
-        } else if let Some(silence) = silence {
-            tell(StepFailure::Silent { silence });
+        } else if let Some(news) = silence.or_else(unheard) {
+            tell(news);
             told = TELL_AGAIN;
         }
     }
@@ -238,6 +248,10 @@ impl Link {
             // Beats of a worker that the step does not reach are those of one that does not answer.
             if step.0 <= result.step {
                 signs.heard(rank);
+            }
+            if result.step == step.0 && !result.unheard.is_empty() {
+                signs.misses(rank, result.unheard);
+                continue;
             }
             if (result.epoch, result.step) != (epoch.0, step.0) {
                 continue;

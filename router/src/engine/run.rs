@@ -257,9 +257,9 @@ impl Engine {
         let Lead::Leads { term, .. } = self.lead.now() else { return Err(StepFailure::Deposed) };
         let started = Instant::now();
         let (epoch, reporter) = (target.epoch, &self.reporter);
-        let tell = |silence: StepFailure| {
-            tracing::warn!(%epoch, text = %silence, "ranks are silent");
-            reporter.fault(epoch, &silence);
+        let tell = |news: StepFailure| {
+            tracing::warn!(%epoch, text = %news, "the step may never end");
+            reporter.fault(epoch, &news);
         };
         let watch = (&mut self.suspicion, tell);
         let step = links.step((plan, term), self.config.step_deadline, watch, sample);

@@ -6,6 +6,7 @@
 //! itself, its ticks are late too, and nobody is blamed for that.
 
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// Between beats of a rank, and between the router's ticks.
@@ -34,18 +35,30 @@ pub(super) struct Signs {
     missed: Vec<AtomicU32>,
     /// Most beats missed in a row by a rank that was heard again, since the last tick.
     late: AtomicU32,
+    /// A rank that does not hear others, and which: the last one that said so.
+    unheard: Mutex<Option<(usize, Vec<u32>)>>,
 }
 
 impl Signs {
     pub(super) fn new(ranks: usize) -> Self {
         let missed = (0..ranks).map(|_| AtomicU32::new(0)).collect();
-        Self { missed, late: AtomicU32::new(0) }
+        Self { missed, late: AtomicU32::new(0), unheard: Mutex::new(None) }
     }
 
     /// A message came, if only a beat.
     pub(super) fn heard(&self, rank: usize) {
         let missed = self.missed[rank].swap(0, Ordering::Relaxed);
         self.late.fetch_max(missed, Ordering::Relaxed);
+    }
+
+    /// The rank says whom it does not hear.
+    pub(super) fn misses(&self, rank: usize, unheard: Vec<u32>) {
+        *self.unheard.lock().unwrap_or_else(PoisonError::into_inner) = Some((rank, unheard));
+    }
+
+    /// A rank that does not hear others, and which, if one has said so since this was asked last.
+    pub(super) fn unheard(&self) -> Option<(usize, Vec<u32>)> {
+        self.unheard.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// The rank's part of the step is over.

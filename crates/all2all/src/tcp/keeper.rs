@@ -36,7 +36,7 @@ const PAUSE: Duration = Duration::from_millis(5);
 const PAUSE_LONGEST: Duration = Duration::from_millis(320);
 
 /// Signs of life to every peer, so many within [`Options::silent`](super::Options).
-const BEATS: u32 = 10;
+const BEATS: u32 = 5;
 
 /// Runs until the mesh ends.
 pub(super) fn run(core: &Core, listener: &TcpListener) {

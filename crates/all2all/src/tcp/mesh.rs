@@ -101,12 +101,21 @@ impl Mesh {
     pub fn unreached(&self, peers: &[Peer], longest: Duration) -> Vec<Peer> {
         let until = Instant::now() + longest;
         loop {
-            let missing = self.core.unreached(peers);
+            let is_missing = |peer: &&Peer| !self.core.reaches(&peer.incarnation);
+            let missing: Vec<Peer> = peers.iter().filter(is_missing).cloned().collect();
             if missing.is_empty() || until <= Instant::now() {
                 return missing;
             }
             std::thread::sleep(LOOK_AGAIN);
         }
+    }
+
+    /// Whether this process is connected to another one, and has heard it within [`Options::silent`]. A step
+    /// waits for a peer that it does not hear until its deadline: whether the peer is to be given up, others
+    /// know better.
+    #[must_use]
+    pub fn reaches(&self, incarnation: &str) -> bool {
+        self.core.reaches(incarnation)
     }
 
     /// Joins the exchange of a view, whose `peers` are `[ranks]`. Does not wait for them: the first step
@@ -299,18 +308,12 @@ impl Core {
         }
     }
 
-    /// Those of the processes that are not connected, or have not been heard for so long that some of
-    /// their beats must have been lost.
-    fn unreached(&self, peers: &[Peer]) -> Vec<Peer> {
-        let (book, now) = (lock(&self.book), Instant::now());
-        let is_heard = |link: &Arc<Link>| {
-            !link.dead() && now.duration_since(link.last_heard()) < self.options.silent / 2
-        };
-        let is_missing = |peer: &&Peer| {
-            peer.incarnation != self.identity.incarnation
-                && !book.links.get(&peer.incarnation).is_some_and(is_heard)
-        };
-        peers.iter().filter(is_missing).cloned().collect()
+    /// Whether a process is connected, and has been heard lately.
+    fn reaches(&self, incarnation: &str) -> bool {
+        let is_heard =
+            |link: &Arc<Link>| !link.dead() && link.last_heard().elapsed() < self.options.silent;
+        incarnation == self.identity.incarnation
+            || lock(&self.book).links.get(incarnation).is_some_and(is_heard)
     }
 
     /// A new pair of connections stands: the peer learns what it has missed.

@@ -58,7 +58,6 @@ impl Waiting {
 impl Tcp {
     /// Waits until all active peers are connected.
     pub(super) fn connect(&mut self, deadline: Instant) -> Result<(), Blame> {
-        let mut until = None;
         loop {
             let seen = self.core.news();
             // Between steps of an epoch all are, and nothing is looked up.
@@ -69,16 +68,14 @@ impl Tcp {
             let missing =
                 |rank: &Rank| *rank != self.view.me && self.lanes[rank.index()].wire.is_none();
             let now = Instant::now();
-            // Who lives and is reached answers a greeting long before.
-            let silent = *until.get_or_insert(now + self.core.options.silent);
-            if deadline.min(silent) <= now {
-                let kind = if deadline <= now { FaultKind::Deadline } else { FaultKind::Silent };
-                return Err((kind, active_ranks(&self.view).filter(missing).collect()));
+            if deadline <= now {
+                let missing = active_ranks(&self.view).filter(missing).collect();
+                return Err((FaultKind::Deadline, missing));
             }
             if self.core.news() == seen {
                 self.waiting.entries.clear();
                 self.waiting.entries.push(self.core.rank.entry());
-                poll(&mut self.waiting.entries, Some(deadline.min(silent) - now));
+                poll(&mut self.waiting.entries, Some(deadline - now));
                 self.core.rank.hush();
             }
         }
@@ -178,8 +175,7 @@ impl Tcp {
             if idle <= YIELDS {
                 std::thread::yield_now();
             } else {
-                let look_again = self.silence(goal, now)?;
-                self.sleep(goal, deadline.min(look_again) - now);
+                self.sleep(goal, deadline - now);
             }
         }
     }
@@ -251,24 +247,6 @@ impl Tcp {
         };
         let all = [which(&slots), which(&rows), which(&sent)];
         all.into_iter().find(|ranks| !ranks.is_empty()).unwrap_or_default()
-    }
-
-    /// Fails if a peer that is waited for has not been heard for too long; else, when to look again.
-    fn silence(&self, goal: Goal, now: Instant) -> Result<Instant, Blame> {
-        let longest = self.core.options.silent;
-        let waits = |wire: &Wire| !(wire.inbound.done() && wire.outbound.done());
-        let ends = |(_, wire): (Rank, &Wire)| waits(wire).then(|| wire.link.last_heard() + longest);
-        let end = self.wires().filter_map(ends).min().unwrap_or(now + longest);
-        if now < end {
-            return Ok(end);
-        }
-        let is_silent = |rank: &Rank| {
-            let wire = self.lanes[rank.index()].wire.as_ref();
-            wire.is_some_and(|wire| wire.link.last_heard() + longest <= now)
-        };
-        let silent: Vec<Rank> = self.missing(goal).into_iter().filter(is_silent).collect();
-        // Whoever is waited for only because of another one is innocent, and looked at again.
-        if silent.is_empty() { Ok(now + longest) } else { Err((FaultKind::Silent, silent)) }
     }
 
     /// Whether this process was told to stop.
