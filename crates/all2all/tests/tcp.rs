@@ -107,3 +107,33 @@ fn frame_that_changes_on_its_way_fails_the_step() {
         assert_eq!(faults.iter().filter(seen).count(), 1, "{faults:?}");
     });
 }
+
+#[test]
+fn ranks_that_have_all_of_a_step_move_on_at_once() {
+    move_on(Meshes::apart());
+    move_on(Meshes::together());
+}
+
+/// Whoever has its own results goes on to the next view, while others may not even have noticed that it took all
+/// that was for it. That fails nobody's step.
+#[track_caller]
+fn move_on(network: Meshes) {
+    const RANKS: usize = 4;
+    const VIEWS: u64 = 30;
+    std::thread::scope(|scope| {
+        for me in 0..RANKS {
+            let network = &network;
+            scope.spawn(move || {
+                let mut end = network.join(view(1, me, &[true; RANKS])).unwrap();
+                for epoch in 1..=VIEWS {
+                    assert_eq!(
+                        step(&mut end, epoch, 110, LONG),
+                        Ok(()),
+                        "rank {me}, epoch {epoch}"
+                    );
+                    end.reconfigure(view(epoch + 1, me, &[true; RANKS]), LONG).unwrap();
+                }
+            });
+        }
+    });
+}

@@ -167,7 +167,13 @@ impl Tcp {
             let news = self.core.news();
             if self.waiting.seen != Some(news) {
                 self.stopped()?;
-                self.hopeless(goal)?;
+                if let Err(blame) = self.hopeless(goal) {
+                    // Before a peer left it may have taken the rest, or sent it: this looked before it did.
+                    match self.round(goal, &[], out) {
+                        Ok(true) => continue,
+                        Ok(false) | Err(_) => return Err(blame),
+                    }
+                }
                 self.waiting.seen = Some(news);
                 continue;
             }
