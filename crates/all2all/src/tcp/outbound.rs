@@ -57,6 +57,8 @@ pub(super) enum Share {
 #[derive(Clone, Copy)]
 struct Direct {
     sequence: u64,
+    /// Bytes of all rows.
+    bytes: u64,
     /// Bytes that had been taken when the rest was staged.
     before: usize,
 }
@@ -98,7 +100,7 @@ impl Outbound {
         let head = Head { lent, sequence: self.begun, ..head };
         self.direct = ring.map(|ring| {
             ring.put(head.sequence, Where::Lent);
-            Direct { sequence: head.sequence, before: 0 }
+            Direct { sequence: head.sequence, bytes: head.rows_bytes(), before: 0 }
         });
         self.front.clear();
         self.front.extend_from_slice(&head.encode());
@@ -129,6 +131,13 @@ impl Outbound {
     /// Whether everything has gone out.
     pub(super) fn done(&self) -> bool {
         !self.open && self.old.is_empty()
+    }
+
+    /// Whether the peer has everything. It may have copied the last rows, and be gone, before this side looks again.
+    pub(super) fn is_taken(&self, pipe: &Pipe) -> bool {
+        let taken = |(ring, direct): (&Ring, Direct)| ring.taken(direct.sequence) == direct.bytes;
+        let copied = || pipe.ring().zip(self.direct).is_some_and(taken);
+        self.done() || (self.open && self.is_front_sent() && copied())
     }
 
     /// Frames that have gone out whole.
@@ -176,7 +185,7 @@ impl Outbound {
     pub(super) fn room(&self) -> Room {
         match self.direct {
             _ if self.done() => Room::Enough,
-            Some(Direct { sequence, before }) if self.open && self.is_front_sent() => {
+            Some(Direct { sequence, before, .. }) if self.open && self.is_front_sent() => {
                 Room::Taken { sequence, bytes: (before + self.place.at) as u64 }
             }
             _ => Room::Bytes,

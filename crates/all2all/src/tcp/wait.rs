@@ -373,20 +373,22 @@ fn lost(wire: &Wire, goal: Goal, view: &View) -> Option<FaultKind> {
         Goal::Arrived(_) => 2 - here,
         Goal::Returned => 1 - here,
     };
-    let Told { faulted, over } = wire.link.told();
+    // What the peer took before it told or died is seen behind this.
+    let (Told { faulted, over }, dead) = (wire.link.told(), wire.link.dead());
+    let taken = wire.outbound.is_taken(&wire.link.data);
     // Rows that were copied right out of the peer's memory are here before it knows.
     let here = wire.inbound.frames;
     let short = |frames: u64| wire.inbound.is_void() || frames.max(here) < here + needed;
     // Nor can be waited for what it would have to take: it may do so in its next epoch, or never.
-    let short = |frames: u64| short(frames) || !wire.outbound.done();
+    let short = |frames: u64| short(frames) || !taken;
     let failed = faulted.filter(|&(epoch, _)| view.epoch <= epoch);
     let left = over.filter(|&(before, _)| view.epoch < before);
     match (failed, left) {
         (Some((_, frames)), _) => short(frames).then_some(FaultKind::Aborted(Reason::PeerFaulted)),
         (None, Some((_, frames))) => short(frames).then_some(FaultKind::PeerClosed),
         (None, None) => {
-            let waits = 0 < needed || !wire.outbound.done();
-            (waits && wire.link.dead()).then_some(FaultKind::PeerClosed)
+            let waits = 0 < needed || !taken;
+            (waits && dead).then_some(FaultKind::PeerClosed)
         }
     }
 }
