@@ -12,12 +12,12 @@ mod steps;
 
 use all2all::conformance::Network;
 use all2all::tcp::Options;
-use all2all::{AllToAll, Reason};
+use all2all::{AllToAll, ExchangeError, Fault, FaultKind, HostRows, LayerKey, Phase, Reason};
 use counting::allocations;
-use ids::Epoch;
+use ids::{Epoch, Rank, StepId};
 use meshes::Meshes;
-use std::time::Duration;
-use steps::{step, view};
+use std::time::{Duration, Instant};
+use steps::{ROW_BYTES, step, view};
 
 /// Rows go over connections.
 mod connections {
@@ -79,6 +79,35 @@ fn large_frames(mut network: Meshes, rows: usize) {
         ranks.into_iter().map(|rank| rank.join().unwrap()).sum()
     });
     assert!(0 < dropped, "vacuous: no frame was cut");
+}
+
+/// Large frames go to one peer after the other; but not even a rank that takes none keeps others from theirs, or
+/// they would suspect the wrong one.
+#[test]
+fn peer_that_takes_no_rows_keeps_them_from_nobody_else() {
+    let mut network = Meshes::apart();
+    network.options = Options { buffer_bytes: Some(16 << 10), ..Options::default() };
+    let network = &network;
+    std::thread::scope(|scope| {
+        let rank = |me: usize| {
+            let mut end = network.join(view(1, me, &[true; 3])).unwrap();
+            // Rank 1 needs nothing of anybody. Rank 0 sends to it before it sends to rank 2, which gives up first.
+            let experts = [0, 1, 2].repeat(if me == 1 { 0 } else { 50 });
+            let bytes = vec![0; experts.len() * ROW_BYTES];
+            let within = if me == 2 { Duration::from_secs(1) } else { LONG };
+            let step = StepId(1);
+            end.begin_step(Epoch(1), step, Instant::now() + within).unwrap();
+            let rows = HostRows { bytes: &bytes, row_bytes: ROW_BYTES };
+            let sent = end.dispatch_send(LayerKey { step, layer: 0 }, rows, &experts).unwrap();
+            let fault = (me != 1).then(|| end.dispatch_recv(sent).unwrap_err());
+            (end, fault)
+        };
+        let ranks: Vec<_> = (0..3).map(|me| scope.spawn(move || rank(me))).collect();
+        let ranks: Vec<_> = ranks.into_iter().map(|rank| rank.join().unwrap()).collect();
+        let (kind, suspects) = (FaultKind::Deadline, vec![Rank(1)]);
+        let fault = Fault { kind, suspects, layer: 0, phase: Phase::Dispatch };
+        assert_eq!(ranks[2].1, Some(ExchangeError::Faulted(fault)));
+    });
 }
 
 /// A bit that changes between the sender's checksum and the receiver ends the step on every rank, and the

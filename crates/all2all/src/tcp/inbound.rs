@@ -322,7 +322,7 @@ impl Inbound {
         runs.walk(&mut self.place, copied, |_| {});
         self.lent.walk(&mut self.lent_place, copied, |_| {});
         let taken = u32::try_from(self.place.at).map_err(|_| Trouble::Garbled)?;
-        pipe.took(self.frames, taken).map_err(|_| Trouble::Closed)?;
+        pipe.took(self.frames, taken);
         if self.place.at == runs.bytes() {
             (self.frames, self.stage) = (self.frames + 1, Stage::Done);
         }
@@ -395,7 +395,7 @@ impl Inbound {
         if 0 < self.owed {
             // The peer may serve the old epoch still, and waits until its rows are taken.
             let all = u32::try_from(self.owed).map_err(|_| Trouble::Garbled)?;
-            pipe.took(self.frames, all).map_err(|_| Trouble::Closed)?;
+            pipe.took(self.frames, all);
         }
         self.frames += 1;
         self.dropped += 1;

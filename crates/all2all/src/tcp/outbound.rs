@@ -45,10 +45,20 @@ pub(super) struct Outbound {
     frames: u64,
 }
 
+/// How much of a frame may go out for now.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Share {
+    /// What its peer needs to find a place for the rows.
+    Front,
+    Whole,
+}
+
 /// A frame whose rows the peer copies itself.
 #[derive(Clone, Copy)]
 struct Direct {
     sequence: u64,
+    /// Bytes of all rows.
+    bytes: u64,
     /// Bytes that had been taken when the rest was staged.
     before: usize,
 }
@@ -90,7 +100,7 @@ impl Outbound {
         let head = Head { lent, sequence: self.begun, ..head };
         self.direct = ring.map(|ring| {
             ring.put(head.sequence, Where::Lent);
-            Direct { sequence: head.sequence, before: 0 }
+            Direct { sequence: head.sequence, bytes: head.rows_bytes(), before: 0 }
         });
         self.front.clear();
         self.front.extend_from_slice(&head.encode());
@@ -123,6 +133,13 @@ impl Outbound {
         !self.open && self.old.is_empty()
     }
 
+    /// Whether the peer has everything. It may have copied the last rows, and be gone, before this side looks again.
+    pub(super) fn is_taken(&self, pipe: &Pipe) -> bool {
+        let taken = |(ring, direct): (&Ring, Direct)| ring.taken(direct.sequence) == direct.bytes;
+        let copied = || pipe.ring().zip(self.direct).is_some_and(taken);
+        self.done() || (self.open && self.is_front_sent() && copied())
+    }
+
     /// Frames that have gone out whole.
     pub(super) fn frames(&self) -> u64 {
         self.frames
@@ -138,20 +155,21 @@ impl Outbound {
         &mut self,
         pipe: &Pipe,
         (rows, runs): (&[u8], &Runs),
+        share: Share,
     ) -> Result<bool, Trouble> {
         let staged = std::mem::take(&mut self.staged);
         let stage = std::mem::take(&mut self.stage);
         let source = if self.lent { (rows, runs) } else { (&stage[..], &staged) };
         let mut moved = false;
         let result = loop {
-            if self.done() {
+            if self.done() || (share == Share::Front && self.is_front_sent()) {
                 break Ok(moved);
             }
             let went = match (pipe.ring(), self.direct) {
                 (Some(ring), Some(direct)) if self.open && self.is_front_sent() => {
                     self.note_taken(ring, direct, source.1)
                 }
-                _ => self.send(pipe, source),
+                _ => self.send(pipe, source, share),
             };
             match went {
                 Ok(true) => moved = true,
@@ -167,7 +185,7 @@ impl Outbound {
     pub(super) fn room(&self) -> Room {
         match self.direct {
             _ if self.done() => Room::Enough,
-            Some(Direct { sequence, before }) if self.open && self.is_front_sent() => {
+            Some(Direct { sequence, before, .. }) if self.open && self.is_front_sent() => {
                 Room::Taken { sequence, bytes: (before + self.place.at) as u64 }
             }
             _ => Room::Bytes,
@@ -193,11 +211,17 @@ impl Outbound {
     }
 
     /// One call of the system.
-    fn send(&mut self, pipe: &Pipe, (rows, runs): (&[u8], &Runs)) -> Result<bool, Trouble> {
-        if self.open && self.direct.is_none() && self.place.at == self.summed.at {
+    fn send(
+        &mut self,
+        pipe: &Pipe,
+        (rows, runs): (&[u8], &Runs),
+        share: Share,
+    ) -> Result<bool, Trouble> {
+        let whole = share == Share::Whole;
+        if whole && self.open && self.direct.is_none() && self.place.at == self.summed.at {
             self.sum_on(rows, runs);
         }
-        if self.flips && self.open && self.place.at < self.summed.at {
+        if whole && self.flips && self.open && self.place.at < self.summed.at {
             return self.send_flipped(pipe, (rows, runs));
         }
         let trailer = self.sum.trailer();
@@ -211,7 +235,8 @@ impl Outbound {
         if self.open {
             add(&self.front[self.front_sent..]);
             let mut ahead = self.place;
-            let most = if self.direct.is_some() { 0 } else { PIECES - 3 };
+            let inline = whole && self.direct.is_none();
+            let most = if inline { PIECES - 3 } else { 0 };
             for _ in 0..most {
                 let run = runs.piece(ahead, self.summed.at - ahead.at);
                 add(&rows[run.start..][..run.bytes]);
@@ -220,7 +245,7 @@ impl Outbound {
                     break;
                 }
             }
-            if self.direct.is_none() && ahead.at == runs.bytes() {
+            if inline && ahead.at == runs.bytes() {
                 add(&trailer[self.trailer_sent..]);
             }
         }

@@ -25,7 +25,7 @@ impl Pipe {
     /// Sends what fits; `None` if nothing does.
     pub(super) fn send(&self, pieces: &[IoSlice<'_>]) -> io::Result<Option<usize>> {
         match &self.ring {
-            Some(ring) => self.woken(ring.send(pieces)?),
+            Some(ring) => Ok(self.woken(ring.send(pieces)?)),
             None => socket::send(&self.stream, pieces),
         }
     }
@@ -33,7 +33,7 @@ impl Pipe {
     /// Receives into a buffer; `None` if nothing is there, 0 at the end.
     pub(super) fn receive(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
         match &self.ring {
-            Some(ring) => self.woken(ring.receive(&mut [], &[], buffer)?),
+            Some(ring) => Ok(self.woken(ring.receive(&mut [], &[], buffer)?)),
             None => socket::receive(&self.stream, buffer),
         }
     }
@@ -46,7 +46,7 @@ impl Pipe {
         rest: &mut [u8],
     ) -> io::Result<Option<usize>> {
         match &self.ring {
-            Some(ring) => self.woken(ring.receive(rows, pieces, rest)?),
+            Some(ring) => Ok(self.woken(ring.receive(rows, pieces, rest)?)),
             None => socket::receive_pieces(&self.stream, rows, pieces, rest),
         }
     }
@@ -57,17 +57,18 @@ impl Pipe {
     }
 
     /// Notes how many bytes of a frame were copied right out of the peer's memory.
-    pub(super) fn took(&self, sequence: u64, bytes: u32) -> io::Result<()> {
+    pub(super) fn took(&self, sequence: u64, bytes: u32) {
         let wakes = self.ring.as_ref().is_some_and(|ring| ring.took(sequence, bytes));
-        self.woken((None, wakes)).map(|_| ())
+        self.woken((None, wakes));
     }
 
-    /// Wakes the peer if it sleeps. A connection too full for one more byte has woken it already.
-    fn woken(&self, (moved, wakes): (Option<usize>, bool)) -> io::Result<Option<usize>> {
+    /// Wakes the peer if it sleeps. A connection too full for one more byte has woken it already, and who is gone
+    /// needs it no more: perhaps because it had waited for just these bytes. Its end is noticed by other means.
+    fn woken(&self, (moved, wakes): (Option<usize>, bool)) -> Option<usize> {
         if wakes {
-            socket::send(&self.stream, &[IoSlice::new(&[1])])?;
+            let _gone = socket::send(&self.stream, &[IoSlice::new(&[1])]);
         }
-        Ok(moved)
+        moved
     }
 
     /// What to poll for before sleeping; `None` if there is no need to sleep.
