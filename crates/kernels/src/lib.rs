@@ -16,6 +16,7 @@ mod attention;
 mod bandwidth;
 mod cache;
 mod cpu;
+pub mod cuda;
 mod device;
 mod embedding;
 mod gate;

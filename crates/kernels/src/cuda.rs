@@ -1,0 +1,20 @@
+//! The GPU as a device: kernels in CUDA, compiled when the process starts, launched on one stream.
+//!
+//! CUDA and NVRTC are loaded at run time, so one binary serves machines with and without a GPU. The same kernels
+//! also run on a CPU through an emulator (feature `emulated`), for tests on machines that have none.
+
+mod args;
+mod buffer;
+pub mod compile;
+mod driver;
+#[cfg(feature = "emulated")]
+mod emulated;
+mod real;
+mod rms_norm;
+pub mod sources;
+mod tensor;
+#[cfg(all(test, feature = "emulated"))]
+mod tests;
+
+pub use driver::{CudaError, Driver};
+pub use tensor::Tensor;

@@ -1,0 +1,31 @@
+//! The kernels, emulated, against the CPU device.
+
+use super::driver::Driver;
+use std::sync::{Arc, LazyLock};
+
+mod rms_norm;
+
+/// The emulated device; one for all tests.
+fn driver() -> &'static Arc<Driver> {
+    static DRIVER: LazyLock<Arc<Driver>> = LazyLock::new(|| Arc::new(Driver::emulated().unwrap()));
+    &DRIVER
+}
+
+/// `count` values in (-scale, scale) that look random.
+fn noise(count: usize, seed: u32, scale: f32) -> Vec<f32> {
+    let value = |i: usize| {
+        let x = u32::try_from(i).unwrap().wrapping_add(seed.wrapping_mul(0x85eb_ca6b));
+        let x = x.wrapping_mul(2_654_435_761).rotate_left(13).wrapping_mul(0x9e37_79b9);
+        ((x >> 8) as f32 / 8_388_608.0 - 1.0) * scale
+    };
+    (0..count).map(value).collect()
+}
+
+/// Equal bit for bit.
+#[track_caller]
+fn assert_same(got: &[f32], want: &[f32], what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        assert!(got.to_bits() == want.to_bits(), "{what}: element {i} is {got}, not {want}");
+    }
+}
