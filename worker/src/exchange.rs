@@ -4,7 +4,7 @@ use crate::finite::{NonFinite, Place, first_bad_row};
 use crate::tally::Tally;
 use all2all::{AllToAll, Arrived, ExchangeError, HostRows, LayerKey, Pending, Sent};
 use ids::{ExpertId, StepId};
-use kernels::{Cpu, Device, Dtype, Experts, Route, Wire};
+use kernels::{Dtype, RouteOnHost, Staged, WireOnHost};
 use model::forward::MoeExchange;
 use std::sync::Arc;
 
@@ -36,7 +36,7 @@ enum Layer {
 }
 
 /// One step's use of an exchange.
-pub(crate) struct StepExchange<'a, A> {
+pub(crate) struct StepExchange<'a, A, D: Staged> {
     pub(crate) exchange: &'a mut A,
     pub(crate) step: StepId,
     pub(crate) row_bytes: usize,
@@ -47,14 +47,14 @@ pub(crate) struct StepExchange<'a, A> {
     index: u16,
     pub(crate) found: Option<NonFinite>,
     layer: Layer,
-    results: &'a mut Wire,
+    results: &'a mut D::Wire,
 }
 
-impl<'a, A> StepExchange<'a, A> {
+impl<'a, A, D: Staged> StepExchange<'a, A, D> {
     pub(crate) fn new(
         exchange: &'a mut A,
         step: StepId,
-        (rows, results): (Rows, &'a mut Wire),
+        (rows, results): (Rows, &'a mut D::Wire),
         served: &'a Served,
     ) -> Self {
         Self {
@@ -104,10 +104,15 @@ impl<A> HostExchange for A where
 {
 }
 
-impl<A: HostExchange> MoeExchange<Cpu> for StepExchange<'_, A> {
+impl<A: HostExchange, D: Staged> MoeExchange<D> for StepExchange<'_, A, D> {
     type Error = ExchangeError;
 
-    fn dispatch(&mut self, layer: usize, rows: &Wire, route: &Route) -> Result<(), ExchangeError> {
+    fn dispatch(
+        &mut self,
+        layer: usize,
+        rows: &D::Wire,
+        route: &D::Route,
+    ) -> Result<(), ExchangeError> {
         let layer = u16::try_from(layer).expect("layers are numbered in 16 bits");
         let key = LayerKey { step: self.step, layer };
         self.experts.clear();
@@ -119,7 +124,7 @@ impl<A: HostExchange> MoeExchange<Cpu> for StepExchange<'_, A> {
         Ok(())
     }
 
-    fn serve(&mut self, device: &mut Cpu, experts: &Experts) -> Result<(), ExchangeError> {
+    fn serve(&mut self, device: &mut D, experts: &D::Experts) -> Result<(), ExchangeError> {
         let Layer::Sent(sent) = std::mem::replace(&mut self.layer, Layer::Idle) else {
             unreachable!("the forward pass dispatches before it serves")
         };
@@ -133,7 +138,7 @@ impl<A: HostExchange> MoeExchange<Cpu> for StepExchange<'_, A> {
         Ok(())
     }
 
-    fn combine(&mut self, results: &mut Wire) -> Result<(), ExchangeError> {
+    fn combine(&mut self, results: &mut D::Wire) -> Result<(), ExchangeError> {
         let Layer::Pending(pending) = std::mem::replace(&mut self.layer, Layer::Idle) else {
             unreachable!("the forward pass serves before it combines")
         };

@@ -13,7 +13,6 @@ use all2all::tcp::Peer;
 use all2all::{Aborter, FaultKind, Reason};
 use ids::{Epoch, StepId};
 use kernels::StepBatch;
-use model::forward::Unobserved;
 use proto::pb;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -301,7 +300,7 @@ fn attempt(
     }
     step::fill(batch, wire);
     let deadline = job.received + Duration::from_millis(u64::from(wire.deadline_ms));
-    let sampled = engine.step(StepId(wire.step), batch, deadline, &mut Unobserved)?;
+    let sampled = engine.step(StepId(wire.step), batch, deadline, None)?;
     Ok((u32::from(engine.rank().0), step::sampled(wire, sampled)))
 }
 

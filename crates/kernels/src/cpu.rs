@@ -302,6 +302,10 @@ impl Device for Cpu {
         Wire::new(self.row_memory.clone())
     }
 
+    fn route(&self) -> Route {
+        Route::default()
+    }
+
     fn upload(
         &mut self,
         step: &StepBatch,

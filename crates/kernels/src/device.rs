@@ -145,6 +145,9 @@ pub trait Device {
     /// A buffer for rows that travel.
     fn wire(&self) -> Self::Wire;
 
+    /// A buffer for the choice of experts.
+    fn route(&self) -> Self::Route;
+
     /// Starts a step: checks it against the cache and the vocabulary, and uploads it.
     ///
     /// # Errors

@@ -30,6 +30,7 @@ mod norm;
 mod philox;
 mod rope;
 mod sample;
+mod staged;
 
 pub use attention::{AttentionShape, BLOCK_TOKENS};
 pub use bandwidth::read_bandwidth;
@@ -45,3 +46,4 @@ pub use matrix::{Matrix, MatrixError, Panel, Storage};
 pub use philox::philox4x32;
 pub use rope::{Llama3Scaling, RopeSpec, inv_freq};
 pub use sample::{Sampled, Sampling, sample_row};
+pub use staged::{RouteOnHost, Staged, TensorOnHost, WireOnHost};
