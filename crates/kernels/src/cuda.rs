@@ -4,13 +4,24 @@
 //! also run on a CPU through an emulator (feature `emulated`), for tests on machines that have none.
 
 mod args;
+mod attention_f32;
+mod batch;
 mod buffer;
+mod cache;
 pub mod compile;
 mod driver;
+mod elementwise;
+mod embed;
 #[cfg(feature = "emulated")]
 mod emulated;
+mod finite;
+mod gate;
+mod linear_f32;
+mod matrix;
+mod positions;
 mod real;
 mod rms_norm;
+mod sample;
 pub mod sources;
 mod tensor;
 #[cfg(all(test, feature = "emulated"))]

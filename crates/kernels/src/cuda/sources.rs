@@ -17,7 +17,17 @@ macro_rules! sources {
 }
 
 /// All kernels.
-pub const SOURCES: &[Source] = sources!["rms_norm"];
+pub const SOURCES: &[Source] = sources![
+    "attention_f32",
+    "elementwise",
+    "embed",
+    "finite",
+    "gate",
+    "linear_f32",
+    "positions",
+    "rms_norm",
+    "sample",
+];
 
 /// How the definition of a kernel begins.
 const BEGINS: &str = "extern \"C\" __global__ void ";

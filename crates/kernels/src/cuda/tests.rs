@@ -3,7 +3,16 @@
 use super::driver::Driver;
 use std::sync::{Arc, LazyLock};
 
+mod attention_f32;
+mod batch;
+mod elementwise;
+mod embed;
+mod finite;
+mod gate;
+mod linear_f32;
 mod rms_norm;
+mod sample;
+mod step;
 
 /// The emulated device; one for all tests.
 fn driver() -> &'static Arc<Driver> {

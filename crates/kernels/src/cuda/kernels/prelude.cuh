@@ -70,6 +70,8 @@ HERD_INLINE float exp_fixed(float x) {
 // 1 / (1 + e^-x).
 HERD_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_fixed(-x)); }
 
+HERD_INLINE float minus_infinity() { return __uint_as_float(0xff800000u); }
+
 HERD_INLINE int lane_id() { return int(threadIdx.x) % kWarp; }
 
 HERD_INLINE int warp_id() { return int(threadIdx.x) / kWarp; }
@@ -78,6 +80,77 @@ HERD_INLINE int warp_id() { return int(threadIdx.x) / kWarp; }
 // Every one of the 16 lanes has the sum afterwards: a + b and b + a are the same bits.
 HERD_INLINE float sum_16(float x) {
   for (int width = 8; width > 0; width /= 2) x += __shfl_xor_sync(kAll, x, width);
+  return x;
+}
+
+// Four neighbours of a row.
+struct Four {
+  float at[4];
+};
+
+// Elements `column..column + 4` of a row of `columns`, widened; 0 past its end. In one access where all rows are
+// aligned to it: a row starts at a multiple of `columns` elements from a buffer's start.
+HERD_INLINE Four load_4(const float* row, int column, int columns) {
+  if (columns % 4 == 0) {
+    const float4 x = *reinterpret_cast<const float4*>(row + column);
+    return Four{{x.x, x.y, x.z, x.w}};
+  }
+  Four x = {};
+  for (int i = 0; i < 4 && column + i < columns; i++) x.at[i] = row[column + i];
+  return x;
+}
+
+HERD_INLINE Four load_4(const bf16* row, int column, int columns) {
+  Four x = {};
+  if (columns % 4 == 0) {
+    const uint2 pairs = *reinterpret_cast<const uint2*>(row + column);
+    x.at[0] = __uint_as_float(pairs.x << 16);
+    x.at[1] = __uint_as_float(pairs.x & 0xffff0000u);
+    x.at[2] = __uint_as_float(pairs.y << 16);
+    x.at[3] = __uint_as_float(pairs.y & 0xffff0000u);
+    return x;
+  }
+  for (int i = 0; i < 4 && column + i < columns; i++) x.at[i] = widen(row[column + i]);
+  return x;
+}
+
+// The counterparts; nothing is written past the row's end.
+HERD_INLINE void store_4(const Four& x, float* row, int column, int columns) {
+  if (columns % 4 == 0) {
+    *reinterpret_cast<float4*>(row + column) = float4{x.at[0], x.at[1], x.at[2], x.at[3]};
+    return;
+  }
+  for (int i = 0; i < 4 && column + i < columns; i++) row[column + i] = x.at[i];
+}
+
+HERD_INLINE void store_4(const Four& x, bf16* row, int column, int columns) {
+  if (columns % 4 == 0) {
+    *reinterpret_cast<uint2*>(row + column) = uint2{to_bf16x2(x.at[0], x.at[1]), to_bf16x2(x.at[2], x.at[3])};
+    return;
+  }
+  for (int i = 0; i < 4 && column + i < columns; i++) row[column + i] = to_bf16(x.at[i]);
+}
+
+// A candidate for the largest of some values.
+struct Largest {
+  float value;
+  int id;
+};
+
+// The larger one; of equal ones that with the lower id. The order of comparisons does not matter, as none is NaN.
+HERD_INLINE Largest larger(Largest a, Largest b) {
+  const bool second = b.value > a.value || (b.value == a.value && b.id < a.id);
+  return second ? b : a;
+}
+
+// Over all lanes of the warp; every lane has the result.
+HERD_INLINE Largest largest_of_warp(Largest x) {
+  for (int width = kWarp / 2; width > 0; width /= 2) {
+    Largest other;
+    other.value = __shfl_xor_sync(kAll, x.value, width);
+    other.id = __shfl_xor_sync(kAll, x.id, width);
+    x = larger(x, other);
+  }
   return x;
 }
 
