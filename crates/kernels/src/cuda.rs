@@ -9,12 +9,15 @@ pub mod compile;
 mod driver;
 #[cfg(feature = "emulated")]
 mod emulated;
+mod linear_bf16;
 mod real;
 mod rms_norm;
 pub mod sources;
 mod tensor;
 #[cfg(all(test, feature = "emulated"))]
 mod tests;
+mod tiles;
 
 pub use driver::{CudaError, Driver};
 pub use tensor::Tensor;
+pub use tiles::{Placement, TileShape, TileStorage, TiledMatrix};

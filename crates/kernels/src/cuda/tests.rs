@@ -3,6 +3,7 @@
 use super::driver::Driver;
 use std::sync::{Arc, LazyLock};
 
+mod linear_bf16;
 mod rms_norm;
 
 /// The emulated device; one for all tests.
