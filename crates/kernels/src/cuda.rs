@@ -6,9 +6,11 @@
 mod args;
 mod buffer;
 pub mod compile;
+mod dispatch;
 mod driver;
 #[cfg(feature = "emulated")]
 mod emulated;
+mod experts;
 mod linear_bf16;
 mod real;
 mod rms_norm;

@@ -25,7 +25,9 @@ macro_rules! sources {
 /// All kernels.
 pub const SOURCES: &[Source] = sources![
     "rms_norm",
+    "dispatch",
     "linear_bf16" with "tiles",
+    "experts" with "tiles",
 ];
 
 /// How the definition of a kernel begins.

@@ -3,6 +3,8 @@
 use super::driver::Driver;
 use std::sync::{Arc, LazyLock};
 
+mod dispatch;
+mod experts;
 mod linear_bf16;
 mod rms_norm;
 
