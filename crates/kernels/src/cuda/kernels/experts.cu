@@ -63,6 +63,7 @@ struct GateUp {
   template <class Product>
   HERD_INLINE void finish(const u8* rings, u32 first, u32 end) const {
     constexpr int kColumns = Product::kOutputs / 2;
+#pragma unroll 1
     for (int i = int(threadIdx.x); i < Product::kTokens * kColumns; i += int(blockDim.x)) {
       const int token = i / kColumns, inner = i % kColumns, column = int(blockIdx.x) * kColumns + inner;
       const int output = inner / kTileOutputs * 2 * kTileOutputs + inner % kTileOutputs;
@@ -87,6 +88,7 @@ struct Down {
 
   template <class Product>
   HERD_INLINE void finish(const u8* rings, u32 first, u32 end) const {
+#pragma unroll 1
     for (int i = int(threadIdx.x); i < Product::kTokens * Product::kOutputs; i += int(blockDim.x)) {
       const int token = i / Product::kOutputs, output = i % Product::kOutputs;
       const int column = int(blockIdx.x) * Product::kOutputs + output;
@@ -118,6 +120,7 @@ HERD_INLINE void run_chunk(const Work& work, u8* rings, u32 first, u32 end) {
 template <class Tiles, class Work>
 HERD_INLINE void run_few(const Work& work, u32 first, u32 end) {
   HERD_DYNAMIC_SHARED(rings);
+#pragma unroll 1
   for (; first + kTileTokens < end; first += 2 * kTileTokens) run_chunk<Tiles, 2, kFewRing>(work, rings, first, end);
   if (first < end) run_chunk<Tiles, 1, kFewRing>(work, rings, first, end);
 }
@@ -125,6 +128,7 @@ HERD_INLINE void run_few(const Work& work, u32 first, u32 end) {
 template <class Tiles, class Work>
 HERD_INLINE void run_many(const Work& work, u32 first, u32 end) {
   HERD_DYNAMIC_SHARED(rings);
+#pragma unroll 1
   for (; first + 4 * kTileTokens < end; first += 8 * kTileTokens) {
     run_chunk<Tiles, 8, kManyRing>(work, rings, first, end);
   }

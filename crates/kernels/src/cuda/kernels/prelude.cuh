@@ -103,8 +103,7 @@ HERD_INLINE uint4 load_once(const void* from) {
 // Starts a copy of 16 bytes into shared memory, or of as many zeros if there is nothing to copy. What others have
 // written may be read through a cache that this bypasses; the thread that copies sees the bytes after `copy_wait`.
 HERD_INLINE void copy_async(void* to, const void* from, bool is_there) {
-  u32 address;
-  asm("{ .reg .u64 p; cvta.to.shared.u64 p, %1; cvt.u32.u64 %0, p; }" : "=r"(address) : "l"(to));
+  const u32 address = u32(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                :
                : "r"(address), "l"(from), "r"(is_there ? 16 : 0)

@@ -13,17 +13,16 @@ constexpr int kTileOutputs = 16;
 constexpr int kTileTokens = 8;
 constexpr int kSegmentsMax = 8;
 
-// A tile's two pieces are the rows g and g + 8 of lane 4 g + t, 8 neighbouring inputs from 8 t.
+// A tile's two pieces are the rows g and g + 8 of lane 4 g + t, 8 neighbouring inputs from 8 t. `left` gives the left
+// operands of two steps: those that one piece of the tokens is multiplied with.
 struct Bf16Tiles {
   static constexpr int kInputs = 32;
   static constexpr int kTokenPieces = 1;
-  static constexpr int kSteps = 2;
 
-  static HERD_INLINE void left(const uint4& low, const uint4& high, u32 (&a)[kSteps][4]) {
-    const u32 first[kSteps][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}};
-    for (int step = 0; step < kSteps; step++) {
-      for (int i = 0; i < 4; i++) a[step][i] = first[step][i];
-    }
+  static HERD_INLINE void left(const u8* low_piece, int, u32 (&a)[2][4]) {
+    const uint4 low = load_16(low_piece), high = load_16(low_piece + kPiece);
+    a[0][0] = low.x, a[0][1] = high.x, a[0][2] = low.y, a[0][3] = high.y;
+    a[1][0] = low.z, a[1][1] = high.z, a[1][2] = low.w, a[1][3] = high.w;
   }
 };
 
@@ -33,7 +32,6 @@ struct Bf16Tiles {
 struct Fp8Tiles {
   static constexpr int kInputs = 64;
   static constexpr int kTokenPieces = 2;
-  static constexpr int kSteps = 4;
 
   static HERD_INLINE void widen4(u32 word, u32& first, u32& second) {
     constexpr u32 kPlaces = 0x87f087f0u, kFactor = 0x7b807b80u;  // 2^120: see `e4m3x2_to_bf16x2`
@@ -41,12 +39,13 @@ struct Fp8Tiles {
     second = mul_bf16x2((word << 4 & 0x80f080f0u) | (word >> 4 & 0x07000700u), kFactor);
   }
 
-  static HERD_INLINE void left(const uint4& low, const uint4& high, u32 (&a)[kSteps][4]) {
-    const u32 lows[kSteps] = {low.x, low.y, low.z, low.w}, highs[kSteps] = {high.x, high.y, high.z, high.w};
-    for (int step = 0; step < kSteps; step++) {
-      widen4(lows[step], a[step][0], a[step][2]);
-      widen4(highs[step], a[step][1], a[step][3]);
-    }
+  static HERD_INLINE void left(const u8* low_piece, int half, u32 (&a)[2][4]) {
+    const uint2 low = reinterpret_cast<const uint2*>(low_piece)[half];
+    const uint2 high = reinterpret_cast<const uint2*>(low_piece + kPiece)[half];
+    widen4(low.x, a[0][0], a[0][2]);
+    widen4(high.x, a[0][1], a[0][3]);
+    widen4(low.y, a[1][0], a[1][2]);
+    widen4(high.y, a[1][1], a[1][3]);
   }
 };
 
@@ -90,26 +89,21 @@ struct Product {
   }
 
   HERD_INLINE void multiply(const u8* stage) {
-    uint4 right[kN][Tiles::kTokenPieces];
 #pragma unroll
-    for (int n = 0; n < kN; n++) {
+    for (int piece = 0; piece < Tiles::kTokenPieces; piece++) {
+      uint4 right[kN];
 #pragma unroll
-      for (int piece = 0; piece < Tiles::kTokenPieces; piece++) {
-        right[n][piece] = load_16(stage + (2 * kM + n * Tiles::kTokenPieces + piece) * kPiece);
+      for (int n = 0; n < kN; n++) {
+        right[n] = load_16(stage + (2 * kM + n * Tiles::kTokenPieces + piece) * kPiece);
       }
-    }
 #pragma unroll
-    for (int m = 0; m < kM; m++) {
-      u32 left[Tiles::kSteps][4];
-      Tiles::left(load_16(stage + 2 * m * kPiece), load_16(stage + (2 * m + 1) * kPiece), left);
+      for (int m = 0; m < kM; m++) {
+        u32 left[2][4];
+        Tiles::left(stage + 2 * m * kPiece, piece, left);
 #pragma unroll
-      for (int step = 0; step < Tiles::kSteps; step++) {
+        for (int n = 0; n < kN; n++) mma_bf16(sum[m][n], left[0], right[n].x, right[n].y);
 #pragma unroll
-        for (int n = 0; n < kN; n++) {
-          const uint4& b = right[n][step / 2];
-          if (step % 2 == 0) mma_bf16(sum[m][n], left[step], b.x, b.y);
-          else mma_bf16(sum[m][n], left[step], b.z, b.w);
-        }
+        for (int n = 0; n < kN; n++) mma_bf16(sum[m][n], left[1], right[n].z, right[n].w);
       }
     }
   }
@@ -119,11 +113,13 @@ struct Product {
     u8* const mine = ring + lane_id() * 16;
 #pragma unroll
     for (int i = 0; i < kM * kN * 4; i++) sum[i / (4 * kN)][i / 4 % kN][i % 4] = 0.0f;
+#pragma unroll 1
     for (int i = 0; i < kStages - 1; i++) {
       if (first + i < last) copy(mine + i * kStage, x, first + i);
       copy_commit();
     }
     int now = 0, free = kStages - 1;
+#pragma unroll 1
     for (int k = first; k < last; k++) {
       copy_wait<kStages - 2>();
       if (k + kStages - 1 < last) copy(mine + free * kStage, x, k + kStages - 1);
@@ -137,8 +133,8 @@ struct Product {
 
   // Leaves the segment's sums in the warp's ring, `[token][kPitch]`.
   HERD_INLINE void park(u8* ring) const {
-    const int group = lane_id() / 4, pair = lane_id() % 4;
-    float* to = reinterpret_cast<float*>(ring);
+    // The lane's first sum; the others are at constant distances.
+    float* const to = reinterpret_cast<float*>(ring) + lane_id() % 4 * 2 * kPitch + lane_id() / 4;
     __syncwarp();
 #pragma unroll
     for (int m = 0; m < kM; m++) {
@@ -146,8 +142,7 @@ struct Product {
       for (int n = 0; n < kN; n++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          const int token = n * kTileTokens + 2 * pair + i % 2, output = m * kTileOutputs + group + 8 * (i / 2);
-          to[token * kPitch + output] = sum[m][n][i];
+          to[(n * kTileTokens + i % 2) * kPitch + m * kTileOutputs + 8 * (i / 2)] = sum[m][n][i];
         }
       }
     }
