@@ -13,6 +13,7 @@ use all2all::local::Hub;
 use all2all::tcp::Peer;
 use all2all::{Aborter, AllToAll, ExchangeError, Fault, Reason, Routes, StepOutcome, View};
 use ids::{Epoch, ExpertId, Rank, StepId};
+use kernels::cuda::Cuda;
 use kernels::{Cpu, DeviceError, Dtype, Pool, Sampled, StepBatch};
 use model::forward::{Forward, ForwardError, Pass};
 use model::weights::Dense;
@@ -103,7 +104,7 @@ impl Seat {
         let routes = Routes::new(shard.rank, model.config.experts, shard.held, shard.targets)?;
         let own = shard.held.iter().map(|ranks| ranks[shard.rank.index()].clone());
         Ok(Self {
-            experts: model.platform.place(model.experts(&local, still_wanted)?)?,
+            experts: model.platform.place(model.experts(&local, still_wanted)?, model.dtype)?,
             local: own.collect(),
             view: View {
                 epoch: shard.epoch,
@@ -135,6 +136,7 @@ pub struct Engine(Inner);
 /// By device.
 enum Inner {
     Cpu(Box<RankEngine<Cpu>>),
+    Cuda(Box<RankEngine<Cuda>>),
 }
 
 /// What does not depend on the device.
@@ -142,6 +144,7 @@ macro_rules! on_device {
     ($engine:expr, $rank:ident => $do:expr) => {
         match $engine {
             Inner::Cpu($rank) => $do,
+            Inner::Cuda($rank) => $do,
         }
     };
 }
@@ -161,6 +164,9 @@ impl Engine {
         Ok(Self(match &model.platform {
             Platform::Cpu => {
                 Inner::Cpu(Box::new(RankEngine::unseated(model, transport, threads, kv)?))
+            }
+            Platform::Cuda(_) => {
+                Inner::Cuda(Box::new(RankEngine::unseated(model, transport, threads, kv)?))
             }
         }))
     }
@@ -270,12 +276,12 @@ impl<D: Backend> RankEngine<D> {
     ) -> Result<Self, EngineError> {
         let config = &model.config;
         let device = D::open(model, threads, transport.row_memory())?;
-        let dense = device.dense(model)?;
+        let dense = D::dense(model)?;
         let blocks = |pool| match pool {
             Pool::Full => kv.full,
             Pool::Chunked(_) => kv.chunked,
         };
-        let cache = device.cache(model, &blocks)?;
+        let cache = device.new_cache(model, &blocks)?;
         Ok(Self {
             forward: Forward::new(&device, config, 0, (kv.full, kv.chunked)),
             row_bytes: device.row_bytes(config.hidden),

@@ -35,7 +35,7 @@ pub use joined::{Exchange, Processes, WithinHost};
 pub use kv::{KvBlocks, KvTooSmall};
 pub use memory::{MemoryPlan, MemoryTooSmall};
 pub use observe::Observer;
-pub use platform::Platform;
+pub use platform::{Gpu, Platform};
 pub use weights::{Model, ModelError};
 
 /// What a worker runs with.

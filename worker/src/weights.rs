@@ -185,6 +185,11 @@ impl Model {
             .retain(|key, weights| Arc::strong_count(weights) > 1 || wanted.contains(key));
     }
 
+    /// Drops the dense weights, once their users have others.
+    pub(crate) fn forget_dense(&self) {
+        *lock(&self.dense) = None;
+    }
+
     fn loader(&self) -> Loader<'_> {
         Loader { checkpoint: &self.checkpoint, config: &self.config, dtype: self.dtype }
     }

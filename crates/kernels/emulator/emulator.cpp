@@ -31,6 +31,19 @@ struct Fiber {
 #endif
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  bool is_there;
+  u32 group;
+};
+
+// Of one fiber: copies that nobody has waited for, and groups that were ended.
+struct Copies {
+  std::vector<Copy> open;
+  u32 groups = 0;
+};
+
 // One launch at a time.
 std::mutex running;
 std::vector<Fiber> fibers;
@@ -39,6 +52,7 @@ std::vector<u8> shared;
 // What the lanes of each warp bring to a collective; two, since some go on while others still read.
 std::vector<u64> brought[2];
 std::vector<int> turns;
+std::vector<Copies> copies;
 int active = 0;
 Body body;
 void** arguments;
@@ -134,6 +148,7 @@ void run_block() {
   const int count = int(fibers.size());
   std::fill(shared.begin(), shared.end(), kPoison);
   std::fill(turns.begin(), turns.end(), 0);
+  for (Copies& of_thread : copies) of_thread = {};
   for (int i = 0; i < count; i++) {
     fibers[i].state = State::Ready;
     prepare(i);
@@ -209,6 +224,24 @@ void herd_mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, int line) {
   }
 }
 
+void copy_async(void* to, const void* from, bool is_there) {
+  emulator::Copies& mine = emulator::copies[emulator::active];
+  mine.open.push_back({to, from, is_there, mine.groups});
+}
+
+void copy_commit() { emulator::copies[emulator::active].groups++; }
+
+void herd_copy_wait(int groups) {
+  emulator::Copies& mine = emulator::copies[emulator::active];
+  std::size_t done = 0;
+  while (done < mine.open.size() && int(mine.open[done].group) < int(mine.groups) - groups) {
+    const emulator::Copy& copy = mine.open[done++];
+    if (copy.is_there) std::memcpy(copy.to, copy.from, 16);
+    else std::memset(copy.to, 0, 16);
+  }
+  mine.open.erase(mine.open.begin(), mine.open.begin() + done);
+}
+
 extern "C" {
 
 // 0 if the kernel ran, 1 if there is none of this name.
@@ -223,6 +256,7 @@ int herd_emulator_launch(const char* name, const u32* grid, const u32* block, u3
   const u32 count = block[0] * block[1] * block[2];
   fibers.resize(count);
   turns.resize(count);
+  copies.resize(count);
   for (auto& all : brought) all.resize(count);
   shared.assign(shared_bytes + 16, kPoison);
   for (u32 i = 0; i < count; i++) {

@@ -31,7 +31,7 @@ using i32 = int32_t;
 // Blocks run one after the other, so one copy will do.
 #define __shared__ static
 #define HERD_DYNAMIC_SHARED(name) u8* name = emulator::dynamic_shared()
-#define HERD_INLINE static inline
+#define HERD_INLINE inline
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -168,6 +168,15 @@ void herd_mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, int line);
 #define mma_bf16(d, a, b0, b1) herd_mma(d, a, b0, b1, __LINE__)
 
 inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
+
+// Copies happen when they are waited for, so that what is read too early is poison.
+void copy_async(void* to, const void* from, bool is_there);
+void copy_commit();
+void herd_copy_wait(int groups);
+template <int kGroups>
+void copy_wait() {
+  herd_copy_wait(kGroups);
+}
 
 inline float herd_bf16(u32 bits) { return __uint_as_float(bits << 16); }
 inline u32 herd_round(float x) {

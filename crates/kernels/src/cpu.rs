@@ -427,7 +427,12 @@ impl Device for Cpu {
         }
     }
 
-    fn finish(&mut self, step: &StepBatch, logits: &Tensor) -> Result<Vec<Sampled>, DeviceError> {
+    fn finish(
+        &mut self,
+        _batch: &CpuBatch,
+        step: &StepBatch,
+        logits: &Tensor,
+    ) -> Result<Vec<Sampled>, DeviceError> {
         let vocab = logits.columns;
         let choose = |(sample, row): (&crate::SampleRow, &[f32])| {
             let position = step.rows[sample.row as usize].position + 1;

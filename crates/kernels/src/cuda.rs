@@ -9,13 +9,17 @@ mod batch;
 mod buffer;
 mod cache;
 pub mod compile;
+pub(crate) mod device;
+mod dispatch;
 mod driver;
 mod elementwise;
 mod embed;
 #[cfg(feature = "emulated")]
 mod emulated;
+mod experts;
 mod finite;
 mod gate;
+mod linear_bf16;
 mod linear_f32;
 mod matrix;
 mod positions;
@@ -26,6 +30,11 @@ pub mod sources;
 mod tensor;
 #[cfg(all(test, feature = "emulated"))]
 mod tests;
+mod tiles;
+pub(crate) mod travel;
+pub mod weights;
 
+pub use device::{CacheOnDevice, Cuda, ExpertsOnDevice};
 pub use driver::{CudaError, Driver};
 pub use tensor::Tensor;
+pub use tiles::{Placement, TileShape, TileStorage, TiledMatrix};

@@ -212,7 +212,7 @@ impl<D: Device> Forward<D> {
         device.rms_norm(&self.selected, &pass.dense.final_norm, self.norm_eps, &mut self.h);
         device.linear(&self.h, &pass.dense.lm_head, &mut self.logits);
         observer.logits(&self.logits);
-        Ok(device.finish(pass.step, &self.logits)?)
+        Ok(device.finish(&batch, pass.step, &self.logits)?)
     }
 
     /// Shared expert here, routed expert wherever it lives; their sum into the residual stream.

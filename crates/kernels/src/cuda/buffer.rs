@@ -50,14 +50,31 @@ impl Buffer {
         self.driver.write(self.address + at as u64, content)
     }
 
+    /// Puts `content` at the start; grows if it must, and loses what was behind.
+    pub(crate) fn put(&mut self, what: &'static str, content: &[u8]) -> Result<(), CudaError> {
+        if self.bytes < content.len() {
+            *self = Self::new(&Arc::clone(&self.driver), what, content.len().next_power_of_two())?;
+        }
+        self.fill(0, content)
+    }
+
     /// Waits for the stream and copies the first bytes to the host.
     ///
     /// # Panics
     ///
     /// If the buffer has fewer.
     pub(crate) fn read(&self, out: &mut [u8]) -> Result<(), CudaError> {
-        assert!(out.len() <= self.bytes, "outside the buffer");
-        self.driver.read(self.address, out)
+        self.read_at(0, out)
+    }
+
+    /// The same from byte `at` on.
+    ///
+    /// # Panics
+    ///
+    /// If the buffer ends before.
+    pub(crate) fn read_at(&self, at: usize, out: &mut [u8]) -> Result<(), CudaError> {
+        assert!(at + out.len() <= self.bytes, "outside the buffer");
+        self.driver.read(self.address + at as u64, out)
     }
 }
 

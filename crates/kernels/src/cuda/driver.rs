@@ -4,9 +4,10 @@ use super::args::Launch;
 #[cfg(feature = "emulated")]
 use super::emulated::Emulated;
 use super::real::Gpu;
+use std::sync::OnceLock;
 
 /// Why a GPU cannot be used.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum CudaError {
     /// No driver on this machine.
     #[error(
@@ -43,7 +44,13 @@ pub enum CudaError {
 }
 
 /// A device and its stream.
-pub enum Driver {
+pub struct Driver {
+    kind: Kind,
+    /// The first failure; most spoil the device for the whole process.
+    failed: OnceLock<CudaError>,
+}
+
+enum Kind {
     Gpu(Gpu),
     #[cfg(feature = "emulated")]
     Emulated(Emulated),
@@ -56,7 +63,7 @@ impl Driver {
     ///
     /// [`CudaError`] with what is missing and what to do about it.
     pub fn open(ordinal: u32) -> Result<Self, CudaError> {
-        Gpu::open(ordinal).map(Self::Gpu)
+        Ok(Self { kind: Kind::Gpu(Gpu::open(ordinal)?), failed: OnceLock::new() })
     }
 
     /// A device without a GPU: the kernels run on the CPU, slowly.
@@ -66,32 +73,53 @@ impl Driver {
     /// [`CudaError::Failed`] if the kernels cannot be compiled.
     #[cfg(feature = "emulated")]
     pub fn emulated() -> Result<Self, CudaError> {
-        Emulated::open().map(Self::Emulated)
+        Ok(Self { kind: Kind::Emulated(Emulated::open()?), failed: OnceLock::new() })
+    }
+
+    /// What the device is, for people and for numeric profiles: its architecture, and its name.
+    #[must_use]
+    pub fn identity(&self) -> (&str, &str) {
+        match &self.kind {
+            Kind::Gpu(gpu) => (gpu.arch(), gpu.name()),
+            #[cfg(feature = "emulated")]
+            Kind::Emulated(_) => ("emulated", "no GPU: kernels run on the CPU"),
+        }
+    }
+
+    /// Remembers a failure: whatever comes after it means nothing.
+    pub(crate) fn fail(&self, error: CudaError) {
+        let _first_counts = self.failed.set(error);
+    }
+
+    /// The first failure.
+    #[must_use]
+    pub fn failure(&self) -> Option<&CudaError> {
+        self.failed.get()
     }
 
     pub(crate) fn allocate(&self, what: &'static str, bytes: usize) -> Result<u64, CudaError> {
-        match self {
-            Self::Gpu(gpu) => gpu.allocate(what, bytes),
+        match &self.kind {
+            Kind::Gpu(gpu) => gpu.allocate(what, bytes),
             #[cfg(feature = "emulated")]
-            Self::Emulated(emulated) => emulated.allocate(what, bytes),
+            Kind::Emulated(emulated) => emulated.allocate(what, bytes),
         }
     }
 
     /// Frees what `allocate` gave.
     pub(crate) fn free(&self, address: u64) {
-        match self {
-            Self::Gpu(gpu) => gpu.free(address),
+        match &self.kind {
+            Kind::Gpu(gpu) => gpu.free(address),
             #[cfg(feature = "emulated")]
-            Self::Emulated(emulated) => emulated.free(address),
+            Kind::Emulated(emulated) => emulated.free(address),
         }
     }
 
     /// Copies to the device. `content` may change once this returns.
     pub(crate) fn write(&self, address: u64, content: &[u8]) -> Result<(), CudaError> {
-        match self {
-            Self::Gpu(gpu) => gpu.write(address, content),
+        match &self.kind {
+            Kind::Gpu(gpu) => gpu.write(address, content),
             #[cfg(feature = "emulated")]
-            Self::Emulated(emulated) => {
+            Kind::Emulated(emulated) => {
                 emulated.write(address, content);
                 Ok(())
             }
@@ -100,10 +128,10 @@ impl Driver {
 
     /// Waits for all that was enqueued, and copies to the host.
     pub(crate) fn read(&self, address: u64, out: &mut [u8]) -> Result<(), CudaError> {
-        match self {
-            Self::Gpu(gpu) => gpu.read(address, out),
+        match &self.kind {
+            Kind::Gpu(gpu) => gpu.read(address, out),
             #[cfg(feature = "emulated")]
-            Self::Emulated(emulated) => {
+            Kind::Emulated(emulated) => {
                 emulated.read(address, out);
                 Ok(())
             }
@@ -126,11 +154,11 @@ impl Driver {
             // Nothing to do, and an error in CUDA.
             return Ok(());
         }
-        match self {
+        match &self.kind {
             // SAFETY: the caller's promise.
-            Self::Gpu(gpu) => unsafe { gpu.launch(launch, args) },
+            Kind::Gpu(gpu) => unsafe { gpu.launch(launch, args) },
             #[cfg(feature = "emulated")]
-            Self::Emulated(emulated) => {
+            Kind::Emulated(emulated) => {
                 // SAFETY: the caller's promise.
                 unsafe { emulated.launch(launch, args) };
                 Ok(())

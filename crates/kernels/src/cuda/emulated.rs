@@ -125,10 +125,12 @@ fn build_in(folder: &Path) -> Result<Library, String> {
     let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("emulator");
     let mut files: Vec<PathBuf> = vec![here.join("emulator.cpp")];
     for source in SOURCES {
-        let mut text = format!("#include \"emulator.hpp\"\n{}\n", source.text());
+        // In a namespace of its own: two files may give different things the same name.
+        let mut text = format!("#include \"emulator.hpp\"\nnamespace {{\n{}\n", source.text());
         for kernel in source.kernels() {
             text += &format!("static emulator::Entry<&{kernel}> entry_{kernel}(\"{kernel}\");\n");
         }
+        text += "}\n";
         let file = folder.join(format!("{}.cpp", source.name));
         std::fs::write(&file, text).map_err(|error| format!("{}: {error}", file.display()))?;
         files.push(file);

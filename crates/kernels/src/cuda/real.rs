@@ -120,6 +120,9 @@ impl Gpu {
     }
 
     pub(super) fn write(&self, address: u64, content: &[u8]) -> Result<(), CudaError> {
+        if content.is_empty() {
+            return Ok(());
+        }
         self.enter()?;
         // SAFETY: the buffer is large enough; pageable memory is read before the call returns.
         unsafe { result::memcpy_htod_async(address, content, self.stream) }
@@ -130,7 +133,10 @@ impl Gpu {
         self.enter()?;
         // SAFETY: the buffer is large enough, and `out` is borrowed until the stream has been waited for.
         unsafe {
-            result::memcpy_dtoh_async(out, address, self.stream).map_err(failed("cuMemcpyDtoH"))?;
+            if !out.is_empty() {
+                result::memcpy_dtoh_async(out, address, self.stream)
+                    .map_err(failed("cuMemcpyDtoH"))?;
+            }
             result::stream::synchronize(self.stream).map_err(failed("a kernel"))
         }
     }

@@ -7,12 +7,18 @@ const PRELUDE: &str = include_str!("kernels/prelude.cuh");
 #[derive(Debug, Clone, Copy)]
 pub struct Source {
     pub name: &'static str,
+    /// What it shares with another file.
+    shared: &'static str,
     text: &'static str,
 }
 
 macro_rules! sources {
-    ($($name:literal),* $(,)?) => {
-        &[$(Source { name: $name, text: include_str!(concat!("kernels/", $name, ".cu")) }),*]
+    ($($name:literal $(with $shared:literal)?),* $(,)?) => {
+        &[$(Source {
+            name: $name,
+            shared: concat!($(include_str!(concat!("kernels/", $shared, ".cuh")))?),
+            text: include_str!(concat!("kernels/", $name, ".cu")),
+        }),*]
     };
 }
 
@@ -27,6 +33,9 @@ pub const SOURCES: &[Source] = sources![
     "positions",
     "rms_norm",
     "sample",
+    "dispatch",
+    "linear_bf16" with "tiles",
+    "experts" with "tiles",
 ];
 
 /// How the definition of a kernel begins.
@@ -36,7 +45,10 @@ impl Source {
     /// What a compiler is given.
     #[must_use]
     pub fn text(&self) -> String {
-        format!("{PRELUDE}\n#line 1 \"{}.cu\"\n{}", self.name, self.text)
+        let Self { name, shared, text } = self;
+        format!(
+            "{PRELUDE}\n#line 1 \"shared with {name}.cu\"\n{shared}\n#line 1 \"{name}.cu\"\n{text}"
+        )
     }
 
     /// The kernels in the file.

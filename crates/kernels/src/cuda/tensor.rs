@@ -78,6 +78,15 @@ impl Tensor {
         &self.buffer
     }
 
+    /// What the next result is.
+    pub(super) fn become_of(&mut self, dtype: Dtype, columns: usize) {
+        (self.dtype, self.columns, self.rows) = (dtype, columns, 0);
+    }
+
+    pub(super) fn driver(&self) -> &Arc<Driver> {
+        &self.driver
+    }
+
     /// Makes room for a result of `rows` rows; its content is lost if the buffer must grow, which it does only beyond
     /// the largest step so far.
     pub(super) fn resize(&mut self, rows: usize) -> Result<(), CudaError> {

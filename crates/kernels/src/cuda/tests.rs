@@ -5,10 +5,13 @@ use std::sync::{Arc, LazyLock};
 
 mod attention_f32;
 mod batch;
+mod dispatch;
 mod elementwise;
 mod embed;
+mod experts;
 mod finite;
 mod gate;
+mod linear_bf16;
 mod linear_f32;
 mod rms_norm;
 mod sample;

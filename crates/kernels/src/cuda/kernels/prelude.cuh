@@ -173,6 +173,25 @@ HERD_INLINE uint4 load_once(const void* from) {
   return x;
 }
 
+// Starts a copy of 16 bytes into shared memory, or of as many zeros if there is nothing to copy. What others have
+// written may be read through a cache that this bypasses; the thread that copies sees the bytes after `copy_wait`.
+HERD_INLINE void copy_async(void* to, const void* from, bool is_there) {
+  const u32 address = u32(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+               :
+               : "r"(address), "l"(from), "r"(is_there ? 16 : 0)
+               : "memory");
+}
+
+// Ends a group of copies.
+HERD_INLINE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for this thread's copies but those of the last `kGroups` groups.
+template <int kGroups>
+HERD_INLINE void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
 // Two products of bf16 pairs, each rounded once.
 HERD_INLINE u32 mul_bf16x2(u32 a, u32 b) {
   u32 d;

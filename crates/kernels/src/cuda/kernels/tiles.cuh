@@ -1,0 +1,180 @@
+// Products with tiled weights (`tiles.rs`), as the tensor cores take them: weights are the left operand (16 outputs),
+// tokens the right one (8 tokens), so a token's column never sees its neighbours.
+//
+// Order: the tiles of K are cut into one segment per warp of a block, a number that the shape of the weights fixes.
+//        Every segment is summed from 0 by mma.m16n8k16 in ascending steps, the segments are added in order to 0.
+//        Neither the number of tokens nor the number of outputs that a warp takes changes a bit.
+// Data:  a lane copies what it alone reads, 16 bytes at a time, through its warp's ring in shared memory, so nothing
+//        but its own copies is waited for.
+
+constexpr int kTileBytes = 1024;
+constexpr int kPiece = 512;  // 16 bytes for every lane
+constexpr int kTileOutputs = 16;
+constexpr int kTileTokens = 8;
+constexpr int kSegmentsMax = 8;
+
+// A tile's two pieces are the rows g and g + 8 of lane 4 g + t, 8 neighbouring inputs from 8 t. `left` gives the left
+// operands of two steps: those that one piece of the tokens is multiplied with.
+struct Bf16Tiles {
+  static constexpr int kInputs = 32;
+  static constexpr int kTokenPieces = 1;
+
+  static HERD_INLINE void left(const u8* low_piece, int, u32 (&a)[2][4]) {
+    const uint4 low = load_16(low_piece), high = load_16(low_piece + kPiece);
+    a[0][0] = low.x, a[0][1] = high.x, a[0][2] = low.y, a[0][3] = high.y;
+    a[1][0] = low.z, a[1][1] = high.z, a[1][2] = low.w, a[1][3] = high.w;
+  }
+};
+
+// As above with 16 inputs from 16 t. A word holds four weights, spread so that few operations widen them: the first
+// and second have their sign at bit 15 and the other bits at 4..10 of the lower and the upper half; the third and
+// fourth lie in the gaps, sign at bit 11, the lower four bits at 0..3, the upper three at 12..14.
+struct Fp8Tiles {
+  static constexpr int kInputs = 64;
+  static constexpr int kTokenPieces = 2;
+
+  static HERD_INLINE void widen4(u32 word, u32& first, u32& second) {
+    constexpr u32 kPlaces = 0x87f087f0u, kFactor = 0x7b807b80u;  // 2^120: see `e4m3x2_to_bf16x2`
+    first = mul_bf16x2(word & kPlaces, kFactor);
+    second = mul_bf16x2((word << 4 & 0x80f080f0u) | (word >> 4 & 0x07000700u), kFactor);
+  }
+
+  static HERD_INLINE void left(const u8* low_piece, int half, u32 (&a)[2][4]) {
+    const uint2 low = reinterpret_cast<const uint2*>(low_piece)[half];
+    const uint2 high = reinterpret_cast<const uint2*>(low_piece + kPiece)[half];
+    widen4(low.x, a[0][0], a[0][2]);
+    widen4(high.x, a[0][1], a[0][3]);
+    widen4(low.y, a[1][0], a[1][2]);
+    widen4(high.y, a[1][1], a[1][3]);
+  }
+};
+
+// What a warp works on: `kM` tiles of outputs and `kN` tiles of tokens.
+template <int kM, int kN>
+struct Operands {
+  const u8* tile[kM];     // the first tile of K, this lane's bytes
+  const bf16* token[kN];  // the row that this lane copies from; null for a token that is not there
+  int inputs;
+};
+
+// `kRing`: bytes of shared memory of a warp.
+template <class Tiles, int kM, int kN, int kRing>
+struct Product {
+  static constexpr int kStage = kPiece * (2 * kM + Tiles::kTokenPieces * kN);
+  static constexpr int kStages = kRing / kStage < 6 ? kRing / kStage : 6;
+  static constexpr int kTokens = kTileTokens * kN;
+  static constexpr int kOutputs = kTileOutputs * kM;
+  static constexpr int kPitch = kOutputs + 4;  // floats; no two lanes of a store share a bank
+  static_assert(2 <= kStages && kTokens * kPitch * 4 <= kRing);
+
+  float sum[kM][kN][4];
+
+  static HERD_INLINE void copy(u8* stage, const Operands<kM, kN>& x, int k) {
+#pragma unroll
+    for (int m = 0; m < kM; m++) {
+      const u8* from = x.tile[m] + size_t(k) * kTileBytes;
+      copy_async(stage + 2 * m * kPiece, from, true);
+      copy_async(stage + (2 * m + 1) * kPiece, from + kPiece, true);
+    }
+    const int input = k * Tiles::kInputs + lane_id() % 4 * (8 * Tiles::kTokenPieces);
+#pragma unroll
+    for (int n = 0; n < kN; n++) {
+#pragma unroll
+      for (int piece = 0; piece < Tiles::kTokenPieces; piece++) {
+        const bool is_there = x.token[n] != nullptr && input + 8 * piece < x.inputs;
+        const void* from = is_there ? static_cast<const void*>(x.token[n] + input + 8 * piece) : x.tile[0];
+        copy_async(stage + (2 * kM + n * Tiles::kTokenPieces + piece) * kPiece, from, is_there);
+      }
+    }
+  }
+
+  HERD_INLINE void multiply(const u8* stage) {
+#pragma unroll
+    for (int piece = 0; piece < Tiles::kTokenPieces; piece++) {
+      uint4 right[kN];
+#pragma unroll
+      for (int n = 0; n < kN; n++) {
+        right[n] = load_16(stage + (2 * kM + n * Tiles::kTokenPieces + piece) * kPiece);
+      }
+#pragma unroll
+      for (int m = 0; m < kM; m++) {
+        u32 left[2][4];
+        Tiles::left(stage + 2 * m * kPiece, piece, left);
+#pragma unroll
+        for (int n = 0; n < kN; n++) mma_bf16(sum[m][n], left[0], right[n].x, right[n].y);
+#pragma unroll
+        for (int n = 0; n < kN; n++) mma_bf16(sum[m][n], left[1], right[n].z, right[n].w);
+      }
+    }
+  }
+
+  // This warp's segment of K, the tiles from `first` to before `last`. `ring` is the warp's.
+  HERD_INLINE void run(u8* ring, const Operands<kM, kN>& x, int first, int last) {
+    u8* const mine = ring + lane_id() * 16;
+#pragma unroll
+    for (int i = 0; i < kM * kN * 4; i++) sum[i / (4 * kN)][i / 4 % kN][i % 4] = 0.0f;
+#pragma unroll 1
+    for (int i = 0; i < kStages - 1; i++) {
+      if (first + i < last) copy(mine + i * kStage, x, first + i);
+      copy_commit();
+    }
+    int now = 0, free = kStages - 1;
+#pragma unroll 1
+    for (int k = first; k < last; k++) {
+      copy_wait<kStages - 2>();
+      if (k + kStages - 1 < last) copy(mine + free * kStage, x, k + kStages - 1);
+      copy_commit();
+      multiply(mine + now * kStage);
+      now = now + 1 < kStages ? now + 1 : 0;
+      free = free + 1 < kStages ? free + 1 : 0;
+    }
+    copy_wait<0>();
+  }
+
+  // Leaves the segment's sums in the warp's ring, `[token][kPitch]`.
+  HERD_INLINE void park(u8* ring) const {
+    // The lane's first sum; the others are at constant distances.
+    float* const to = reinterpret_cast<float*>(ring) + lane_id() % 4 * 2 * kPitch + lane_id() / 4;
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < kM; m++) {
+#pragma unroll
+      for (int n = 0; n < kN; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          to[(n * kTileTokens + i % 2) * kPitch + m * kTileOutputs + 8 * (i / 2)] = sum[m][n][i];
+        }
+      }
+    }
+  }
+
+  // The sum over all segments, once every warp has parked and the block has met.
+  static HERD_INLINE float total(const u8* rings, int token, int output) {
+    float sum = 0.0f;
+    for (int segment = 0; segment < int(blockDim.x) / kWarp; segment++) {
+      sum += reinterpret_cast<const float*>(rings + segment * kRing)[token * kPitch + output];
+    }
+    return sum;
+  }
+
+  // All segments of one block, from operands to parked sums.
+  static HERD_INLINE void park_all(u8* rings, const Operands<kM, kN>& x) {
+    const int tiles = (x.inputs + Tiles::kInputs - 1) / Tiles::kInputs, segments = int(blockDim.x) / kWarp;
+    u8* const ring = rings + warp_id() * kRing;
+    Product product;
+    product.run(ring, x, tiles * warp_id() / segments, tiles * (warp_id() + 1) / segments);
+    product.park(ring);
+    __syncthreads();
+  }
+};
+
+// This lane's bytes of the `kM` tiles of outputs from `first`; past the end the last one again, for nobody.
+template <class Tiles, int kM>
+HERD_INLINE void point_at_tiles(const u8* (&tile)[kM], const u8* weights, int first, int outputs, int inputs) {
+  const int across = (inputs + Tiles::kInputs - 1) / Tiles::kInputs;
+  const int last = (outputs + kTileOutputs - 1) / kTileOutputs - 1;
+#pragma unroll
+  for (int m = 0; m < kM; m++) {
+    tile[m] = weights + size_t(min(first + m, last)) * across * kTileBytes + lane_id() * 16;
+  }
+}
