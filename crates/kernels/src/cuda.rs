@@ -24,7 +24,8 @@ mod rms_norm;
 mod sample;
 pub mod sources;
 mod tensor;
-#[cfg(all(test, feature = "emulated"))]
+#[cfg(test)]
+#[cfg(feature = "emulated")]
 mod tests;
 
 pub use driver::{CudaError, Driver};
