@@ -28,7 +28,8 @@ mod rms_norm;
 mod sample;
 pub mod sources;
 mod tensor;
-#[cfg(all(test, feature = "emulated"))]
+#[cfg(test)]
+#[cfg(feature = "emulated")]
 mod tests;
 mod tiles;
 pub(crate) mod travel;

@@ -7,7 +7,7 @@
 use super::buffer::Buffer;
 use super::driver::{CudaError, Driver};
 use super::elementwise::zero;
-use crate::attention::{AttentionShape, BLOCK_TOKENS};
+use crate::attention::AttentionShape;
 use crate::device::Pool;
 use crate::level::Dtype;
 use std::sync::Arc;
@@ -43,7 +43,7 @@ impl Cache {
         blocks: impl Fn(Pool) -> u32,
     ) -> Result<Self, CudaError> {
         let AttentionShape { heads: _, kv_heads, head_dim } = shape;
-        let block_bytes = 2 * kv_heads * head_dim * BLOCK_TOKENS * dtype.bytes();
+        let block_bytes = crate::Cache::block_bytes(dtype, kv_heads, head_dim);
         let layer = |&pool: &Pool| {
             let blocks = blocks(pool);
             let buffer = Buffer::new(driver, "kv cache", block_bytes * blocks as usize)?;

@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(1024) herd_sample(const float* logi
   const float temperature = temperatures[row];
   logits += size_t(row) * vocab;
   // x / 1 is x.
-  const bool greedy = !(temperature > 0.0f);
+  const bool greedy = temperature <= 0.0f;
   Largest best = largest_scaled(logits, vocab, greedy ? 1.0f : temperature);
   if (!greedy) {
     const float bar = best.value + kNoiseMin;

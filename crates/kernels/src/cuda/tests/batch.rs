@@ -1,3 +1,5 @@
+//! What a step looks like in device memory.
+
 use super::super::batch::{Batch, Part, StepRules};
 use super::driver;
 use super::step::{LIMITS, TEMPERATURE, rope};

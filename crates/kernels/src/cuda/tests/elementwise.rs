@@ -1,3 +1,5 @@
+//! Element-wise operations against the CPU.
+
 use super::super::elementwise::{add, pack, select, swiglu};
 use super::super::gate::{Route, gate};
 use super::super::tensor::Tensor;

@@ -1,3 +1,5 @@
+//! Embeddings are those of the table.
+
 use super::super::embed::{Embedding, embed};
 use super::super::tensor::Tensor;
 use super::step::{LIMITS, of_tokens, rope, upload};

@@ -1,3 +1,5 @@
+//! Planted values that are not finite are found.
+
 use super::super::finite::Flags;
 use super::super::tensor::Tensor;
 use super::{driver, noise};

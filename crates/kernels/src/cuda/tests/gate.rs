@@ -1,3 +1,5 @@
+//! The router against the CPU.
+
 use super::super::gate::{Route, gate};
 use super::super::tensor::Tensor;
 use super::{assert_same, driver, noise};

@@ -1,3 +1,5 @@
+//! Products against the CPU.
+
 use super::super::linear_f32::linear_f32;
 use super::super::matrix::{Matrix, MatrixShape, Storage};
 use super::super::tensor::Tensor;

@@ -1,3 +1,5 @@
+//! Choices against the CPU.
+
 use super::super::sample::{Choices, is_plain, sample};
 use super::super::tensor::Tensor;
 use super::step::{LIMITS, of_tokens, rope, upload};
@@ -54,6 +56,27 @@ fn draws_are_spread_over_the_vocabulary() {
     check(&vec![0.5; 40 * 301], &samplings, "equal logits");
 }
 
+/// The 23 bits that a token's noise at position 1 is made of.
+fn bits(seed: u64, token: u32) -> u32 {
+    let words = crate::philox4x32([1, token / 4, 0, 0], crate::sample::split(seed));
+    words[(token % 4) as usize] >> 9
+}
+
+#[test]
+fn the_least_likely_token_that_can_win_does() {
+    // The largest noise there is lifts a token over one 18.9 above it that has hardly any.
+    let tokens = 0..1 << 16;
+    let largest = |seed: &u64| tokens.clone().find(|token| bits(*seed, *token) == (1 << 23) - 1);
+    let (seed, lifted) =
+        (0..2000).find_map(|seed| largest(&seed).map(|token| (seed, token))).unwrap();
+    let held = tokens.clone().min_by_key(|token| bits(seed, *token)).unwrap();
+    let mut logits = vec![-1e4; tokens.len()];
+    (logits[held as usize], logits[lifted as usize]) = (0.0, -18.9);
+    let sampling = at(1.0, seed);
+    assert_eq!(sample_row(&logits, 1, &sampling).token, lifted);
+    check(&logits, &[sampling], "a lifted token");
+}
+
 #[test]
 fn ties_and_what_is_no_number() {
     let (nan, low, high) = (f32::NAN, f32::NEG_INFINITY, f32::INFINITY);
@@ -72,6 +95,7 @@ fn ties_and_what_is_no_number() {
     }
     check(&[2.0, 3.0, 3.0], &[at(-1.0, 0)], "a temperature below 0");
     check(&[1.0, 2.0, 3.0], &[at(1e-44, 0)], "a temperature near 0");
+    check(&[1.0, 2.0, 3.0], &[at(f32::NAN, 0)], "a temperature that is no number");
 }
 
 #[test]
