@@ -48,6 +48,15 @@ impl Platform {
         }
     }
 
+    /// What spoilt it, for all workers of the process.
+    #[must_use]
+    pub fn failure(&self) -> Option<String> {
+        match self {
+            Self::Cpu => None,
+            Self::Cuda(gpu) => gpu.driver.failure().map(ToString::to_string),
+        }
+    }
+
     /// Experts in this platform's form.
     pub(crate) fn place(&self, experts: Vec<Experts>, dtype: Dtype) -> Result<Placed, DeviceError> {
         match self {

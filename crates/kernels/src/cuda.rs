@@ -35,6 +35,7 @@ mod tiles;
 pub(crate) mod travel;
 pub mod weights;
 
+pub use real::{Memory, memory};
 pub use device::{CacheOnDevice, Cuda, ExpertsOnDevice};
 pub use driver::{CudaError, Driver};
 pub use tensor::Tensor;

@@ -34,7 +34,19 @@ unsafe impl Send for Gpu {}
 unsafe impl Sync for Gpu {}
 
 impl Gpu {
+    /// Opens a device and loads the kernels.
     pub(super) fn open(ordinal: u32) -> Result<Self, CudaError> {
+        let mut gpu = Self::attach(ordinal)?;
+        compile::version()?;
+        gpu.enter()?;
+        gpu.stream = result::stream::create(result::stream::StreamKind::NonBlocking)
+            .map_err(failed("cuStreamCreate"))?;
+        gpu.load()?;
+        Ok(gpu)
+    }
+
+    /// A device without kernels and stream.
+    fn attach(ordinal: u32) -> Result<Self, CudaError> {
         probe()?;
         let count = result::device::get_count().map_err(failed("cuDeviceGetCount"))?;
         let index = i32::try_from(ordinal).ok().filter(|index| *index < count);
@@ -48,19 +60,14 @@ impl Gpu {
         // SAFETY: the device exists; the context is released when this is dropped.
         let context = unsafe { result::primary_ctx::retain(device) }
             .map_err(failed("cuDevicePrimaryCtxRetain"))?;
-        let mut gpu = Self {
+        Ok(Self {
             device,
             context,
             stream: std::ptr::null_mut(),
             kernels: BTreeMap::new(),
             name: result::device::get_name(device).map_err(failed("cuDeviceGetName"))?,
             arch: arch(major, minor),
-        };
-        gpu.enter()?;
-        gpu.stream = result::stream::create(result::stream::StreamKind::NonBlocking)
-            .map_err(failed("cuStreamCreate"))?;
-        gpu.load()?;
-        Ok(gpu)
+        })
     }
 
     /// As NVIDIA names it.
@@ -188,6 +195,25 @@ impl Drop for Gpu {
     }
 }
 
+/// Bytes of a device's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Memory {
+    pub free: u64,
+    pub total: u64,
+}
+
+/// The memory of device `cuda:ordinal`, without opening it for good.
+///
+/// # Errors
+///
+/// [`CudaError`] with what is missing and what to do about it.
+pub fn memory(ordinal: u32) -> Result<Memory, CudaError> {
+    let gpu = Gpu::attach(ordinal)?;
+    gpu.enter()?;
+    let (free, total) = result::mem_get_info().map_err(failed("cuMemGetInfo"))?;
+    Ok(Memory { free: free as u64, total: total as u64 })
+}
+
 /// The feature set of the kernels: that of Hopper and of datacenter Blackwell where there is one, else the plain one.
 fn arch(major: i32, minor: i32) -> String {
     let own = if 9 <= major { "a" } else { "" };
@@ -240,7 +266,7 @@ fn probe() -> Result<(), CudaError> {
         Found::Version(found) if found < VERSION_MIN => {
             Err(CudaError::OldDriver { found, needed: VERSION_MIN })
         }
-        Found::Version(_) => compile::version().map(|_| ()),
+        Found::Version(_) => Ok(()),
     }
 }
 
