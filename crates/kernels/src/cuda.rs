@@ -4,6 +4,7 @@
 //! also run on a CPU through an emulator (feature `emulated`), for tests on machines that have none.
 
 mod args;
+mod attention_bf16;
 mod buffer;
 pub mod compile;
 mod dispatch;

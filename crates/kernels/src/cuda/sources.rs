@@ -28,6 +28,7 @@ pub const SOURCES: &[Source] = sources![
     "dispatch",
     "linear_bf16" with "tiles",
     "experts" with "tiles",
+    "attention_bf16",
 ];
 
 /// How the definition of a kernel begins.

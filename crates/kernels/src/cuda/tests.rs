@@ -3,6 +3,7 @@
 use super::driver::Driver;
 use std::sync::{Arc, LazyLock};
 
+mod attention_bf16;
 mod dispatch;
 mod experts;
 mod linear_bf16;
