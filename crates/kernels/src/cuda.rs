@@ -12,6 +12,7 @@ mod driver;
 #[cfg(feature = "emulated")]
 mod emulated;
 mod experts;
+mod experts_f32;
 mod linear_bf16;
 mod real;
 mod rms_norm;

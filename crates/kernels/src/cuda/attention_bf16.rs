@@ -104,7 +104,7 @@ impl Plan {
     }
 
     fn split(&mut self, first: usize, run: &[Row], sight: Sight) {
-        let block = BLOCK_TOKENS as u32;
+        let block = small(BLOCK_TOKENS);
         for (row, &at) in (first..).zip(run) {
             let (first_split, last_split) = sight.splits(at);
             let count = last_split - first_split + 1;
@@ -124,7 +124,7 @@ impl Plan {
     }
 
     fn whole(&mut self, first: usize, run: &[Row], sight: Sight) {
-        let block = BLOCK_TOKENS as u32;
+        let block = small(BLOCK_TOKENS);
         let rows = VECTORS / sight.group * WHOLE_WARPS;
         // The longest first, so that none of them is the last to start.
         for (index, tile) in run.chunks(rows).enumerate().rev() {

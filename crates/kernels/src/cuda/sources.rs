@@ -28,6 +28,7 @@ pub const SOURCES: &[Source] = sources![
     "dispatch",
     "linear_bf16" with "tiles",
     "experts" with "tiles",
+    "experts_f32",
     "attention_bf16",
 ];
 

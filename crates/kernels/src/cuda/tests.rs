@@ -6,6 +6,7 @@ use std::sync::{Arc, LazyLock};
 mod attention_bf16;
 mod dispatch;
 mod experts;
+mod experts_f32;
 mod linear_bf16;
 mod rms_norm;
 
