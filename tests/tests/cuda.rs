@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
-use herd::logits::{Options, Outcome, run};
+use herd::logits::{Options, Outcome, max_difference, run};
 use kernels::Dtype;
 use kernels::cuda::Driver;
 use safetensors::SafeTensors;
@@ -57,6 +57,48 @@ fn scout_tiny_in_chunks() {
 #[test]
 fn maverick_tiny_128_experts_over_4_ranks() {
     check_f32("maverick-tiny-128e", Options { workers: 4, chunk: 7, ..PLAIN });
+}
+
+/// No further from the reference's f32 values than its own bf16 run is.
+#[test]
+fn bf16_tiny_in_bf16() {
+    let dir = case("bf16-tiny");
+    let bytes = std::fs::read(dir.join("expected.safetensors")).unwrap();
+    let expected = SafeTensors::deserialize(&bytes).unwrap();
+    let want = expected.tensor("logits").unwrap().data();
+    let want: Vec<f32> =
+        want.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    let got = outcome(&dir, (Dtype::Bf16, emulated()), PLAIN);
+    let worst = max_difference(&got.logits, &want);
+    assert!(0.0 < worst && worst <= 0.225, "a logit is off by {worst}");
+}
+
+/// FP8 weights stay FP8 on the device; widened on the CPU they are the same numbers. Rounding of the activations takes
+/// both away from the f32 values, each in its own order of additions.
+#[test]
+fn fp8_tiny_in_bf16() {
+    let dir = case("fp8-tiny");
+    let exact = outcome(&dir, (Dtype::F32, Platform::Cpu), PLAIN);
+    let off = |platform| {
+        let got = outcome(&dir, (Dtype::Bf16, platform), PLAIN);
+        max_difference(&got.logits, &exact.logits)
+    };
+    let (cpu, device) = (off(Platform::Cpu), off(emulated()));
+    assert!(0.0 < device && device <= 2.0 * cpu, "a logit is off by {device}, on the CPU by {cpu}");
+}
+
+#[test]
+fn ranks_replicas_and_chunks_change_no_bit_in_bf16() {
+    for name in ["maverick-tiny", "scout-tiny", "fp8-tiny"] {
+        let dir = case(name);
+        let want = outcome(&dir, (Dtype::Bf16, emulated()), PLAIN);
+        for (workers, chunk, redundancy) in [(1, 1, 0), (2, 5, 0), (4, 33, 1)] {
+            let options = Options { workers, chunk, redundancy, ..PLAIN };
+            let got = outcome(&dir, (Dtype::Bf16, emulated()), options);
+            assert_eq!(got.greedy, want.greedy, "{name} {options:?}");
+            assert!(got.logits == want.logits, "{name} {options:?}: other bits");
+        }
+    }
 }
 
 #[test]

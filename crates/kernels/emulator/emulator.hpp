@@ -27,7 +27,7 @@ using i32 = int32_t;
 #define __forceinline__ inline
 #define __restrict__
 #define __launch_bounds__(...)
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 // Blocks run one after the other, so one copy will do.
 #define __shared__ static
 #define HERD_DYNAMIC_SHARED(name) u8* name = emulator::dynamic_shared()

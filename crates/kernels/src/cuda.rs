@@ -4,7 +4,9 @@
 //! also run on a CPU through an emulator (feature `emulated`), for tests on machines that have none.
 
 mod args;
+mod attention_bf16;
 mod attention_f32;
+mod attention_plans;
 mod batch;
 mod buffer;
 mod cache;
@@ -17,6 +19,7 @@ mod embed;
 #[cfg(feature = "emulated")]
 mod emulated;
 mod experts;
+mod experts_f32;
 mod finite;
 mod gate;
 mod linear_bf16;
@@ -25,9 +28,11 @@ mod matrix;
 mod positions;
 mod real;
 mod rms_norm;
+mod routed;
 mod sample;
 pub mod sources;
 mod tensor;
+// Two attributes: clippy knows a module of tests by the plain one.
 #[cfg(test)]
 #[cfg(feature = "emulated")]
 mod tests;
@@ -35,8 +40,9 @@ mod tiles;
 pub(crate) mod travel;
 pub mod weights;
 
-pub use real::{Memory, memory};
-pub use device::{CacheOnDevice, Cuda, ExpertsOnDevice};
+pub use device::{CacheOnDevice, Cuda};
 pub use driver::{CudaError, Driver};
+pub use real::{Memory, memory};
+pub use routed::ExpertsOnDevice;
 pub use tensor::Tensor;
 pub use tiles::{Placement, TileShape, TileStorage, TiledMatrix};

@@ -1,74 +1,32 @@
 //! The GPU behind the operations of a forward pass.
 
 use super::attention_f32::attention_f32;
+use super::attention_plans::Attention;
 use super::batch::{Batch, StepRules};
 use super::cache::Cache;
-use super::dispatch::{Arrivals, RouteTable, RouteTableParts, Source, Sources, dispatch};
 use super::driver::{CudaError, Driver};
 use super::elementwise::{add, pack, select, swiglu};
 use super::embed::embed;
-use super::experts::{ExpertShape, ExpertTable, SlotLoad, TiledExpert, experts};
 use super::finite::Flags;
 use super::gate::gate;
 use super::linear_bf16::linear_bf16;
 use super::linear_f32::linear_f32;
 use super::positions::positions;
 use super::rms_norm::rms_norm;
+use super::routed::{ExpertsOnDevice, StagedRows};
 use super::sample::{Choices, is_plain, sample};
 use super::tensor::Tensor;
 use super::travel::{RouteOnDevice, WireOnDevice};
-use super::weights::{EmbeddingTable, Expert, ExpertOnDevice, NormWeights, Weights};
+use super::weights::{EmbeddingTable, NormWeights, Weights};
 use crate::cpu::check;
 use crate::device::{
     AttentionLayer, Device, DeviceError, Pool, RopeTable, StepBatch, StepLimits, Temperature,
 };
 use crate::level::Dtype;
 use crate::sample::{Sampled, sample_row};
-use crate::staged::{Staged, TensorOnHost, WireOnHost};
+use crate::staged::{Staged, TensorOnHost};
 use std::borrow::Cow;
 use std::sync::{Arc, Mutex, PoisonError};
-
-/// Rows per expert up to which the kernels for few rows are faster.
-const FEW_ROWS: usize = 16;
-
-/// The experts of one MoE layer that a rank holds, by slot.
-pub struct ExpertsOnDevice {
-    experts: Vec<Arc<ExpertOnDevice>>,
-    /// bf16 profile; `None` without experts.
-    table: Option<ExpertTable>,
-}
-
-impl ExpertsOnDevice {
-    /// # Errors
-    ///
-    /// [`CudaError`] if memory is refused or CUDA fails.
-    ///
-    /// # Panics
-    ///
-    /// If the experts are of several shapes or profiles.
-    pub fn new(driver: &Arc<Driver>, experts: Vec<Arc<ExpertOnDevice>>) -> Result<Self, CudaError> {
-        let shape = |expert: &Arc<ExpertOnDevice>| -> Option<ExpertShape> {
-            match &expert.expert {
-                Expert::Plain { .. } => None,
-                Expert::Tiled(_, shape) => Some(*shape),
-            }
-        };
-        let tiled = |expert: &Arc<ExpertOnDevice>| -> Option<Arc<TiledExpert>> {
-            match &expert.expert {
-                Expert::Plain { .. } => None,
-                Expert::Tiled(tiled, _) => Some(Arc::clone(tiled)),
-            }
-        };
-        let table = match experts.first().and_then(shape) {
-            None => None,
-            Some(shape) => {
-                let tiled = experts.iter().filter_map(tiled).collect();
-                Some(ExpertTable::new(driver, shape, tiled)?)
-            }
-        };
-        Ok(Self { experts, table })
-    }
-}
 
 /// A step's buffers, which go back to the device when the step is over.
 pub struct BatchOnDevice {
@@ -99,15 +57,8 @@ pub struct Cuda {
     batch: Arc<Mutex<Option<Batch>>>,
     choices: Choices,
     flags: Flags,
-    /// Of the experts.
-    act: Tensor,
-    gate_up: Tensor,
-    x: Tensor,
-    y: Tensor,
-    /// The arrived rows' slots, u16.
-    slots: super::buffer::Buffer,
-    arrived: super::buffer::Buffer,
-    staged: Option<StagedRows>,
+    attention: Attention,
+    staged: StagedRows,
 }
 
 impl Cuda {
@@ -121,8 +72,6 @@ impl Cuda {
         dtype: Dtype,
         temperature: Option<Temperature>,
     ) -> Result<Self, CudaError> {
-        let tensor = |dtype| Tensor::new(driver, dtype, (0, 0));
-        let buffer = |what| super::buffer::Buffer::new(driver, what, 0);
         Ok(Self {
             driver: Arc::clone(driver),
             dtype,
@@ -130,13 +79,8 @@ impl Cuda {
             batch: Arc::new(Mutex::new(Some(Batch::new(driver)?))),
             choices: Choices::new(driver)?,
             flags: Flags::new(driver, 1)?,
-            act: tensor(dtype)?,
-            gate_up: tensor(Dtype::F32)?,
-            x: tensor(dtype)?,
-            y: tensor(Dtype::F32)?,
-            slots: buffer("slots of rows")?,
-            arrived: buffer("arrived rows")?,
-            staged: None,
+            attention: Attention::new(driver)?,
+            staged: StagedRows::new(driver)?,
         })
     }
 
@@ -173,94 +117,6 @@ impl Cuda {
             Weights::Plain(plain) => linear_f32(&self.driver, x, &plain.0, out),
             Weights::Tiled(tiled) => linear_bf16(&self.driver, x, tiled, out),
         }
-    }
-
-    /// Rows in the host's memory through the tiled experts.
-    fn tiled_experts(
-        &mut self,
-        (arrived, offsets): (&[u8], &[u32]),
-        table: &ExpertTable,
-        results: &mut WireOnDevice,
-    ) -> Result<(), CudaError> {
-        let (hidden, width, held) = table.sizes();
-        let rows = arrived.len() / (hidden * self.dtype.bytes());
-        let slots: Vec<u16> = offsets
-            .windows(2)
-            .zip(0..)
-            .flat_map(|(ends, slot)| std::iter::repeat_n(slot, (ends[1] - ends[0]) as usize))
-            .collect();
-        self.slots.put("slots of rows", bytemuck::cast_slice(&slots))?;
-        self.arrived.put("arrived rows", arrived)?;
-        let out = results.overwritten(hidden);
-        out.resize(rows)?;
-        let source = Source {
-            experts: self.slots.address(),
-            rows: self.arrived.address(),
-            results: out.buffer().address(),
-            count: super::args::blocks(rows),
-        };
-        let staged = match &mut self.staged {
-            Some(staged) if staged.fits(held, rows) => staged,
-            _ => self.staged.insert(StagedRows::new(&self.driver, held, rows)?),
-        };
-        staged.sources.buffer().fill(0, &source.to_bytes())?;
-        self.act.become_of(Dtype::Bf16, width);
-        let StagedRows { sources, routes, arrivals, slots: _ } = staged;
-        dispatch(&self.driver, sources, routes, arrivals)?;
-        let load = if rows <= FEW_ROWS * held.max(1) { SlotLoad::Few } else { SlotLoad::Many };
-        experts(&self.driver, (sources, arrivals), table, load, &mut self.act)
-    }
-
-    /// Rows in the host's memory through one expert of the f32 profile; the results.
-    fn plain_expert(
-        &mut self,
-        arrived: &[u8],
-        expert: &ExpertOnDevice,
-    ) -> Result<Vec<u8>, CudaError> {
-        let Expert::Plain { gate_up, down } = &expert.expert else {
-            unreachable!("experts of a rank are of one profile")
-        };
-        let (hidden, width) = (gate_up.shape().inputs, down.shape().inputs);
-        self.x.become_of(Dtype::F32, hidden);
-        self.x.resize(arrived.len() / (hidden * Dtype::F32.bytes()))?;
-        self.x.buffer().fill(0, arrived)?;
-        self.gate_up.become_of(Dtype::F32, 2 * width);
-        self.act.become_of(Dtype::F32, width);
-        self.y.become_of(Dtype::F32, hidden);
-        linear_f32(&self.driver, &self.x, gate_up, &mut self.gate_up)?;
-        swiglu(&self.driver, &self.gate_up, &mut self.act)?;
-        linear_f32(&self.driver, &self.act, down, &mut self.y)?;
-        let mut results = vec![0; arrived.len()];
-        self.y.buffer().read(&mut results)?;
-        Ok(results)
-    }
-}
-
-/// Rows that came through the host, as one source whose experts are slots.
-struct StagedRows {
-    sources: Sources,
-    routes: RouteTable,
-    arrivals: Arrivals,
-    slots: usize,
-}
-
-impl StagedRows {
-    fn new(driver: &Arc<Driver>, slots: usize, rows: usize) -> Result<Self, CudaError> {
-        let nothing = Source { experts: 0, rows: 0, results: 0, count: 0 };
-        let count = super::args::blocks(slots);
-        let spans: Vec<(u32, u32)> = (0..count).map(|slot| (slot, 1)).collect();
-        let targets: Vec<(u16, u16)> = (0..).take(slots).map(|slot| (0, slot)).collect();
-        let parts = RouteTableParts { spans: &spans, targets: &targets, me: 0, slots };
-        Ok(Self {
-            sources: Sources::new(driver, &[nothing])?,
-            routes: RouteTable::new(driver, parts)?,
-            arrivals: Arrivals::new(driver, slots, rows.next_power_of_two())?,
-            slots,
-        })
-    }
-
-    fn fits(&self, slots: usize, rows: usize) -> bool {
-        self.slots == slots && rows <= self.arrivals.rows_max()
     }
 }
 
@@ -304,6 +160,7 @@ impl Device for Cuda {
         };
         let rules = StepRules { rope, temperature: self.temperature, limits };
         batch.upload(step, &rules).map_err(DeviceError::Cuda)?;
+        self.attention.begin(&step.rows);
         Ok(BatchOnDevice { batch: Some(batch), home: Arc::clone(&self.batch) })
     }
 
@@ -333,7 +190,7 @@ impl Device for Cuda {
         let done = positions(&self.driver, batch, layer, qkv, cache);
         let done = done.and_then(|()| match self.dtype {
             Dtype::F32 => attention_f32(&self.driver, (batch, layer), qkv, cache, out),
-            Dtype::Bf16 => Err(CudaError::NoDriver), // PLACEHOLDER
+            Dtype::Bf16 => self.attention.run((batch, layer), qkv, cache, out),
         });
         self.keep(done);
     }
@@ -363,28 +220,10 @@ impl Device for Cuda {
         experts: &ExpertsOnDevice,
         results: &mut WireOnDevice,
     ) {
-        assert_eq!(
-            offsets.len(),
-            experts.experts.len() + 1,
-            "one offset per local expert and the end"
-        );
-        if let Some(table) = &experts.table {
-            let done = self.tiled_experts((arrived, offsets), table, results);
-            self.keep(done);
-            return;
-        }
-        let to = results.room(arrived.len());
-        let rows = offsets.last().copied().unwrap_or_default() as usize;
-        let row_bytes = arrived.len().checked_div(rows).unwrap_or(0);
-        for (expert, ends) in experts.experts.iter().zip(offsets.windows(2)) {
-            let bytes = ends[0] as usize * row_bytes..ends[1] as usize * row_bytes;
-            if !bytes.is_empty() {
-                match self.plain_expert(&arrived[bytes.clone()], expert) {
-                    Ok(results) => to[bytes].copy_from_slice(&results),
-                    Err(error) => self.driver.fail(error),
-                }
-            }
-        }
+        assert_eq!(offsets.len(), experts.slots() + 1, "one offset per local expert and the end");
+        let results = results.overwritten(experts.hidden());
+        let done = self.staged.run((arrived, offsets), experts, results);
+        self.keep(done);
     }
 
     fn add_wire(&mut self, wire: &WireOnDevice, x: &mut Tensor) {

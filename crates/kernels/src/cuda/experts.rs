@@ -5,16 +5,9 @@ use super::buffer::Buffer;
 use super::dispatch::{Arrivals, Sources};
 use super::driver::{CudaError, Driver};
 use super::tensor::Tensor;
-use super::tiles::{TILE_OUTPUTS, TileShape, TileStorage, TiledMatrix};
+use super::tiles::{THREADS, TILE_OUTPUTS, TileShape, TileStorage, TiledMatrix, wide_shared};
 use crate::level::Dtype;
 use std::sync::Arc;
-
-/// Tiles of outputs of a block.
-const TILES: usize = 4;
-
-/// Shared memory of a warp, as in the kernels.
-const FEW_RING: u32 = 14 << 10;
-const MANY_RING: u32 = 24 << 10;
 
 /// Sizes of the experts of a layer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -90,10 +83,19 @@ pub(super) enum SlotLoad {
 }
 
 impl SlotLoad {
-    fn ring(self) -> u32 {
+    /// Tiles of outputs of a block, as in the kernels.
+    fn tiles(self) -> usize {
         match self {
-            Self::Few => FEW_RING,
-            Self::Many => MANY_RING,
+            Self::Few => 4,
+            Self::Many => 8,
+        }
+    }
+
+    /// Bytes of shared memory of a block: a ring per warp, or one for all.
+    fn shared(self, storage: TileStorage) -> u32 {
+        match self {
+            Self::Few => 8 * (14 << 10),
+            Self::Many => wide_shared(storage),
         }
     }
 }
@@ -139,12 +141,11 @@ pub(super) fn experts(
     assert_eq!((act.dtype(), act.columns()), (Dtype::Bf16, width), "as the weights");
     act.resize(arrivals.rows_max())?;
     for (half, shape) in [(Half::GateUp, table.shape.gate_up()), (Half::Down, table.shape.down())] {
-        let segments = shape.segments();
         let launch = Launch {
             kernel: kernel(half, storage, load),
-            grid: [blocks(shape.down().div_ceil(TILES)), blocks(arrivals.slots()), 1],
-            block: 32 * segments,
-            shared: segments * load.ring(),
+            grid: [blocks(shape.down().div_ceil(load.tiles())), blocks(arrivals.slots()), 1],
+            block: THREADS,
+            shared: load.shared(storage),
         };
         let args = args![
             sources.buffer(),

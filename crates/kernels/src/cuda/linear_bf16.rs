@@ -3,7 +3,7 @@
 use super::args::{Launch, args, blocks, int};
 use super::driver::{CudaError, Driver};
 use super::tensor::Tensor;
-use super::tiles::{TileStorage, TiledMatrix};
+use super::tiles::{THREADS, TileShape, TileStorage, TiledMatrix, wide_shared};
 use crate::level::Dtype;
 
 /// One way to cut a product into blocks. The bits are the same in all.
@@ -15,32 +15,68 @@ struct Cut {
     rows: usize,
     /// Tiles of outputs of a block.
     tiles: usize,
-    /// Bytes of shared memory of a warp.
-    ring: u32,
+    /// Bytes of shared memory of a block: the rings of its 8 warps.
+    shared: u32,
 }
 
 /// By rising number of rows. More rows share the weights, but need more registers and shared memory.
 const CUTS: [Cut; 4] = [
-    Cut { kernels: ["herd_linear_bf16_8", "herd_linear_fp8_8"], rows: 8, tiles: 2, ring: 12 << 10 },
+    Cut {
+        kernels: ["herd_linear_bf16_8", "herd_linear_fp8_8"],
+        rows: 8,
+        tiles: 2,
+        shared: 8 * (12 << 10),
+    },
     Cut {
         kernels: ["herd_linear_bf16_16", "herd_linear_fp8_16"],
         rows: 16,
         tiles: 2,
-        ring: 12 << 10,
+        shared: 8 * (12 << 10),
     },
     Cut {
         kernels: ["herd_linear_bf16_32", "herd_linear_fp8_32"],
         rows: 32,
         tiles: 4,
-        ring: 24 << 10,
+        shared: 8 * (24 << 10),
     },
     Cut {
         kernels: ["herd_linear_bf16_64", "herd_linear_fp8_64"],
         rows: 64,
         tiles: 4,
-        ring: 24 << 10,
+        shared: 8 * (24 << 10),
     },
 ];
+
+/// Rows, and outputs, of a block for many rows.
+const WIDE: usize = 128;
+
+/// Blocks for many rows that are worth it: fewer leave many of some 130 SMs idle.
+const WIDE_BLOCKS_MIN: usize = 100;
+
+/// The launch for so many rows.
+fn launch(shape: TileShape, rows: usize) -> Launch {
+    let of_storage = |[bf16, fp8]: [&'static str; 2]| match shape.storage {
+        TileStorage::Bf16 => bf16,
+        TileStorage::Fp8 => fp8,
+    };
+    let wide = [rows.div_ceil(WIDE), shape.outputs.div_ceil(WIDE)];
+    let last = &CUTS[CUTS.len() - 1];
+    if last.rows < rows && wide[0] * wide[1] >= WIDE_BLOCKS_MIN {
+        return Launch {
+            kernel: of_storage(["herd_linear_bf16_wide", "herd_linear_fp8_wide"]),
+            grid: [blocks(wide[0]), blocks(wide[1]), 1],
+            block: THREADS,
+            shared: wide_shared(shape.storage),
+        };
+    }
+    let cut = CUTS.iter().find(|cut| rows <= cut.rows).unwrap_or(last);
+    Launch {
+        kernel: of_storage(cut.kernels),
+        grid: [blocks(shape.down().div_ceil(cut.tiles)), blocks(rows.div_ceil(cut.rows)), 1],
+        block: THREADS,
+        shared: cut.shared,
+    }
+}
 
 /// `out = x * w^T`, times the scales of the matrix if it has any.
 ///
@@ -62,18 +98,9 @@ pub(super) fn linear_bf16(
     assert_eq!((x.columns(), out.columns()), (shape.inputs, shape.outputs), "as the weights");
     assert!(shape.inputs.is_multiple_of(8), "rows of whole 16 bytes");
     out.resize(rows)?;
-    let cut = CUTS.iter().find(|cut| rows <= cut.rows).unwrap_or(&CUTS[CUTS.len() - 1]);
-    let [bf16, fp8] = cut.kernels;
-    let kernel = match shape.storage {
-        TileStorage::Bf16 => bf16,
-        TileStorage::Fp8 => fp8,
-    };
-    let grid = [blocks(shape.down().div_ceil(cut.tiles)), blocks(rows.div_ceil(cut.rows)), 1];
-    let segments = shape.segments();
-    let launch = Launch { kernel, grid, block: 32 * segments, shared: segments * cut.ring };
     let (inputs, outputs) = (int(shape.inputs), int(shape.outputs));
     let args = args![x.buffer(), w.tiles(), w.scales(), out.buffer(), int(rows), inputs, outputs];
     // SAFETY: the kernel's seven parameters. It reads `rows` rows of `inputs` bf16, which the tensor has, and the tiles
     // and scales that a matrix of this shape has; it writes `rows` rows of `outputs` f32, made room for above.
-    unsafe { driver.launch(launch, &args) }
+    unsafe { driver.launch(launch(shape, rows), &args) }
 }

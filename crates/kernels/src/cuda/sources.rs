@@ -36,6 +36,8 @@ pub const SOURCES: &[Source] = sources![
     "dispatch",
     "linear_bf16" with "tiles",
     "experts" with "tiles",
+    "experts_f32",
+    "attention_bf16",
 ];
 
 /// How the definition of a kernel begins.

@@ -3,12 +3,14 @@
 use super::driver::Driver;
 use std::sync::{Arc, LazyLock};
 
+mod attention_bf16;
 mod attention_f32;
 mod batch;
 mod dispatch;
 mod elementwise;
 mod embed;
 mod experts;
+mod experts_f32;
 mod finite;
 mod gate;
 mod linear_bf16;

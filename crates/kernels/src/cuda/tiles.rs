@@ -6,7 +6,7 @@
 //!
 //! Four FP8 weights lie in a word so that few operations widen them; see [`fp8_word`].
 
-use super::args::{Parameter, blocks};
+use super::args::Parameter;
 use super::buffer::Buffer;
 use super::driver::{CudaError, Driver};
 use std::sync::Arc;
@@ -20,8 +20,16 @@ const TILE_BYTES: usize = 1024;
 /// Bytes of half a tile: 16 for every lane of a warp.
 const PIECE_BYTES: usize = 512;
 
-/// Segments that K is cut into where it is long enough: the warps of a block.
-const SEGMENTS_MAX: usize = 8;
+/// Threads of a block: a warp for each of the 8 segments that K is cut into.
+pub(super) const THREADS: u32 = 256;
+
+/// Shared memory of a block for many tokens: 4 stages of 128 outputs and 128 tokens by the inputs of a tile.
+pub(super) fn wide_shared(storage: TileStorage) -> u32 {
+    match storage {
+        TileStorage::Bf16 => 4 * (8 + 8) * 1024,
+        TileStorage::Fp8 => 4 * (8 + 16) * 1024,
+    }
+}
 
 /// How a weight is stored.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -64,11 +72,6 @@ impl TileShape {
     /// Tiles along the outputs.
     pub(super) fn down(self) -> usize {
         self.outputs.div_ceil(TILE_OUTPUTS)
-    }
-
-    /// Segments of K, each summed for itself. They fix the order of additions, so they depend on the shape alone.
-    pub(super) fn segments(self) -> u32 {
-        blocks(self.across().min(SEGMENTS_MAX))
     }
 
     /// Bytes of 16 outputs.

@@ -4,6 +4,7 @@ use super::buffer::Buffer;
 use super::driver::{CudaError, Driver};
 use super::embed::Embedding;
 use super::experts::{ExpertShape, TiledExpert};
+use super::experts_f32::{PlainExpert, PlainShape};
 use super::matrix::{self, MatrixShape};
 use super::tiles::{Placement, TileShape, TileStorage, TiledMatrix};
 use crate::level::Dtype;
@@ -38,7 +39,7 @@ pub struct ExpertOnDevice {
 }
 
 pub(super) enum Expert {
-    Plain { gate_up: matrix::Matrix, down: matrix::Matrix },
+    Plain(Arc<PlainExpert>, PlainShape),
     Tiled(Arc<TiledExpert>, ExpertShape),
 }
 
@@ -94,7 +95,27 @@ impl Loader {
     pub fn expert(&self, weights: Arc<crate::ExpertWeights>) -> Result<ExpertOnDevice, CudaError> {
         let crate::ExpertWeights { gate_up, down } = &*weights;
         let expert = match self.dtype {
-            Dtype::F32 => Expert::Plain { gate_up: self.plain(gate_up)?, down: self.plain(down)? },
+            Dtype::F32 => {
+                let scales = |matrix: &Matrix| -> Result<Option<Buffer>, CudaError> {
+                    let scales = matrix.scales.as_deref().map(bytemuck::cast_slice);
+                    scales.map(|scales| Buffer::of(&self.driver, "scales", scales)).transpose()
+                };
+                let rows = |matrix: &Matrix| {
+                    Buffer::of(&self.driver, "weights", &matrix.rows(0..matrix.outputs()))
+                };
+                let dtype = match gate_up.storage {
+                    Storage::F32 => Dtype::F32,
+                    Storage::Bf16 => Dtype::Bf16,
+                };
+                let shape = PlainShape { dtype, hidden: gate_up.inputs(), width: down.inputs() };
+                let plain = PlainExpert {
+                    gate_up: rows(gate_up)?,
+                    gate_up_scales: scales(gate_up)?,
+                    down: rows(down)?,
+                    down_scales: scales(down)?,
+                };
+                Expert::Plain(Arc::new(plain), shape)
+            }
             Dtype::Bf16 => {
                 let (hidden, width) = (gate_up.inputs(), down.inputs());
                 let shape = ExpertShape { storage: tile_storage(gate_up), hidden, width };

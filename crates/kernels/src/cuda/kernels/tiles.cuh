@@ -1,11 +1,12 @@
 // Products with tiled weights (`tiles.rs`), as the tensor cores take them: weights are the left operand (16 outputs),
 // tokens the right one (8 tokens), so a token's column never sees its neighbours.
 //
-// Order: the tiles of K are cut into one segment per warp of a block, a number that the shape of the weights fixes.
-//        Every segment is summed from 0 by mma.m16n8k16 in ascending steps, the segments are added in order to 0.
-//        Neither the number of tokens nor the number of outputs that a warp takes changes a bit.
-// Data:  a lane copies what it alone reads, 16 bytes at a time, through its warp's ring in shared memory, so nothing
-//        but its own copies is waited for.
+// Order: the tiles of K are cut into segments, 8 if there are as many tiles. Every segment is summed from 0 by
+//        mma.m16n8k16 in ascending steps, the segments are added in order to 0. So the shape of the weights fixes the
+//        order; neither the number of tokens nor the share of a warp changes a bit.
+// Few:   `Product`, up to 64 tokens per block. A warp takes a segment. A lane copies what it alone reads, 16 bytes at a
+//        time, through its warp's ring in shared memory, so nothing but its own copies is waited for.
+// Many:  `WideProduct`, 128 tokens per block. Its warps share a ring and go through the segments together.
 
 constexpr int kTileBytes = 1024;
 constexpr int kPiece = 512;  // 16 bytes for every lane
@@ -48,6 +49,17 @@ struct Fp8Tiles {
     widen4(high.y, a[1][1], a[1][3]);
   }
 };
+
+// Tiles of K, and the segments that they are cut into.
+template <class Tiles>
+HERD_INLINE int tiles_of(int inputs) {
+  return (inputs + Tiles::kInputs - 1) / Tiles::kInputs;
+}
+
+template <class Tiles>
+HERD_INLINE int segments_of(int inputs) {
+  return min(tiles_of<Tiles>(inputs), kSegmentsMax);
+}
 
 // What a warp works on: `kM` tiles of outputs and `kN` tiles of tokens.
 template <int kM, int kN>
@@ -149,9 +161,9 @@ struct Product {
   }
 
   // The sum over all segments, once every warp has parked and the block has met.
-  static HERD_INLINE float total(const u8* rings, int token, int output) {
+  static HERD_INLINE float total(const u8* rings, int segments, int token, int output) {
     float sum = 0.0f;
-    for (int segment = 0; segment < int(blockDim.x) / kWarp; segment++) {
+    for (int segment = 0; segment < segments; segment++) {
       sum += reinterpret_cast<const float*>(rings + segment * kRing)[token * kPitch + output];
     }
     return sum;
@@ -159,19 +171,117 @@ struct Product {
 
   // All segments of one block, from operands to parked sums.
   static HERD_INLINE void park_all(u8* rings, const Operands<kM, kN>& x) {
-    const int tiles = (x.inputs + Tiles::kInputs - 1) / Tiles::kInputs, segments = int(blockDim.x) / kWarp;
-    u8* const ring = rings + warp_id() * kRing;
-    Product product;
-    product.run(ring, x, tiles * warp_id() / segments, tiles * (warp_id() + 1) / segments);
-    product.park(ring);
+    const int tiles = tiles_of<Tiles>(x.inputs), segments = segments_of<Tiles>(x.inputs), segment = warp_id();
+    if (segment < segments) {
+      u8* const ring = rings + segment * kRing;
+      Product product;
+      product.run(ring, x, tiles * segment / segments, tiles * (segment + 1) / segments);
+      product.park(ring);
+    }
     __syncthreads();
+  }
+};
+
+// 128 outputs by 128 tokens for a block of 8 warps, 2 by 4 of them. Every warp copies one tile of outputs (`x.tile`)
+// and two of tokens (`x.token`) for all.
+template <class Tiles>
+struct WideProduct {
+  static constexpr int kM = 4, kN = 4, kAcross = 4;
+  static constexpr int kTokens = kTileTokens * kN * kAcross;
+  static constexpr int kOutputs = 2 * kTileOutputs * kM;
+  static constexpr int kTokenPiece = 4 * kM;  // index of the first piece of tokens
+  static constexpr int kStage = kPiece * (kTokenPiece + kN * kAcross * Tiles::kTokenPieces);
+  static constexpr int kStages = 4;
+
+  float total[kM][kN][4], sum[kM][kN][4];
+
+  static HERD_INLINE void copy(u8* stage, const Operands<1, 2>& x, int k) {
+    u8* const mine = stage + lane_id() * 16;
+    const u8* tile = x.tile[0] + size_t(k) * kTileBytes;
+    copy_async(mine + 2 * warp_id() * kPiece, tile, true);
+    copy_async(mine + (2 * warp_id() + 1) * kPiece, tile + kPiece, true);
+    const int input = k * Tiles::kInputs + lane_id() % 4 * (8 * Tiles::kTokenPieces);
+#pragma unroll
+    for (int i = 0; i < 2 * Tiles::kTokenPieces; i++) {
+      const bf16* const token = x.token[i / Tiles::kTokenPieces];
+      const int at = input + i % Tiles::kTokenPieces * 8;
+      const bool is_there = token != nullptr && at < x.inputs;
+      const void* from = is_there ? static_cast<const void*>(token + at) : x.tile[0];
+      copy_async(mine + (kTokenPiece + 2 * Tiles::kTokenPieces * warp_id() + i) * kPiece, from, is_there);
+    }
+  }
+
+  HERD_INLINE void multiply(const u8* stage) {
+    const u8* const lefts = stage + warp_id() / kAcross * (2 * kM * kPiece) + lane_id() * 16;
+    const u8* const rights =
+        stage + (kTokenPiece + warp_id() % kAcross * kN * Tiles::kTokenPieces) * kPiece + lane_id() * 16;
+#pragma unroll
+    for (int piece = 0; piece < Tiles::kTokenPieces; piece++) {
+      uint4 right[kN];
+#pragma unroll
+      for (int n = 0; n < kN; n++) right[n] = load_16(rights + (n * Tiles::kTokenPieces + piece) * kPiece);
+#pragma unroll
+      for (int m = 0; m < kM; m++) {
+        u32 left[2][4];
+        Tiles::left(lefts + 2 * m * kPiece, piece, left);
+#pragma unroll
+        for (int n = 0; n < kN; n++) mma_bf16(sum[m][n], left[0], right[n].x, right[n].y);
+#pragma unroll
+        for (int n = 0; n < kN; n++) mma_bf16(sum[m][n], left[1], right[n].z, right[n].w);
+      }
+    }
+  }
+
+  // The products, left in `total`; there are `tokens` tokens. The ring is free for others after the block has met.
+  HERD_INLINE void run(u8* ring, const Operands<1, 2>& x, int tokens) {
+    const bool has_tokens = warp_id() % kAcross * (kN * kTileTokens) < tokens;
+    const int tiles = tiles_of<Tiles>(x.inputs), segments = segments_of<Tiles>(x.inputs);
+#pragma unroll
+    for (int i = 0; i < kM * kN * 4; i++) {
+      total[i / (4 * kN)][i / 4 % kN][i % 4] = 0.0f;
+      sum[i / (4 * kN)][i / 4 % kN][i % 4] = 0.0f;
+    }
+#pragma unroll 1
+    for (int i = 0; i < kStages - 1; i++) {
+      if (i < tiles) copy(ring + i * kStage, x, i);
+      copy_commit();
+    }
+    int now = 0, free = kStages - 1, segment = 1;
+#pragma unroll 1
+    for (int k = 0; k < tiles; k++) {
+      copy_wait<kStages - 2>();
+      __syncthreads();
+      if (k + kStages - 1 < tiles) copy(ring + free * kStage, x, k + kStages - 1);
+      copy_commit();
+      if (has_tokens) multiply(ring + now * kStage);
+      now = now + 1 < kStages ? now + 1 : 0;
+      free = free + 1 < kStages ? free + 1 : 0;
+      if (k + 1 == tiles * segment / segments) {
+        segment++;
+#pragma unroll
+        for (int i = 0; i < kM * kN * 4; i++) {
+          total[i / (4 * kN)][i / 4 % kN][i % 4] += sum[i / (4 * kN)][i / 4 % kN][i % 4];
+          sum[i / (4 * kN)][i / 4 % kN][i % 4] = 0.0f;
+        }
+      }
+    }
+    copy_wait<0>();
+  }
+
+  // Output and token, within the block, of this lane's `total[m][n][i]`.
+  static HERD_INLINE int output_of(int m, int i) {
+    return (warp_id() / kAcross * kM + m) * kTileOutputs + lane_id() / 4 + 8 * (i / 2);
+  }
+
+  static HERD_INLINE int token_of(int n, int i) {
+    return (warp_id() % kAcross * kN + n) * kTileTokens + lane_id() % 4 * 2 + i % 2;
   }
 };
 
 // This lane's bytes of the `kM` tiles of outputs from `first`; past the end the last one again, for nobody.
 template <class Tiles, int kM>
 HERD_INLINE void point_at_tiles(const u8* (&tile)[kM], const u8* weights, int first, int outputs, int inputs) {
-  const int across = (inputs + Tiles::kInputs - 1) / Tiles::kInputs;
+  const int across = tiles_of<Tiles>(inputs);
   const int last = (outputs + kTileOutputs - 1) / kTileOutputs - 1;
 #pragma unroll
   for (int m = 0; m < kM; m++) {

@@ -87,3 +87,18 @@ fn bits_do_not_depend_on_the_number_of_rows() {
         }
     }
 }
+
+#[test]
+fn many_rows_have_the_bits_of_few() {
+    // 130 rows of 6500 outputs are 2 * 51 blocks of the wide kernel.
+    for storage in [TileStorage::Bf16, TileStorage::Fp8] {
+        let shape = TileShape { storage, outputs: 6500, inputs: 328 };
+        let (w, _, _) = weights(shape, 7);
+        let x: Vec<f32> = noise(130 * shape.inputs, 1, 1.0).into_iter().map(round_bf16).collect();
+        let all = product(&x, &w);
+        for row in [0, 63, 64, 129] {
+            let some = product(&x[row * shape.inputs..][..shape.inputs], &w);
+            assert_same(&all[row * shape.outputs..][..shape.outputs], &some, &format!("{row}"));
+        }
+    }
+}
