@@ -19,11 +19,11 @@ pub(crate) mod synth;
 pub(crate) mod up;
 pub(crate) mod worker;
 
+use ::worker::{Gpu, Platform};
 use anyhow::Context;
 use kernels::Dtype;
 use kernels::cuda::Driver;
 use std::time::Instant;
-use worker::{Gpu, Platform};
 
 /// The small trained model of the repository.
 pub(crate) const DEFAULT_MODEL: &str = "models/toy-maverick";

@@ -4,7 +4,7 @@ use crate::finite::{NonFinite, Place, first_bad_row};
 use crate::tally::Tally;
 use all2all::{AllToAll, Arrived, ExchangeError, HostRows, LayerKey, Pending, Sent};
 use ids::{ExpertId, StepId};
-use kernels::{Dtype, RouteOnHost, Staged, WireOnHost};
+use kernels::{Dtype, LocalRows, RouteOnHost, Staged, WireOnHost};
 use model::forward::MoeExchange;
 use std::sync::Arc;
 
@@ -32,6 +32,8 @@ pub(crate) struct Rows {
 enum Layer {
     Idle,
     Sent(Sent),
+    /// This rank is alone, and serves its rows where they are.
+    Local(LocalRows),
     Pending(Pending),
 }
 
@@ -114,6 +116,12 @@ impl<A: HostExchange, D: Staged> MoeExchange<D> for StepExchange<'_, A, D> {
         route: &D::Route,
     ) -> Result<(), ExchangeError> {
         let layer = u16::try_from(layer).expect("layers are numbered in 16 bits");
+        if self.exchange.view().ranks == 1
+            && let Some(rows) = D::local_rows(rows, route)
+        {
+            self.layer = Layer::Local(rows);
+            return Ok(());
+        }
         let key = LayerKey { step: self.step, layer };
         self.experts.clear();
         self.experts.extend_from_slice(route.experts());
@@ -125,8 +133,16 @@ impl<A: HostExchange, D: Staged> MoeExchange<D> for StepExchange<'_, A, D> {
     }
 
     fn serve(&mut self, device: &mut D, experts: &D::Experts) -> Result<(), ExchangeError> {
-        let Layer::Sent(sent) = std::mem::replace(&mut self.layer, Layer::Idle) else {
-            unreachable!("the forward pass dispatches before it serves")
+        let sent = match std::mem::replace(&mut self.layer, Layer::Idle) {
+            Layer::Sent(sent) => sent,
+            Layer::Local(rows) => {
+                device.serve_local(rows, experts);
+                self.layer = Layer::Local(rows);
+                return Ok(());
+            }
+            Layer::Idle | Layer::Pending(_) => {
+                unreachable!("the forward pass dispatches before it serves")
+            }
         };
         let arrived: Arrived = self.exchange.dispatch_recv(sent)?;
         let (rows, offsets) = self.exchange.arrived(&arrived);
@@ -139,8 +155,13 @@ impl<A: HostExchange, D: Staged> MoeExchange<D> for StepExchange<'_, A, D> {
     }
 
     fn combine(&mut self, results: &mut D::Wire) -> Result<(), ExchangeError> {
-        let Layer::Pending(pending) = std::mem::replace(&mut self.layer, Layer::Idle) else {
-            unreachable!("the forward pass serves before it combines")
+        let pending = match std::mem::replace(&mut self.layer, Layer::Idle) {
+            Layer::Pending(pending) => pending,
+            // The results are where the rows were.
+            Layer::Local(_) => return Ok(()),
+            Layer::Idle | Layer::Sent(_) => {
+                unreachable!("the forward pass serves before it combines")
+            }
         };
         let bytes = results.room(self.experts.len() * self.row_bytes);
         self.exchange.combine_recv(pending, bytes)?;

@@ -14,6 +14,9 @@ const ARCHITECTURES: [&str; 3] = ["sm_80", "sm_90a", "sm_100a"];
 /// The compiler of CUDA 13.0, whose output the oldest supported driver loads.
 const WHEEL: &str = "nvidia-cuda-nvrtc==13.0.88";
 
+/// Some kernels take a second block per SM for a few bytes outside of registers; more is a mistake.
+const SPILLED_MAX: u32 = 32;
+
 /// Where the wheel keeps its libraries, below `lib/python3.*`.
 const LIBRARIES: &str = "site-packages/nvidia/cu13/lib";
 
@@ -63,7 +66,7 @@ pub(crate) fn run(root: &Path) -> anyhow::Result<()> {
                 eprintln!(
                     "{arch:8} {kernel:36} {registers:3} registers, {shared_bytes:6} bytes shared, {spilled_bytes} spilled"
                 );
-                if 0 < spilled_bytes {
+                if SPILLED_MAX < spilled_bytes {
                     spilling.push(format!("{kernel} on {arch}"));
                 }
             }

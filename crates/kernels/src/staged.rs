@@ -27,12 +27,31 @@ pub trait TensorOnHost {
     fn values(&self) -> Cow<'_, [f32]>;
 }
 
+/// Rows in device memory and the experts that they want. It counts as long as the wire and the route that it was made
+/// of are not overwritten.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LocalRows {
+    pub(crate) rows: u64,
+    pub(crate) experts: u64,
+    pub(crate) count: u32,
+}
+
 /// A device whose buffers the host sees.
 pub trait Staged:
     Device<Wire: WireOnHost, Route: RouteOnHost, Tensor: TensorOnHost, Arrived = [u8], Offsets = [u32]>
 {
     /// Bytes of a row of `columns` elements on the wire.
     fn row_bytes(&self, columns: usize) -> usize;
+
+    /// Rows that wait for experts of their own rank, if the device can serve them without the host.
+    fn local_rows(_wire: &Self::Wire, _route: &Self::Route) -> Option<LocalRows> {
+        None
+    }
+
+    /// Runs the experts of a rank that has them all over rows that wait; the results take their place.
+    fn serve_local(&mut self, _rows: LocalRows, _experts: &Self::Experts) {
+        unreachable!("a device without local rows")
+    }
 
     /// The first of the rows with a value that is infinite or not a number.
     fn first_bad_row(&mut self, x: &Self::Tensor) -> Option<usize>;

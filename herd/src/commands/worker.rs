@@ -6,7 +6,7 @@ use anyhow::{Context, bail, ensure};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tokio::net::TcpListener;
-use worker::{Chaos, Ended, Exchange, MemoryPlan, Model, Processes, WithinHost};
+use worker::{Chaos, Ended, Exchange, MemoryPlan, Processes, WithinHost};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {

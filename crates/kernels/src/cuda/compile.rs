@@ -43,6 +43,10 @@ pub fn version() -> Result<(i32, i32), CudaError> {
 /// # Errors
 ///
 /// [`CudaError::NoCompiler`]; [`CudaError::Compile`] with the compiler's words.
+///
+/// # Panics
+///
+/// If the source holds a zero byte.
 pub fn compile(source: Source, arch: &str) -> Result<Compiled, CudaError> {
     version()?;
     let text = CString::new(source.text()).expect("sources hold no zero");

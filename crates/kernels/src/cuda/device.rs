@@ -24,7 +24,7 @@ use crate::device::{
 };
 use crate::level::Dtype;
 use crate::sample::{Sampled, sample_row};
-use crate::staged::{Staged, TensorOnHost};
+use crate::staged::{LocalRows, Staged, TensorOnHost};
 use std::borrow::Cow;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -281,6 +281,17 @@ impl Cuda {
 }
 
 impl Staged for Cuda {
+    fn local_rows(wire: &WireOnDevice, route: &RouteOnDevice) -> Option<LocalRows> {
+        let rows = wire.tensor.buffer().address();
+        let experts = route.route.experts().address();
+        Some(LocalRows { rows, experts, count: super::args::blocks(wire.tensor.rows()) })
+    }
+
+    fn serve_local(&mut self, rows: LocalRows, experts: &ExpertsOnDevice) {
+        let done = self.staged.run_local(rows, experts);
+        self.keep(done);
+    }
+
     fn row_bytes(&self, columns: usize) -> usize {
         columns * self.dtype.bytes()
     }

@@ -24,7 +24,7 @@ type Run = unsafe extern "C" fn(
 ) -> i32;
 
 /// The emulated device.
-pub struct Emulated {
+pub(super) struct Emulated {
     run: Run,
     /// Mappings, by the address of their buffer: start and length.
     memory: Mutex<BTreeMap<u64, (usize, usize)>>,

@@ -17,7 +17,7 @@ const VERSION_MIN: i32 = 13_000;
 const SHARED_FREE: u32 = 48 * 1024;
 
 /// An open device.
-pub struct Gpu {
+pub(super) struct Gpu {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
@@ -72,13 +72,13 @@ impl Gpu {
 
     /// As NVIDIA names it.
     #[must_use]
-    pub fn name(&self) -> &str {
+    pub(super) fn name(&self) -> &str {
         &self.name
     }
 
     /// What the kernels were compiled for.
     #[must_use]
-    pub fn arch(&self) -> &str {
+    pub(super) fn arch(&self) -> &str {
         &self.arch
     }
 

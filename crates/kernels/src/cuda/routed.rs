@@ -9,6 +9,7 @@ use super::experts_f32::{PlainTable, experts_f32};
 use super::tensor::Tensor;
 use super::weights::{Expert, ExpertOnDevice};
 use crate::level::Dtype;
+use crate::staged::LocalRows;
 use std::sync::Arc;
 
 /// Rows per expert up to which the kernels for few rows are faster.
@@ -96,14 +97,17 @@ impl ExpertsOnDevice {
     }
 }
 
-/// Rows that came through the host, as one source whose experts are slots.
+/// The experts of a rank over rows of one source: those that came through the host, whose experts are slots, or its own
+/// where it has all experts.
 pub(super) struct StagedRows {
     driver: Arc<Driver>,
     sources: Sources,
     /// Slot of every row, u16.
     slots: Buffer,
     rows: Buffer,
-    plan: Option<(RouteTable, Arrivals, usize)>,
+    plan: Option<Served>,
+    /// What `sources` holds.
+    source: Option<Source>,
     act: Tensor,
 }
 
@@ -116,6 +120,7 @@ impl StagedRows {
             slots: Buffer::new(driver, "slots of rows", 0)?,
             rows: Buffer::new(driver, "arrived rows", 0)?,
             plan: None,
+            source: None,
             act: Tensor::new(driver, Dtype::F32, (0, 0))?,
         })
     }
@@ -135,21 +140,44 @@ impl StagedRows {
         self.slots.put("slots of rows", bytemuck::cast_slice(&slots))?;
         self.rows.put("arrived rows", arrived)?;
         let (experts_at, rows) = (self.slots.address(), self.rows.address());
-        let source =
-            Source { experts: experts_at, rows, results: results.buffer().address(), count };
-        self.sources.buffer().fill(0, &source.to_bytes())?;
-        let held = experts.slots();
-        if !self.plan.as_ref().is_some_and(|(_, arrivals, slots_then)| {
-            *slots_then == held && slots.len() <= arrivals.rows_max()
-        }) {
-            let routes = identity(&self.driver, held)?;
-            let arrivals = Arrivals::new(&self.driver, held, slots.len().next_power_of_two())?;
-            self.plan = Some((routes, arrivals, held));
-        }
-        let (routes, arrivals, _) = self.plan.as_mut().expect("just made");
-        dispatch(&self.driver, &self.sources, routes, arrivals)?;
-        experts.run(&self.driver, (&self.sources, arrivals), slots.len(), &mut self.act)
+        let results = results.buffer().address();
+        self.serve(Source { experts: experts_at, rows, results, count }, experts)
     }
+
+    /// Runs the experts over rows of this rank that wait in device memory. It has all experts; results take the
+    /// rows' place, which nobody reads any more when they are written.
+    pub(super) fn run_local(
+        &mut self,
+        rows: LocalRows,
+        experts: &ExpertsOnDevice,
+    ) -> Result<(), CudaError> {
+        let LocalRows { rows, experts: wanted, count } = rows;
+        self.serve(Source { experts: wanted, rows, results: rows, count }, experts)
+    }
+
+    fn serve(&mut self, source: Source, experts: &ExpertsOnDevice) -> Result<(), CudaError> {
+        let (slots, rows) = (experts.slots(), source.count as usize);
+        if self.source != Some(source) {
+            self.sources.buffer().fill(0, &source.to_bytes())?;
+            self.source = Some(source);
+        }
+        let fits = |plan: &Served| plan.slots == slots && rows <= plan.arrivals.rows_max();
+        if !self.plan.as_ref().is_some_and(fits) {
+            let routes = identity(&self.driver, slots)?;
+            let arrivals = Arrivals::new(&self.driver, slots, rows.next_power_of_two())?;
+            self.plan = Some(Served { routes, arrivals, slots });
+        }
+        let Served { routes, arrivals, .. } = self.plan.as_mut().expect("just made");
+        dispatch(&self.driver, &self.sources, routes, arrivals)?;
+        experts.run(&self.driver, (&self.sources, arrivals), rows, &mut self.act)
+    }
+}
+
+/// How rows find the slots of a layer.
+struct Served {
+    routes: RouteTable,
+    arrivals: Arrivals,
+    slots: usize,
 }
 
 /// Every expert is served here, in the slot of its number.

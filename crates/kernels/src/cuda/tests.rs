@@ -19,9 +19,18 @@ mod rms_norm;
 mod sample;
 mod step;
 
-/// The emulated device; one for all tests.
+/// Set to the number of a GPU, the tests run there.
+const REAL: &str = "HERD_TEST_GPU";
+
+/// The device of all tests.
 fn driver() -> &'static Arc<Driver> {
-    static DRIVER: LazyLock<Arc<Driver>> = LazyLock::new(|| Arc::new(Driver::emulated().unwrap()));
+    static DRIVER: LazyLock<Arc<Driver>> = LazyLock::new(|| {
+        let driver = match std::env::var(REAL) {
+            Ok(number) => Driver::open(number.parse().unwrap()).unwrap(),
+            Err(_) => Driver::emulated().unwrap(),
+        };
+        Arc::new(driver)
+    });
     &DRIVER
 }
 

@@ -1,3 +1,5 @@
+//! Attention on tensor cores against the CPU's, and its independence of how a step is cut.
+
 use super::super::attention_bf16::{
     AttentionTask, AttentionWork, Plan, Sight, Tables, attention_bf16, partial_bytes,
 };

@@ -1,3 +1,5 @@
+//! The dispatch index against the exchange's rule.
+
 use super::super::buffer::Buffer;
 use super::super::dispatch::{Arrivals, RouteTable, RouteTableParts, Source, Sources, dispatch};
 use super::driver;

@@ -1,3 +1,5 @@
+//! Grouped experts against one product after the other.
+
 use super::super::buffer::Buffer;
 use super::super::dispatch::{Arrivals, RouteTable, RouteTableParts, Source, Sources, dispatch};
 use super::super::experts::{ExpertShape, ExpertTable, SlotLoad, TiledExpert, experts};

@@ -1,3 +1,5 @@
+//! The experts of the reference profile have the CPU's bits.
+
 use super::super::buffer::Buffer;
 use super::super::dispatch::{Arrivals, RouteTable, RouteTableParts, Source, Sources, dispatch};
 use super::super::experts_f32::{PlainExpert, PlainShape, PlainTable, experts_f32};

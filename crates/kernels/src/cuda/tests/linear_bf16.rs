@@ -1,3 +1,5 @@
+//! Products on tensor cores: close to the exact value, and the same bits for any number of rows.
+
 use super::super::linear_bf16::linear_bf16;
 use super::super::tensor::Tensor;
 use super::super::tiles::{Placement, TileShape, TileStorage, TiledMatrix};

@@ -1,3 +1,5 @@
+//! RMS norm against the CPU's.
+
 use super::super::buffer::Buffer;
 use super::super::rms_norm::rms_norm;
 use super::super::tensor::Tensor;
