@@ -90,9 +90,9 @@ struct Query {
   bool is_there;
   u32 row;
   int head;
-  u32 first, last;  // positions that it sees; none if it is not there
+  u32 first, last;  // positions that it sees; all if it is not there: nobody looks at its result
 
-  HERD_INLINE bool sees(u32 at) const { return is_there && first <= at && at <= last; }
+  HERD_INLINE bool sees(u32 at) const { return first <= at && at <= last; }
 };
 
 HERD_INLINE Query query_of(const Item& item, const Cache& cache, const Heads& heads, int vector) {
@@ -101,8 +101,8 @@ HERD_INLINE Query query_of(const Item& item, const Cache& cache, const Heads& he
   query.row = item.row + warp_id() * rows + row;
   query.is_there = row < rows && query.row < item.row + item.rows;
   query.head = int(blockIdx.y) * heads.group + vector % heads.group;
-  query.last = query.is_there ? cache.position[query.row] : 0;
-  query.first = cache.chunk == 0 ? 0 : query.last / cache.chunk * cache.chunk;
+  query.last = query.is_there ? cache.position[query.row] : 0xffffffffu;
+  query.first = !query.is_there || cache.chunk == 0 ? 0 : query.last / cache.chunk * cache.chunk;
   return query;
 }
 
@@ -160,9 +160,30 @@ struct Attention {
     }
   }
 
-  // `at`: the block's first position; `seen`: positions that any row of the item sees.
-  HERD_INLINE void add_block(const u8* stage, const Query (&query)[2], u32 at, u32 seen_first, u32 seen_last,
-                             float scale) {
+  // What no row of the item sees may be anything, and 0 times anything need not be 0. A lane clears what it reads; if
+  // other warps read the same, they clear the same.
+  static HERD_INLINE void clear_unseen(u8* stage, u32 at, u32 seen_first, u32 seen_last) {
+    u32 keep[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const u32 position = at + lane_id() % 4 * 4 + j;
+      keep[j] = seen_first <= position && position <= seen_last ? 0xffffu : 0;
+    }
+#pragma unroll 1
+    for (int n = 0; n < kTiles; n++) {
+      uint2* const values = values_of(stage, n);
+      values->x &= keep[0] | keep[1] << 16;
+      values->y &= keep[2] | keep[3] << 16;
+    }
+  }
+
+  // This lane's part of the right operand: positions 4 t to 4 t + 3 of dimension 8 n + g.
+  static HERD_INLINE uint2* values_of(u8* stage, int n) {
+    return reinterpret_cast<uint2*>(stage + (kKeyPieces + n / 2) * kPiece + n % 2 * 256 + lane_id() * 8);
+  }
+
+  // `at`: the block's first position.
+  HERD_INLINE void add_block(u8* stage, const Query (&query)[2], u32 at, float scale) {
     float score[2][4] = {};
 #pragma unroll
     for (int c = 0; c < kDim / 32; c++) {
@@ -173,27 +194,29 @@ struct Attention {
         mma_bf16(score[tile], left[2 * c + 1], keys.z, keys.w);
       }
     }
-    const u32 mine = at + lane_id() % 4 * 4;
+    const u32 mine = at + lane_id() % 4 * 4, end = at + kBlock - 1;
+    const bool all = query[0].sees(at) && query[0].sees(end) && query[1].sees(at) && query[1].sees(end);
+    const bool is_masked = __any_sync(kAll, !all);
     float shrink[2];
     u32 weight[4];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       float s[4], largest = none();
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const float x = score[j / 2][2 * i + j % 2] * scale;
-        s[j] = query[i].sees(mine + j) ? x : none();
-        largest = larger(largest, s[j]);
+      for (int j = 0; j < 4; j++) s[j] = score[j / 2][2 * i + j % 2] * scale;
+      if (is_masked) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) s[j] = query[i].sees(mine + j) ? s[j] : none();
       }
+#pragma unroll
+      for (int j = 0; j < 4; j++) largest = larger(largest, s[j]);
       largest = larger(max[i], max_4(largest));
       const float base = base_of(largest);
       shrink[i] = exp_fixed(max[i] - base);
       max[i] = largest;
-#pragma unroll
-      for (int j = 0; j < 4; j++) s[j] = widen(to_bf16(exp_fixed(s[j] - base)));
-      sum[i] = fmaf(sum[i], shrink[i], (s[0] + s[1]) + (s[2] + s[3]));
-      weight[i] = to_bf16x2(s[0], s[1]);
-      weight[i + 2] = to_bf16x2(s[2], s[3]);
+      weight[i] = to_bf16x2(exp_fixed(s[0] - base), exp_fixed(s[1] - base));
+      weight[i + 2] = to_bf16x2(exp_fixed(s[2] - base), exp_fixed(s[3] - base));
+      sum[i] = fmaf(sum[i], shrink[i], sum_pair(weight[i]) + sum_pair(weight[i + 2]));
     }
     if (__any_sync(kAll, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
 #pragma unroll
@@ -201,17 +224,15 @@ struct Attention {
         for (int i = 0; i < 4; i++) out[n][i] *= shrink[i / 2];
       }
     }
-    // What nobody sees may be anything, and 0 times anything need not be 0.
-    u32 keep[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) keep[j] = seen_first <= mine + j && mine + j <= seen_last ? 0xffffu : 0;
-    const u32 low = keep[0] | keep[1] << 16, high = keep[2] | keep[3] << 16;
 #pragma unroll
     for (int n = 0; n < kTiles; n++) {
-      const u8* from = stage + (kKeyPieces + n / 2) * kPiece + n % 2 * 256 + lane_id() * 8;
-      const uint2 values = *reinterpret_cast<const uint2*>(from);
-      mma_bf16(out[n], weight, values.x & low, values.y & high);
+      const uint2 values = *values_of(stage, n);
+      mma_bf16(out[n], weight, values.x, values.y);
     }
+  }
+
+  static HERD_INLINE float sum_pair(u32 pair) {
+    return __uint_as_float(pair << 16) + __uint_as_float(pair & 0xffff0000u);
   }
 
   HERD_INLINE void begin_split() {
@@ -252,7 +273,9 @@ struct Attention {
       const u32 next = block + kStages - 1;
       if (next <= item.last) copy(ring + free * kStage, item, cache, heads, next);
       copy_commit();
-      add_block(ring + now * kStage, query, block * kBlock, seen_first, seen_last, scale);
+      const u32 at = block * kBlock;
+      if (at < seen_first || seen_last < at + (kBlock - 1)) clear_unseen(ring + now * kStage, at, seen_first, seen_last);
+      add_block(ring + now * kStage, query, at, scale);
       if (block == item.last || block % kSplitBlocks == kSplitBlocks - 1) {
         for (int i = 0; i < 2; i++) sum[i] = sum_4(sum[i]);
         end_split(block);

@@ -42,9 +42,15 @@ HERD_INLINE void narrow(float x, float* to) { *to = x; }
 
 HERD_INLINE void narrow(float x, bf16* to) { *to = to_bf16(x); }
 
-// As `to_bf16`, two at once: the lower half is the first.
+// As `to_bf16`, two at once: the lower half is the first. A NaN need not keep its bits.
 HERD_INLINE u32 to_bf16x2(float low, float high) {
+#ifdef HERD_EMULATED
   return u32(to_bf16(low).bits) | u32(to_bf16(high).bits) << 16;
+#else
+  u32 both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+#endif
 }
 
 // e^x for every finite x and -inf; relative error below 2e-7. The operations of `math::exp` in the crate, so that

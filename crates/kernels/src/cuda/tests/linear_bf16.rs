@@ -36,7 +36,7 @@ pub(super) fn random(shape: TileShape, seed: u32) -> (Vec<u8>, Vec<f32>) {
         TileStorage::Fp8 => {
             // Four exponents around 1, and both signs.
             let byte = |x: &f32| {
-                let small = ((x.abs() * 32.0) as u8).min(31);
+                let small = (x.to_bits() >> 18 & 31) as u8;
                 if *x < 0.0 { 0xa8 + small } else { 0x28 + small }
             };
             let bytes: Vec<u8> = noise.iter().map(byte).collect();
