@@ -223,6 +223,38 @@ impl TiledMatrix {
         Ok(())
     }
 
+    /// Tiles and scales as they lie in memory. Equal on all processes that hold this matrix: what one sends another may
+    /// put into a matrix of the same shape. Waits for the device.
+    ///
+    /// # Errors
+    ///
+    /// What went wrong on the device before.
+    pub fn image(&self) -> Result<[Vec<u8>; 2], CudaError> {
+        let mut tiles = vec![0; self.tiles.bytes()];
+        self.tiles.read(&mut tiles)?;
+        let mut scales = vec![0; self.scales.as_ref().map_or(0, Buffer::bytes)];
+        if let Some(from) = &self.scales {
+            from.read(&mut scales)?;
+        }
+        Ok([tiles, scales])
+    }
+
+    /// Becomes a matrix of the same shape, of which this is the image.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError`] if CUDA fails.
+    ///
+    /// # Panics
+    ///
+    /// If the image is one of another shape.
+    pub fn put_image(&self, [tiles, scales]: [&[u8]; 2]) -> Result<(), CudaError> {
+        let room = (self.tiles.bytes(), self.scales.as_ref().map_or(0, Buffer::bytes));
+        assert_eq!((tiles.len(), scales.len()), room, "an image of the same shape");
+        self.tiles.fill(0, tiles)?;
+        self.scales.as_ref().map_or(Ok(()), |to| to.fill(0, scales))
+    }
+
     /// Its shape; two matrices of the same shape are interchangeable.
     #[must_use]
     pub fn shape(&self) -> TileShape {
