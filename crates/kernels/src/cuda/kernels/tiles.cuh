@@ -81,13 +81,16 @@ struct Product {
 
   float sum[kM][kN][4];
 
-  static HERD_INLINE void copy(u8* stage, const Operands<kM, kN>& x, int k) {
+  static HERD_INLINE void copy_tiles(u8* stage, const Operands<kM, kN>& x, int k) {
 #pragma unroll
     for (int m = 0; m < kM; m++) {
       const u8* from = x.tile[m] + size_t(k) * kTileBytes;
       copy_async(stage + 2 * m * kPiece, from, true);
       copy_async(stage + (2 * m + 1) * kPiece, from + kPiece, true);
     }
+  }
+
+  static HERD_INLINE void copy_tokens(u8* stage, const Operands<kM, kN>& x, int k) {
     const int input = k * Tiles::kInputs + lane_id() % 4 * (8 * Tiles::kTokenPieces);
 #pragma unroll
     for (int n = 0; n < kN; n++) {
@@ -120,21 +123,25 @@ struct Product {
     }
   }
 
-  // This warp's segment of K, the tiles from `first` to before `last`. `ring` is the warp's.
+  // This warp's segment of K, the tiles from `first` to before `last`, when `start` has begun to copy the first weights.
+  // `ring` is the warp's.
   HERD_INLINE void run(u8* ring, const Operands<kM, kN>& x, int first, int last) {
     u8* const mine = ring + lane_id() * 16;
 #pragma unroll
     for (int i = 0; i < kM * kN * 4; i++) sum[i / (4 * kN)][i / 4 % kN][i % 4] = 0.0f;
 #pragma unroll 1
     for (int i = 0; i < kStages - 1; i++) {
-      if (first + i < last) copy(mine + i * kStage, x, first + i);
+      if (first + i < last) copy_tokens(mine + i * kStage, x, first + i);
       copy_commit();
     }
     int now = 0, free = kStages - 1;
 #pragma unroll 1
     for (int k = first; k < last; k++) {
       copy_wait<kStages - 2>();
-      if (k + kStages - 1 < last) copy(mine + free * kStage, x, k + kStages - 1);
+      if (k + kStages - 1 < last) {
+        copy_tiles(mine + free * kStage, x, k + kStages - 1);
+        copy_tokens(mine + free * kStage, x, k + kStages - 1);
+      }
       copy_commit();
       multiply(mine + now * kStage);
       now = now + 1 < kStages ? now + 1 : 0;
@@ -169,7 +176,17 @@ struct Product {
     return sum;
   }
 
-  // All segments of one block, from operands to parked sums.
+  // Begins to copy weights: they are on their way while the tokens are looked for.
+  static HERD_INLINE void start(u8* rings, const Operands<kM, kN>& x) {
+    const int tiles = tiles_of<Tiles>(x.inputs), segments = segments_of<Tiles>(x.inputs), segment = warp_id();
+    if (segments <= segment) return;
+    const int first = tiles * segment / segments, last = tiles * (segment + 1) / segments;
+    u8* const mine = rings + segment * kRing + lane_id() * 16;
+#pragma unroll 1
+    for (int i = 0; i < kStages - 1 && first + i < last; i++) copy_tiles(mine + i * kStage, x, first + i);
+  }
+
+  // All segments of one block, from `start` to parked sums.
   static HERD_INLINE void park_all(u8* rings, const Operands<kM, kN>& x) {
     const int tiles = tiles_of<Tiles>(x.inputs), segments = segments_of<Tiles>(x.inputs), segment = warp_id();
     if (segment < segments) {
