@@ -104,7 +104,8 @@ struct Product {
   }
 
   HERD_INLINE void multiply(const u8* stage) {
-#pragma unroll
+    // Unrolled, FP8 would need more registers than two blocks on an SM have.
+#pragma unroll 1
     for (int piece = 0; piece < Tiles::kTokenPieces; piece++) {
       uint4 right[kN];
 #pragma unroll

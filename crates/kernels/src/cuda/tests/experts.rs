@@ -115,5 +115,7 @@ fn experts_equal_the_plain_products_whatever_else_arrives() {
             let most: Vec<u16> = (0..85).map(|i| if i % 5 == 0 { 1 } else { 0 }).collect();
             check(shape, &[vec![2, 2, 0], vec![], most]);
         }
+        // A second chunk of many, with one row.
+        check(ExpertShape { storage, hidden: 64, width: 40 }, &[vec![0; 100], vec![0; 29]]);
     }
 }
