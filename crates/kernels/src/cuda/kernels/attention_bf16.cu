@@ -17,7 +17,9 @@
 // Order:   splits are 256 absolute positions. In a split, blocks of 16 absolute positions one after the other, with a
 //          running maximum; weights are rounded to bf16. Then splits one after the other. A block or split of which a
 //          row sees nothing leaves its bits as they are: it is scaled by exactly 1, and exactly 0 is added.
-// Bound:   split: memory, 16 KiB per warp on their way. Whole: half tensor cores, half the exponentials beside them.
+// Bound:   split: memory. A warp has 16 KiB on their way and takes some 600 instructions per 8 KiB block of keys and
+//          values, 0.4 of what 8 warps of an SM could issue at an H200's share of the memory. Whole: exponentials and
+//          tensor cores in about equal parts; keys and values come from the L2 cache once per 12 rows of a group of 5.
 // Twin:    attention::attend_bf16, which does not round the weights and has no splits.
 
 constexpr int kBlock = 16;        // positions of a block of the cache
@@ -146,17 +148,20 @@ struct Attention {
     }
     const u32 id = __shfl_sync(kAll, ids, int((block - item.first) % kWarp));
     const bf16* keys = cache.memory + (size_t(id) * heads.kv_heads + blockIdx.y) * (2 * kBlock) * heads.dim;
-    const bf16* values = keys + kBlock * heads.dim;
-    const int lane = lane_id(), group = lane / 4;
+    const int lane = lane_id(), group = lane / 4, warp = kWarps == 1 ? 0 : warp_id();
+    // Columns 2 t and 2 t + 1 of both tiles of scores are positions 4 t to 4 t + 3: as the values have them.
+    const bf16* const my_keys = keys + (group / 2 * 4 + group % 2) * heads.dim + lane % 4 * 8;
+    const bf16* const my_values = keys + kBlock * heads.dim + lane * 8;
 #pragma unroll
     for (int i = 0; i < kPieces / kWarps; i++) {
-      const int piece = i * kWarps + warp_id(), value = piece - kKeyPieces;
-      // Columns 2 t and 2 t + 1 of both tiles of scores are positions 4 t to 4 t + 3: as the values have them.
-      const int position = group / 2 * 4 + piece % 2 * 2 + group % 2, dim = piece / 2 * 32 + lane % 4 * 8;
-      const bool is_key = value < 0;
-      const bool is_there = is_key ? dim < heads.dim : value * 16 + lane / 2 < heads.dim;
-      const bf16* from = is_key ? keys + position * heads.dim + dim : values + value * 256 + lane * 8;
-      copy_async(stage + piece * kPiece + lane * 16, is_there ? from : keys, is_there);
+      const int piece = i * kWarps + warp, value = piece - kKeyPieces;
+      u8* const to = stage + piece * kPiece + lane * 16;
+      if (kKeyPieces % kWarps == 0 ? i < kKeyPieces / kWarps : value < 0) {
+        const bf16* from = my_keys + piece % 2 * 2 * heads.dim + piece / 2 * 32;
+        copy_async(to, from, piece / 2 * 32 + lane % 4 * 8 < heads.dim);
+      } else {
+        copy_async(to, my_values + value * 256, value * 16 + lane / 2 < heads.dim);
+      }
     }
   }
 
@@ -362,10 +367,24 @@ extern "C" __global__ void herd_attention_combine(const float* partials, const S
   if (dim <= at) return;
   Joined joined{none(), 0.0f, 0.0f, 0.0f};
   float total = 0.0f;
-  for (u32 i = 0; i < row.count; i++) {
-    const float* from = partials + (size_t(row.first + i) * heads + head) * (2 + dim);
-    joined.join(from[0], from[1]);
-    total = joined.value(total, from[2 + at]);
+  // Several at a time, so that their loads are under way together.
+  constexpr int kTogether = 8;
+  const size_t pitch = size_t(heads) * (2 + dim);
+  const float* from = partials + (size_t(row.first) * heads + head) * (2 + dim);
+  for (u32 first = 0; first < row.count; first += kTogether) {
+    float max[kTogether], sum[kTogether], value[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; i++) {
+      if (row.count <= first + i) break;
+      max[i] = from[i * pitch], sum[i] = from[i * pitch + 1], value[i] = from[i * pitch + 2 + at];
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; i++) {
+      if (row.count <= first + i) break;
+      joined.join(max[i], sum[i]);
+      total = joined.value(total, value[i]);
+    }
+    from += kTogether * pitch;
   }
   out[(size_t(row.row) * heads + head) * dim + at] = joined.result(total);
 }

@@ -106,8 +106,8 @@ HERD_INLINE uint4 load_once(const void* from) {
   return x;
 }
 
-// Starts a copy of 16 bytes into shared memory, or of as many zeros if there is nothing to copy. What others have
-// written may be read through a cache that this bypasses; the thread that copies sees the bytes after `copy_wait`.
+// Starts a copy of 16 bytes into shared memory, or of as many zeros if there is nothing there: then `from` is not
+// read. The thread that copies sees the bytes after its `copy_wait`, others after a barrier behind it.
 HERD_INLINE void copy_async(void* to, const void* from, bool is_there) {
   const u32 address = u32(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"

@@ -96,9 +96,9 @@ struct Product {
     for (int n = 0; n < kN; n++) {
 #pragma unroll
       for (int piece = 0; piece < Tiles::kTokenPieces; piece++) {
-        const bool is_there = x.token[n] != nullptr && input + 8 * piece < x.inputs;
-        const void* from = is_there ? static_cast<const void*>(x.token[n] + input + 8 * piece) : x.tile[0];
-        copy_async(stage + (2 * kM + n * Tiles::kTokenPieces + piece) * kPiece, from, is_there);
+        const int at = input + 8 * piece;
+        const bool is_there = x.token[n] != nullptr && at < x.inputs;
+        copy_async(stage + (2 * kM + n * Tiles::kTokenPieces + piece) * kPiece, x.token[n] + at, is_there);
       }
     }
   }
@@ -224,8 +224,7 @@ struct WideProduct {
       const bf16* const token = x.token[i / Tiles::kTokenPieces];
       const int at = input + i % Tiles::kTokenPieces * 8;
       const bool is_there = token != nullptr && at < x.inputs;
-      const void* from = is_there ? static_cast<const void*>(token + at) : x.tile[0];
-      copy_async(mine + (kTokenPiece + 2 * Tiles::kTokenPieces * warp_id() + i) * kPiece, from, is_there);
+      copy_async(mine + (kTokenPiece + 2 * Tiles::kTokenPieces * warp_id() + i) * kPiece, token + at, is_there);
     }
   }
 
