@@ -4,7 +4,8 @@
 //! the same outputs follow each other. A tile is two pieces, outputs 0..8 and 8..16; lane `4 g + t` of a warp has 16
 //! bytes in each: output `g` of the eight, a run of 8 or 16 inputs from `8 t` or `16 t`. Both are padded with zeros.
 //!
-//! Four FP8 weights lie in a word so that few operations widen them; see [`fp8_word`].
+//! Four FP8 weights lie in a word so that few operations widen them; see [`fp8_word`]. Every other eight lanes have
+//! their two halves of 8 bytes swapped: kernels read halves, and these are then in different banks of shared memory.
 
 use super::args::Parameter;
 use super::buffer::Buffer;
@@ -102,19 +103,22 @@ impl TileShape {
             // Where lane 4 g of the output's piece begins.
             let at = output / 8 * PIECE_BYTES + output % 8 * 64;
             for (tile, run) in band.chunks_exact_mut(TILE_BYTES).zip(row.chunks(64)) {
-                self.put(run, &mut tile[at..at + 64]);
+                self.put(run, output, &mut tile[at..at + 64]);
             }
         }
     }
 
     /// One output of one tile: up to 64 bytes, cut off at the end of the row.
-    fn put(self, run: &[u8], to: &mut [u8]) {
+    fn put(self, run: &[u8], output: usize, to: &mut [u8]) {
         match self.storage {
             TileStorage::Bf16 => to[..run.len()].copy_from_slice(run),
             TileStorage::Fp8 => {
-                for (to, four) in to.chunks_exact_mut(4).zip(run.chunks(4)) {
+                // Lanes 8..16 and 24..32 have the outputs 2, 3, 6 and 7 of a piece.
+                let swap = if output & 2 == 0 { 0 } else { 8 };
+                for (index, four) in run.chunks(4).enumerate() {
                     let mut bytes = [0; 4];
                     bytes[..four.len()].copy_from_slice(four);
+                    let to = &mut to[(index * 4) ^ swap..][..4];
                     to.copy_from_slice(&fp8_word(bytes).to_le_bytes());
                 }
             }

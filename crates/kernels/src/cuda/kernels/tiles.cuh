@@ -29,7 +29,8 @@ struct Bf16Tiles {
 
 // As above with 16 inputs from 16 t. A word holds four weights, spread so that few operations widen them: the first
 // and second have their sign at bit 15 and the other bits at 4..10 of the lower and the upper half; the third and
-// fourth lie in the gaps, sign at bit 11, the lower four bits at 0..3, the upper three at 12..14.
+// fourth lie in the gaps, sign at bit 11, the lower four bits at 0..3, the upper three at 12..14. Every other eight
+// lanes have their two halves swapped, so that half of 16 lanes' bytes lie in banks of their own.
 struct Fp8Tiles {
   static constexpr int kInputs = 64;
   static constexpr int kTokenPieces = 2;
@@ -41,8 +42,9 @@ struct Fp8Tiles {
   }
 
   static HERD_INLINE void left(const u8* low_piece, int half, u32 (&a)[2][4]) {
-    const uint2 low = reinterpret_cast<const uint2*>(low_piece)[half];
-    const uint2 high = reinterpret_cast<const uint2*>(low_piece + kPiece)[half];
+    const int at = half ^ (lane_id() >> 3 & 1);
+    const uint2 low = reinterpret_cast<const uint2*>(low_piece)[at];
+    const uint2 high = reinterpret_cast<const uint2*>(low_piece + kPiece)[at];
     widen4(low.x, a[0][0], a[0][2]);
     widen4(high.x, a[0][1], a[0][3]);
     widen4(low.y, a[1][0], a[1][2]);
