@@ -187,9 +187,10 @@ pub(super) fn dispatch(
         *experts,
         *me,
         &arrivals.offsets,
-        &arrivals.order
+        &arrivals.order,
+        blocks(arrivals.rows_max)
     ];
-    // SAFETY: the kernel's eight parameters. The routes were checked when they were made, experts are checked by the
-    // kernel, and a step has at most `rows_max` rows in memory that its sources' addresses name.
+    // SAFETY: the kernel's nine parameters. The routes were checked when they were made, experts are checked by the
+    // kernel, which goes no further than `rows_max`; the sources' addresses name memory of as many rows as they count.
     unsafe { driver.launch(launch, &args) }
 }

@@ -28,6 +28,15 @@ impl ExpertShape {
         let Self { storage, hidden, width } = self;
         TileShape { storage, outputs: hidden, inputs: width }
     }
+
+    /// An expert as the kernels see it.
+    fn addresses(self, expert: &TiledExpert) -> [u64; 4] {
+        let shapes = (expert.gate_up.shape(), expert.down.shape());
+        assert_eq!(shapes, (self.gate_up(), self.down()), "experts of one shape");
+        let ([gate_up, gate_up_scales], [down, down_scales]) =
+            (expert.gate_up.addresses(), expert.down.addresses());
+        [gate_up, gate_up_scales, down, down_scales]
+    }
 }
 
 /// Weights of one expert, of the shapes of an [`ExpertShape`].
@@ -53,17 +62,30 @@ impl ExpertTable {
         shape: ExpertShape,
         experts: Vec<Arc<TiledExpert>>,
     ) -> Result<Self, CudaError> {
-        let shapes = (shape.gate_up(), shape.down());
-        let same =
-            |expert: &Arc<TiledExpert>| (expert.gate_up.shape(), expert.down.shape()) == shapes;
-        assert!(experts.iter().all(same), "experts of one shape");
         assert!((shape.hidden | shape.width).is_multiple_of(8), "rows of whole 16 bytes");
-        let addresses = |expert: &Arc<TiledExpert>| {
-            [expert.gate_up.addresses(), expert.down.addresses()].concat()
-        };
-        let table: Vec<u64> = experts.iter().flat_map(addresses).collect();
+        let table: Vec<u64> = experts.iter().flat_map(|expert| shape.addresses(expert)).collect();
         let slots = Buffer::of(driver, "expert table", bytemuck::cast_slice(&table))?;
         Ok(Self { shape, slots, experts })
+    }
+
+    /// Puts another expert into a slot, for what is enqueued from now on. Gives back the one that was there: what was
+    /// enqueued before may still read it.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError`] if CUDA fails.
+    ///
+    /// # Panics
+    ///
+    /// If it has another shape, or there is no such slot.
+    pub(super) fn replace(
+        &mut self,
+        slot: usize,
+        expert: Arc<TiledExpert>,
+    ) -> Result<Arc<TiledExpert>, CudaError> {
+        let addresses = self.shape.addresses(&expert);
+        self.slots.fill(slot * size_of_val(&addresses), bytemuck::cast_slice(&addresses))?;
+        Ok(std::mem::replace(&mut self.experts[slot], expert))
     }
 }
 

@@ -4,7 +4,8 @@
 //! the same outputs follow each other. A tile is two pieces, outputs 0..8 and 8..16; lane `4 g + t` of a warp has 16
 //! bytes in each: output `g` of the eight, a run of 8 or 16 inputs from `8 t` or `16 t`. Both are padded with zeros.
 //!
-//! Four FP8 weights lie in a word so that few operations widen them; see [`fp8_word`].
+//! Four FP8 weights lie in a word so that few operations widen them; see [`fp8_word`]. Every other eight lanes have
+//! their two halves of 8 bytes swapped: kernels read halves, and these are then in different banks of shared memory.
 
 use super::args::Parameter;
 use super::buffer::Buffer;
@@ -102,19 +103,22 @@ impl TileShape {
             // Where lane 4 g of the output's piece begins.
             let at = output / 8 * PIECE_BYTES + output % 8 * 64;
             for (tile, run) in band.chunks_exact_mut(TILE_BYTES).zip(row.chunks(64)) {
-                self.put(run, &mut tile[at..at + 64]);
+                self.put(run, output, &mut tile[at..at + 64]);
             }
         }
     }
 
     /// One output of one tile: up to 64 bytes, cut off at the end of the row.
-    fn put(self, run: &[u8], to: &mut [u8]) {
+    fn put(self, run: &[u8], output: usize, to: &mut [u8]) {
         match self.storage {
             TileStorage::Bf16 => to[..run.len()].copy_from_slice(run),
             TileStorage::Fp8 => {
-                for (to, four) in to.chunks_exact_mut(4).zip(run.chunks(4)) {
+                // Lanes 8..16 and 24..32 have the outputs 2, 3, 6 and 7 of a piece.
+                let swap = if output & 2 == 0 { 0 } else { 8 };
+                for (index, four) in run.chunks(4).enumerate() {
                     let mut bytes = [0; 4];
                     bytes[..four.len()].copy_from_slice(four);
+                    let to = &mut to[(index * 4) ^ swap..][..4];
                     to.copy_from_slice(&fp8_word(bytes).to_le_bytes());
                 }
             }
@@ -221,6 +225,38 @@ impl TiledMatrix {
             to.fill(at, bytemuck::cast_slice(scales))?;
         }
         Ok(())
+    }
+
+    /// Tiles and scales as they lie in memory. Equal on all processes that hold this matrix: what one sends another may
+    /// put into a matrix of the same shape. Waits for the device.
+    ///
+    /// # Errors
+    ///
+    /// What went wrong on the device before.
+    pub fn image(&self) -> Result<[Vec<u8>; 2], CudaError> {
+        let mut tiles = vec![0; self.tiles.bytes()];
+        self.tiles.read(&mut tiles)?;
+        let mut scales = vec![0; self.scales.as_ref().map_or(0, Buffer::bytes)];
+        if let Some(from) = &self.scales {
+            from.read(&mut scales)?;
+        }
+        Ok([tiles, scales])
+    }
+
+    /// Becomes a matrix of the same shape, of which this is the image.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError`] if CUDA fails.
+    ///
+    /// # Panics
+    ///
+    /// If the image is one of another shape.
+    pub fn put_image(&self, [tiles, scales]: [&[u8]; 2]) -> Result<(), CudaError> {
+        let room = (self.tiles.bytes(), self.scales.as_ref().map_or(0, Buffer::bytes));
+        assert_eq!((tiles.len(), scales.len()), room, "an image of the same shape");
+        self.tiles.fill(0, tiles)?;
+        self.scales.as_ref().map_or(Ok(()), |to| to.fill(0, scales))
     }
 
     /// Its shape; two matrices of the same shape are interchangeable.

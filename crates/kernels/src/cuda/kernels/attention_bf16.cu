@@ -17,7 +17,9 @@
 // Order:   splits are 256 absolute positions. In a split, blocks of 16 absolute positions one after the other, with a
 //          running maximum; weights are rounded to bf16. Then splits one after the other. A block or split of which a
 //          row sees nothing leaves its bits as they are: it is scaled by exactly 1, and exactly 0 is added.
-// Bound:   split: memory, 16 KiB per warp on their way. Whole: half tensor cores, half the exponentials beside them.
+// Bound:   split: memory. A warp has 16 KiB on their way and takes some 600 instructions per 8 KiB block of keys and
+//          values, 0.4 of what 8 warps of an SM could issue at an H200's share of the memory. Whole: exponentials and
+//          tensor cores in about equal parts; keys and values come from the L2 cache once per 12 rows of a group of 5.
 // Twin:    attention::attend_bf16, which does not round the weights and has no splits.
 
 constexpr int kBlock = 16;        // positions of a block of the cache
@@ -90,9 +92,9 @@ struct Query {
   bool is_there;
   u32 row;
   int head;
-  u32 first, last;  // positions that it sees; none if it is not there
+  u32 first, last;  // positions that it sees; all if it is not there: nobody looks at its result
 
-  HERD_INLINE bool sees(u32 at) const { return is_there && first <= at && at <= last; }
+  HERD_INLINE bool sees(u32 at) const { return first <= at && at <= last; }
 };
 
 HERD_INLINE Query query_of(const Item& item, const Cache& cache, const Heads& heads, int vector) {
@@ -101,8 +103,8 @@ HERD_INLINE Query query_of(const Item& item, const Cache& cache, const Heads& he
   query.row = item.row + warp_id() * rows + row;
   query.is_there = row < rows && query.row < item.row + item.rows;
   query.head = int(blockIdx.y) * heads.group + vector % heads.group;
-  query.last = query.is_there ? cache.position[query.row] : 0;
-  query.first = cache.chunk == 0 ? 0 : query.last / cache.chunk * cache.chunk;
+  query.last = query.is_there ? cache.position[query.row] : 0xffffffffu;
+  query.first = !query.is_there || cache.chunk == 0 ? 0 : query.last / cache.chunk * cache.chunk;
   return query;
 }
 
@@ -146,23 +148,47 @@ struct Attention {
     }
     const u32 id = __shfl_sync(kAll, ids, int((block - item.first) % kWarp));
     const bf16* keys = cache.memory + (size_t(id) * heads.kv_heads + blockIdx.y) * (2 * kBlock) * heads.dim;
-    const bf16* values = keys + kBlock * heads.dim;
-    const int lane = lane_id(), group = lane / 4;
+    const int lane = lane_id(), group = lane / 4, warp = kWarps == 1 ? 0 : warp_id();
+    // Columns 2 t and 2 t + 1 of both tiles of scores are positions 4 t to 4 t + 3: as the values have them.
+    const bf16* const my_keys = keys + (group / 2 * 4 + group % 2) * heads.dim + lane % 4 * 8;
+    const bf16* const my_values = keys + kBlock * heads.dim + lane * 8;
 #pragma unroll
     for (int i = 0; i < kPieces / kWarps; i++) {
-      const int piece = i * kWarps + warp_id(), value = piece - kKeyPieces;
-      // Columns 2 t and 2 t + 1 of both tiles of scores are positions 4 t to 4 t + 3: as the values have them.
-      const int position = group / 2 * 4 + piece % 2 * 2 + group % 2, dim = piece / 2 * 32 + lane % 4 * 8;
-      const bool is_key = value < 0;
-      const bool is_there = is_key ? dim < heads.dim : value * 16 + lane / 2 < heads.dim;
-      const bf16* from = is_key ? keys + position * heads.dim + dim : values + value * 256 + lane * 8;
-      copy_async(stage + piece * kPiece + lane * 16, is_there ? from : keys, is_there);
+      const int piece = i * kWarps + warp, value = piece - kKeyPieces;
+      u8* const to = stage + piece * kPiece + lane * 16;
+      if (kKeyPieces % kWarps == 0 ? i < kKeyPieces / kWarps : value < 0) {
+        const bf16* from = my_keys + piece % 2 * 2 * heads.dim + piece / 2 * 32;
+        copy_async(to, from, piece / 2 * 32 + lane % 4 * 8 < heads.dim);
+      } else {
+        copy_async(to, my_values + value * 256, value * 16 + lane / 2 < heads.dim);
+      }
     }
   }
 
-  // `at`: the block's first position; `seen`: positions that any row of the item sees.
-  HERD_INLINE void add_block(const u8* stage, const Query (&query)[2], u32 at, u32 seen_first, u32 seen_last,
-                             float scale) {
+  // What no row of the item sees may be anything, and 0 times anything need not be 0. A lane clears what it reads; if
+  // other warps read the same, they clear the same.
+  static HERD_INLINE void clear_unseen(u8* stage, u32 at, u32 seen_first, u32 seen_last) {
+    u32 keep[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const u32 position = at + lane_id() % 4 * 4 + j;
+      keep[j] = seen_first <= position && position <= seen_last ? 0xffffu : 0;
+    }
+#pragma unroll 1
+    for (int n = 0; n < kTiles; n++) {
+      uint2* const values = values_of(stage, n);
+      values->x &= keep[0] | keep[1] << 16;
+      values->y &= keep[2] | keep[3] << 16;
+    }
+  }
+
+  // This lane's part of the right operand: positions 4 t to 4 t + 3 of dimension 8 n + g.
+  static HERD_INLINE uint2* values_of(u8* stage, int n) {
+    return reinterpret_cast<uint2*>(stage + (kKeyPieces + n / 2) * kPiece + n % 2 * 256 + lane_id() * 8);
+  }
+
+  // `at`: the block's first position.
+  HERD_INLINE void add_block(u8* stage, const Query (&query)[2], u32 at, float scale) {
     float score[2][4] = {};
 #pragma unroll
     for (int c = 0; c < kDim / 32; c++) {
@@ -173,27 +199,29 @@ struct Attention {
         mma_bf16(score[tile], left[2 * c + 1], keys.z, keys.w);
       }
     }
-    const u32 mine = at + lane_id() % 4 * 4;
+    const u32 mine = at + lane_id() % 4 * 4, end = at + kBlock - 1;
+    const bool all = query[0].sees(at) && query[0].sees(end) && query[1].sees(at) && query[1].sees(end);
+    const bool is_masked = __any_sync(kAll, !all);
     float shrink[2];
     u32 weight[4];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       float s[4], largest = none();
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const float x = score[j / 2][2 * i + j % 2] * scale;
-        s[j] = query[i].sees(mine + j) ? x : none();
-        largest = larger(largest, s[j]);
+      for (int j = 0; j < 4; j++) s[j] = score[j / 2][2 * i + j % 2] * scale;
+      if (is_masked) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) s[j] = query[i].sees(mine + j) ? s[j] : none();
       }
+#pragma unroll
+      for (int j = 0; j < 4; j++) largest = larger(largest, s[j]);
       largest = larger(max[i], max_4(largest));
       const float base = base_of(largest);
       shrink[i] = exp_fixed(max[i] - base);
       max[i] = largest;
-#pragma unroll
-      for (int j = 0; j < 4; j++) s[j] = widen(to_bf16(exp_fixed(s[j] - base)));
-      sum[i] = fmaf(sum[i], shrink[i], (s[0] + s[1]) + (s[2] + s[3]));
-      weight[i] = to_bf16x2(s[0], s[1]);
-      weight[i + 2] = to_bf16x2(s[2], s[3]);
+      weight[i] = to_bf16x2(exp_fixed(s[0] - base), exp_fixed(s[1] - base));
+      weight[i + 2] = to_bf16x2(exp_fixed(s[2] - base), exp_fixed(s[3] - base));
+      sum[i] = fmaf(sum[i], shrink[i], sum_pair(weight[i]) + sum_pair(weight[i + 2]));
     }
     if (__any_sync(kAll, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
 #pragma unroll
@@ -201,17 +229,15 @@ struct Attention {
         for (int i = 0; i < 4; i++) out[n][i] *= shrink[i / 2];
       }
     }
-    // What nobody sees may be anything, and 0 times anything need not be 0.
-    u32 keep[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) keep[j] = seen_first <= mine + j && mine + j <= seen_last ? 0xffffu : 0;
-    const u32 low = keep[0] | keep[1] << 16, high = keep[2] | keep[3] << 16;
 #pragma unroll
     for (int n = 0; n < kTiles; n++) {
-      const u8* from = stage + (kKeyPieces + n / 2) * kPiece + n % 2 * 256 + lane_id() * 8;
-      const uint2 values = *reinterpret_cast<const uint2*>(from);
-      mma_bf16(out[n], weight, values.x & low, values.y & high);
+      const uint2 values = *values_of(stage, n);
+      mma_bf16(out[n], weight, values.x, values.y);
     }
+  }
+
+  static HERD_INLINE float sum_pair(u32 pair) {
+    return __uint_as_float(pair << 16) + __uint_as_float(pair & 0xffff0000u);
   }
 
   HERD_INLINE void begin_split() {
@@ -252,7 +278,9 @@ struct Attention {
       const u32 next = block + kStages - 1;
       if (next <= item.last) copy(ring + free * kStage, item, cache, heads, next);
       copy_commit();
-      add_block(ring + now * kStage, query, block * kBlock, seen_first, seen_last, scale);
+      const u32 at = block * kBlock;
+      if (at < seen_first || seen_last < at + (kBlock - 1)) clear_unseen(ring + now * kStage, at, seen_first, seen_last);
+      add_block(ring + now * kStage, query, at, scale);
       if (block == item.last || block % kSplitBlocks == kSplitBlocks - 1) {
         for (int i = 0; i < 2; i++) sum[i] = sum_4(sum[i]);
         end_split(block);
@@ -339,10 +367,24 @@ extern "C" __global__ void herd_attention_combine(const float* partials, const S
   if (dim <= at) return;
   Joined joined{none(), 0.0f, 0.0f, 0.0f};
   float total = 0.0f;
-  for (u32 i = 0; i < row.count; i++) {
-    const float* from = partials + (size_t(row.first + i) * heads + head) * (2 + dim);
-    joined.join(from[0], from[1]);
-    total = joined.value(total, from[2 + at]);
+  // Several at a time, so that their loads are under way together.
+  constexpr int kTogether = 8;
+  const size_t pitch = size_t(heads) * (2 + dim);
+  const float* from = partials + (size_t(row.first) * heads + head) * (2 + dim);
+  for (u32 first = 0; first < row.count; first += kTogether) {
+    float max[kTogether], sum[kTogether], value[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; i++) {
+      if (row.count <= first + i) break;
+      max[i] = from[i * pitch], sum[i] = from[i * pitch + 1], value[i] = from[i * pitch + 2 + at];
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; i++) {
+      if (row.count <= first + i) break;
+      joined.join(max[i], sum[i]);
+      total = joined.value(total, value[i]);
+    }
+    from += kTogether * pitch;
   }
   out[(size_t(row.row) * heads + head) * dim + at] = joined.result(total);
 }

@@ -5,7 +5,8 @@
 //   targets      [..]            rank and slot; row i of a source takes target first + i % count
 //   me                           this rank
 //   offsets      [slots + 1]     u32: where a slot's rows begin in `order`
-//   order        [all rows]      source and row; only the first offsets[slots] are written
+//   order        [rows_max]      source and row; only the first offsets[slots] are written. Rows past rows_max are
+//                                passed over: what other ranks claim must not lead out of this memory
 //
 // Launch:  one block of 1024 threads per slot. Each counts the rows of earlier slots for itself, so none waits for
 //          another; there is nothing atomic about it.
@@ -61,7 +62,7 @@ HERD_INLINE u32 sum_warp(u32 x) {
 extern "C" __global__ void __launch_bounds__(1024) herd_dispatch(const Source* sources, int sources_len,
                                                                  const Span* spans, const Target* targets,
                                                                  u32 experts, u32 me, u32* offsets,
-                                                                 RowOfSource* order) {
+                                                                 RowOfSource* order, u32 rows_max) {
   __shared__ u32 starts[kSourcesMax + 1];
   __shared__ u32 earlier_of[kWarps], mine_of[kWarps];
   const u32 slot = blockIdx.x;
@@ -69,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(1024) herd_dispatch(const Source* s
   const Routes routes{spans, targets, experts, me};
   if (threadIdx.x == 0) {
     starts[0] = 0;
-    for (int i = 0; i < sources_len; i++) starts[i + 1] = starts[i] + sources[i].count;
+    for (int i = 0; i < sources_len; i++) starts[i + 1] = starts[i] + min(sources[i].count, rows_max - starts[i]);
   }
   __syncthreads();
   // Rows of all sources in a line; a warp's share is a run of it, a multiple of 32.

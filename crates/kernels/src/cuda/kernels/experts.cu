@@ -104,6 +104,7 @@ HERD_INLINE void run_chunk(const Work& work, u32 first, u32 end) {
   Operands<kFewTiles, kN> operands;
   operands.inputs = work.inputs;
   point_at_tiles<Tiles>(operands.tile, work.weights, first_tile, work.outputs, work.inputs);
+  Product::start(rings, operands);
 #pragma unroll
   for (int n = 0; n < kN; n++) {
     const u32 at = first + n * kTileTokens + lane_id() / 4;

@@ -25,6 +25,7 @@ HERD_INLINE void linear(const bf16* x, const u8* weights, const float* scales, f
   Operands<kM, kN> operands;
   operands.inputs = inputs;
   point_at_tiles<Tiles>(operands.tile, weights, first_tile, outputs, inputs);
+  Product::start(rings, operands);
 #pragma unroll
   for (int n = 0; n < kN; n++) {
     const int row = first_row + n * kTileTokens + lane_id() / 4;

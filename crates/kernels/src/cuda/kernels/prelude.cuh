@@ -42,9 +42,15 @@ HERD_INLINE void narrow(float x, float* to) { *to = x; }
 
 HERD_INLINE void narrow(float x, bf16* to) { *to = to_bf16(x); }
 
-// As `to_bf16`, two at once: the lower half is the first.
+// As `to_bf16`, two at once: the lower half is the first. A NaN need not keep its bits.
 HERD_INLINE u32 to_bf16x2(float low, float high) {
+#ifdef HERD_EMULATED
   return u32(to_bf16(low).bits) | u32(to_bf16(high).bits) << 16;
+#else
+  u32 both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+#endif
 }
 
 // e^x for every finite x and -inf; relative error below 2e-7. The operations of `math::exp` in the crate, so that
@@ -173,8 +179,8 @@ HERD_INLINE uint4 load_once(const void* from) {
   return x;
 }
 
-// Starts a copy of 16 bytes into shared memory, or of as many zeros if there is nothing to copy. What others have
-// written may be read through a cache that this bypasses; the thread that copies sees the bytes after `copy_wait`.
+// Starts a copy of 16 bytes into shared memory, or of as many zeros if there is nothing there: then `from` is not
+// read. The thread that copies sees the bytes after its `copy_wait`, others after a barrier behind it.
 HERD_INLINE void copy_async(void* to, const void* from, bool is_there) {
   const u32 address = u32(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"

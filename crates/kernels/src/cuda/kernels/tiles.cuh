@@ -29,7 +29,8 @@ struct Bf16Tiles {
 
 // As above with 16 inputs from 16 t. A word holds four weights, spread so that few operations widen them: the first
 // and second have their sign at bit 15 and the other bits at 4..10 of the lower and the upper half; the third and
-// fourth lie in the gaps, sign at bit 11, the lower four bits at 0..3, the upper three at 12..14.
+// fourth lie in the gaps, sign at bit 11, the lower four bits at 0..3, the upper three at 12..14. Every other eight
+// lanes have their two halves swapped, so that half of 16 lanes' bytes lie in banks of their own.
 struct Fp8Tiles {
   static constexpr int kInputs = 64;
   static constexpr int kTokenPieces = 2;
@@ -41,8 +42,9 @@ struct Fp8Tiles {
   }
 
   static HERD_INLINE void left(const u8* low_piece, int half, u32 (&a)[2][4]) {
-    const uint2 low = reinterpret_cast<const uint2*>(low_piece)[half];
-    const uint2 high = reinterpret_cast<const uint2*>(low_piece + kPiece)[half];
+    const int at = half ^ (lane_id() >> 3 & 1);
+    const uint2 low = reinterpret_cast<const uint2*>(low_piece)[at];
+    const uint2 high = reinterpret_cast<const uint2*>(low_piece + kPiece)[at];
     widen4(low.x, a[0][0], a[0][2]);
     widen4(high.x, a[0][1], a[0][3]);
     widen4(low.y, a[1][0], a[1][2]);
@@ -81,27 +83,31 @@ struct Product {
 
   float sum[kM][kN][4];
 
-  static HERD_INLINE void copy(u8* stage, const Operands<kM, kN>& x, int k) {
+  static HERD_INLINE void copy_tiles(u8* stage, const Operands<kM, kN>& x, int k) {
 #pragma unroll
     for (int m = 0; m < kM; m++) {
       const u8* from = x.tile[m] + size_t(k) * kTileBytes;
       copy_async(stage + 2 * m * kPiece, from, true);
       copy_async(stage + (2 * m + 1) * kPiece, from + kPiece, true);
     }
+  }
+
+  static HERD_INLINE void copy_tokens(u8* stage, const Operands<kM, kN>& x, int k) {
     const int input = k * Tiles::kInputs + lane_id() % 4 * (8 * Tiles::kTokenPieces);
 #pragma unroll
     for (int n = 0; n < kN; n++) {
 #pragma unroll
       for (int piece = 0; piece < Tiles::kTokenPieces; piece++) {
-        const bool is_there = x.token[n] != nullptr && input + 8 * piece < x.inputs;
-        const void* from = is_there ? static_cast<const void*>(x.token[n] + input + 8 * piece) : x.tile[0];
-        copy_async(stage + (2 * kM + n * Tiles::kTokenPieces + piece) * kPiece, from, is_there);
+        const int at = input + 8 * piece;
+        const bool is_there = x.token[n] != nullptr && at < x.inputs;
+        copy_async(stage + (2 * kM + n * Tiles::kTokenPieces + piece) * kPiece, x.token[n] + at, is_there);
       }
     }
   }
 
   HERD_INLINE void multiply(const u8* stage) {
-#pragma unroll
+    // Unrolled, FP8 would need more registers than two blocks on an SM have.
+#pragma unroll 1
     for (int piece = 0; piece < Tiles::kTokenPieces; piece++) {
       uint4 right[kN];
 #pragma unroll
@@ -120,21 +126,25 @@ struct Product {
     }
   }
 
-  // This warp's segment of K, the tiles from `first` to before `last`. `ring` is the warp's.
+  // This warp's segment of K, the tiles from `first` to before `last`, when `start` has begun to copy the first weights.
+  // `ring` is the warp's.
   HERD_INLINE void run(u8* ring, const Operands<kM, kN>& x, int first, int last) {
     u8* const mine = ring + lane_id() * 16;
 #pragma unroll
     for (int i = 0; i < kM * kN * 4; i++) sum[i / (4 * kN)][i / 4 % kN][i % 4] = 0.0f;
 #pragma unroll 1
     for (int i = 0; i < kStages - 1; i++) {
-      if (first + i < last) copy(mine + i * kStage, x, first + i);
+      if (first + i < last) copy_tokens(mine + i * kStage, x, first + i);
       copy_commit();
     }
     int now = 0, free = kStages - 1;
 #pragma unroll 1
     for (int k = first; k < last; k++) {
       copy_wait<kStages - 2>();
-      if (k + kStages - 1 < last) copy(mine + free * kStage, x, k + kStages - 1);
+      if (k + kStages - 1 < last) {
+        copy_tiles(mine + free * kStage, x, k + kStages - 1);
+        copy_tokens(mine + free * kStage, x, k + kStages - 1);
+      }
       copy_commit();
       multiply(mine + now * kStage);
       now = now + 1 < kStages ? now + 1 : 0;
@@ -169,7 +179,17 @@ struct Product {
     return sum;
   }
 
-  // All segments of one block, from operands to parked sums.
+  // Begins to copy weights: they are on their way while the tokens are looked for.
+  static HERD_INLINE void start(u8* rings, const Operands<kM, kN>& x) {
+    const int tiles = tiles_of<Tiles>(x.inputs), segments = segments_of<Tiles>(x.inputs), segment = warp_id();
+    if (segments <= segment) return;
+    const int first = tiles * segment / segments, last = tiles * (segment + 1) / segments;
+    u8* const mine = rings + segment * kRing + lane_id() * 16;
+#pragma unroll 1
+    for (int i = 0; i < kStages - 1 && first + i < last; i++) copy_tiles(mine + i * kStage, x, first + i);
+  }
+
+  // All segments of one block, from `start` to parked sums.
   static HERD_INLINE void park_all(u8* rings, const Operands<kM, kN>& x) {
     const int tiles = tiles_of<Tiles>(x.inputs), segments = segments_of<Tiles>(x.inputs), segment = warp_id();
     if (segment < segments) {
@@ -206,8 +226,7 @@ struct WideProduct {
       const bf16* const token = x.token[i / Tiles::kTokenPieces];
       const int at = input + i % Tiles::kTokenPieces * 8;
       const bool is_there = token != nullptr && at < x.inputs;
-      const void* from = is_there ? static_cast<const void*>(token + at) : x.tile[0];
-      copy_async(mine + (kTokenPiece + 2 * Tiles::kTokenPieces * warp_id() + i) * kPiece, from, is_there);
+      copy_async(mine + (kTokenPiece + 2 * Tiles::kTokenPieces * warp_id() + i) * kPiece, token + at, is_there);
     }
   }
 

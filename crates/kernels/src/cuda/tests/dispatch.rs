@@ -71,3 +71,19 @@ fn rows_are_grouped_by_slot_then_source_then_row() {
         }
     }
 }
+
+#[test]
+fn no_more_rows_arrive_than_there_is_room_for() {
+    let experts = Buffer::of(driver(), "experts", &[0; 2 * 100]).unwrap();
+    let source = Source { experts: experts.address(), rows: 0, results: 0, count: 100 };
+    let sources = Sources::new(driver(), &[source, Source { count: u32::MAX, ..source }]).unwrap();
+    let parts = RouteTableParts { spans: &[(0, 1)], targets: &[(0, 0)], me: 0, slots: 1 };
+    let routes = RouteTable::new(driver(), parts).unwrap();
+    for rows_max in [0, 50, 150] {
+        let mut arrivals = Arrivals::new(driver(), 1, rows_max).unwrap();
+        dispatch(driver(), &sources, &routes, &mut arrivals).unwrap();
+        let mut offsets = [0_u32; 2];
+        arrivals.offsets().read(bytemuck::cast_slice_mut(&mut offsets)).unwrap();
+        assert_eq!(offsets, [0, u32::try_from(rows_max).unwrap()]);
+    }
+}

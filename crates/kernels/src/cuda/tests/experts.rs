@@ -62,8 +62,11 @@ fn rows(hidden: usize, experts: &[u16], seed: u32) -> Rows {
 fn check(shape: ExpertShape, wanted: &[Vec<u16>]) {
     let ExpertShape { hidden, width, .. } = shape;
     let all: Vec<_> = (0..3).map(|slot| expert(shape, 10 * slot)).collect();
-    let table: Vec<_> = all.iter().map(|(expert, _)| Arc::clone(expert)).collect();
-    let table = ExpertTable::new(driver(), shape, table).unwrap();
+    // Slot 2 gets its expert later.
+    let first = [0, 1, 0].map(|slot: usize| Arc::clone(&all[slot].0));
+    let mut table = ExpertTable::new(driver(), shape, first.to_vec()).unwrap();
+    let before = table.replace(2, Arc::clone(&all[2].0)).unwrap();
+    assert!(Arc::ptr_eq(&before, &all[0].0), "the expert that was there");
     // Experts 0, 1, 2 in slots 2, 0, 1 here; expert 3 elsewhere.
     let parts = RouteTableParts {
         spans: &[(0, 1), (1, 1), (2, 1), (3, 1)],
@@ -114,5 +117,7 @@ fn experts_equal_the_plain_products_whatever_else_arrives() {
             let most: Vec<u16> = (0..85).map(|i| if i % 5 == 0 { 1 } else { 0 }).collect();
             check(shape, &[vec![2, 2, 0], vec![], most]);
         }
+        // A second chunk of many, with one row.
+        check(ExpertShape { storage, hidden: 64, width: 40 }, &[vec![0; 100], vec![0; 29]]);
     }
 }
