@@ -68,28 +68,6 @@ impl ExpertTable {
         Ok(Self { shape, slots, experts })
     }
 
-    /// Puts another expert into a slot, for what is enqueued from now on. Gives back the one that was there: what was
-    /// enqueued before may still read it.
-    ///
-    /// # Errors
-    ///
-    /// [`CudaError`] if CUDA fails.
-    ///
-    /// # Panics
-    ///
-    /// If it has another shape, or there is no such slot.
-    pub(super) fn replace(
-        &mut self,
-        slot: usize,
-        expert: Arc<TiledExpert>,
-    ) -> Result<Arc<TiledExpert>, CudaError> {
-        let addresses = self.shape.addresses(&expert);
-        self.slots.fill(slot * size_of_val(&addresses), bytemuck::cast_slice(&addresses))?;
-        Ok(std::mem::replace(&mut self.experts[slot], expert))
-    }
-}
-
-impl ExpertTable {
     /// Columns of a row and of an expert, and the number of experts.
     pub(super) fn sizes(&self) -> (usize, usize, usize) {
         (self.shape.hidden, self.shape.width, self.experts.len())
