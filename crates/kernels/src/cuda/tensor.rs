@@ -27,6 +27,7 @@ impl Tensor {
 
     /// A tensor of these values, rounded if it is bf16. For tests.
     #[cfg(test)]
+    #[cfg(feature = "emulated")]
     pub(super) fn of(driver: &Arc<Driver>, dtype: Dtype, columns: usize, values: &[f32]) -> Self {
         let mut tensor = Self::new(driver, dtype, (0, columns)).unwrap();
         tensor.resize(values.len() / columns).unwrap();
