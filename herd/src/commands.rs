@@ -19,7 +19,11 @@ pub(crate) mod synth;
 pub(crate) mod up;
 pub(crate) mod worker;
 
+use ::worker::{Gpu, Platform};
+use anyhow::Context;
 use kernels::Dtype;
+use kernels::cuda::Driver;
+use std::time::Instant;
 
 /// The small trained model of the repository.
 pub(crate) const DEFAULT_MODEL: &str = "models/toy-maverick";
@@ -38,6 +42,56 @@ impl From<DtypeArg> for Dtype {
         match arg {
             DtypeArg::F32 => Self::F32,
             DtypeArg::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+/// What a worker computes on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) enum DeviceArg {
+    #[default]
+    Cpu,
+    /// The GPU with this number.
+    Cuda(u32),
+}
+
+impl std::str::FromStr for DeviceArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = text.strip_prefix("cuda:").and_then(|number| number.parse().ok());
+        match (text, number) {
+            ("cpu", _) => Ok(Self::Cpu),
+            ("cuda", _) => Ok(Self::Cuda(0)),
+            (_, Some(number)) => Ok(Self::Cuda(number)),
+            (_, None) => Err(format!("{text:?} is no device; give cpu or cuda:N")),
+        }
+    }
+}
+
+impl std::fmt::Display for DeviceArg {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(number) => write!(f, "cuda:{number}"),
+        }
+    }
+}
+
+impl DeviceArg {
+    /// Opens the device; compiles its kernels if it is a GPU.
+    pub(crate) fn open(self) -> anyhow::Result<Platform> {
+        match self {
+            Self::Cpu => Ok(Platform::Cpu),
+            Self::Cuda(number) => {
+                let start = Instant::now();
+                let driver = Driver::open(number)
+                    .with_context(|| BadInput(format!("--device {self} cannot be used")))?;
+                let (arch, name) = driver.identity();
+                let seconds = start.elapsed().as_secs_f64();
+                tracing::info!("{self} is {name} ({arch}); kernels compiled in {seconds:.1} s");
+                Ok(Platform::Cuda(Gpu::new(driver)))
+            }
         }
     }
 }

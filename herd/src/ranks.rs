@@ -3,13 +3,12 @@
 
 use anyhow::{Context, ensure};
 use ids::{Epoch, ExpertId, Rank, SeqId, StepId};
-use kernels::{Cpu, Route, Row, SampleRow, Sampled, Sampling, StepBatch, Table, Tensor};
-use model::forward::Observer;
+use kernels::{Row, SampleRow, Sampled, Sampling, StepBatch, Table};
 use placement::Placement;
 use scheduler::Slice;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
-use worker::{Engine, KvBlocks, Model, Shard};
+use worker::{Engine, KvBlocks, Model, Observer, Shard};
 
 /// No rank waits longer for the others within one step.
 const STEP_MAX: Duration = Duration::from_secs(600);
@@ -36,12 +35,12 @@ pub struct RankStep {
     pub experts: Vec<Vec<u16>>,
 }
 
-impl Observer<Cpu> for RankStep {
-    fn routed(&mut self, _: usize, route: &Route) {
-        self.experts.push(route.experts().to_vec());
+impl Observer for RankStep {
+    fn routed(&mut self, _: usize, experts: &[u16]) {
+        self.experts.push(experts.to_vec());
     }
-    fn logits(&mut self, logits: &Tensor) {
-        self.logits = logits.data().to_vec();
+    fn logits(&mut self, logits: &[f32]) {
+        self.logits = logits.to_vec();
     }
 }
 
@@ -112,7 +111,7 @@ fn serve(
     while let Ok((step, batch)) = todo.recv() {
         let mut done = RankStep::default();
         let deadline = Instant::now() + STEP_MAX;
-        let answer = engine.step(step, &batch, deadline, &mut done);
+        let answer = engine.step(step, &batch, deadline, Some(&mut done));
         let answer = answer.map(|sampled| RankStep { sampled, ..done });
         if answers.send(answer).is_err() {
             return;

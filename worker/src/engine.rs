@@ -2,19 +2,20 @@
 
 use crate::chaos::{Hooks, Struck};
 use crate::exchange::{Rows, Served, StepExchange};
-use crate::finite::{NonFinite, Watch};
+use crate::finite::{NonFinite, Place};
 use crate::joined::{Joined, Plantable, Transport};
 use crate::kv::KvBlocks;
+use crate::observe::{Eyes, Observer};
+use crate::platform::{Backend, Placed, Platform};
 use crate::tally::Tally;
 use crate::weights::{Model, ModelError};
 use all2all::local::Hub;
 use all2all::tcp::Peer;
 use all2all::{Aborter, AllToAll, ExchangeError, Fault, Reason, Routes, StepOutcome, View};
 use ids::{Epoch, ExpertId, Rank, StepId};
-use kernels::{
-    Cache, Cpu, Device, DeviceError, Dtype, Experts, Level, Pool, Sampled, StepBatch, Wire,
-};
-use model::forward::{Forward, ForwardError, Observer, Pass, pools, shape};
+use kernels::cuda::Cuda;
+use kernels::{Cpu, DeviceError, Dtype, Pool, Sampled, StepBatch};
+use model::forward::{Forward, ForwardError, Pass};
 use model::weights::Dense;
 use std::sync::Arc;
 use std::time::Instant;
@@ -77,7 +78,7 @@ pub struct Shard<'a> {
 
 /// A rank's place in a view, with its experts in memory: ready to be taken at a step boundary.
 pub struct Seat {
-    experts: Vec<Experts>,
+    experts: Placed,
     /// `[moe layers]`: which these are, ascending.
     local: Vec<Vec<ExpertId>>,
     view: View,
@@ -103,7 +104,7 @@ impl Seat {
         let routes = Routes::new(shard.rank, model.config.experts, shard.held, shard.targets)?;
         let own = shard.held.iter().map(|ranks| ranks[shard.rank.index()].clone());
         Ok(Self {
-            experts: model.experts(&local, still_wanted)?,
+            experts: model.platform.place(model.experts(&local, still_wanted)?, model.dtype)?,
             local: own.collect(),
             view: View {
                 epoch: shard.epoch,
@@ -130,25 +131,22 @@ impl Seat {
 }
 
 /// A rank that executes steps. Make it on the thread that steps it.
-pub struct Engine {
-    device: Cpu,
-    dense: Arc<Dense<Cpu>>,
-    cache: Cache,
-    forward: Forward<Cpu>,
-    row_bytes: usize,
-    transport: Transport,
-    hooks: Hooks,
-    dtype: Dtype,
-    /// Of its experts, for other ranks.
-    results: Wire,
-    tally: Arc<Tally>,
-    seated: Option<Seated>,
+pub struct Engine(Inner);
+
+/// By device.
+enum Inner {
+    Cpu(Box<RankEngine<Cpu>>),
+    Cuda(Box<RankEngine<Cuda>>),
 }
 
-struct Seated {
-    experts: Vec<Experts>,
-    served: Served,
-    joined: Joined,
+/// What does not depend on the device.
+macro_rules! on_device {
+    ($engine:expr, $rank:ident => $do:expr) => {
+        match $engine {
+            Inner::Cpu($rank) => $do,
+            Inner::Cuda($rank) => $do,
+        }
+    };
 }
 
 impl Engine {
@@ -163,33 +161,14 @@ impl Engine {
         threads: usize,
         kv: KvBlocks,
     ) -> Result<Self, EngineError> {
-        let config = &model.config;
-        let dense = model.dense()?;
-        let device = Cpu::new(Level::detect(), model.dtype, threads)?;
-        let device = match transport.row_memory() {
-            Some(memory) => device.with_row_memory(memory),
-            None => device,
-        };
-        let blocks = |pool| match pool {
-            Pool::Full => kv.full,
-            Pool::Chunked(_) => kv.chunked,
-        };
-        let heads = shape(config);
-        let layers = pools(config);
-        let cache = Cache::new(model.dtype, heads.kv_heads, heads.head_dim, &layers, blocks)?;
-        Ok(Self {
-            forward: Forward::new(&device, config, 0, (kv.full, kv.chunked)),
-            row_bytes: device.row_bytes(config.hidden),
-            results: device.wire(),
-            device,
-            dense,
-            cache,
-            transport,
-            hooks: Hooks::default(),
-            dtype: model.dtype,
-            tally: Arc::new(Tally::new(config.moe_layers().len(), config.experts)),
-            seated: None,
-        })
+        Ok(Self(match &model.platform {
+            Platform::Cpu => {
+                Inner::Cpu(Box::new(RankEngine::unseated(model, transport, threads, kv)?))
+            }
+            Platform::Cuda(_) => {
+                Inner::Cuda(Box::new(RankEngine::unseated(model, transport, threads, kv)?))
+            }
+        }))
     }
 
     /// Loads the shard of `shard.rank` and joins the exchange of its view.
@@ -212,7 +191,7 @@ impl Engine {
 
     /// Faults strike it that are armed there.
     pub(crate) fn hook(&mut self, hooks: Hooks) {
-        self.hooks = hooks;
+        on_device!(&mut self.0, rank => rank.hooks = hooks);
     }
 
     /// Takes a seat, between steps. The KV cache keeps its bytes.
@@ -221,7 +200,106 @@ impl Engine {
     ///
     /// [`EngineError::Exchange`]; the engine then serves what it served before.
     pub fn take(&mut self, seat: Seat) -> Result<(), EngineError> {
+        on_device!(&mut self.0, rank => rank.take(seat))
+    }
+
+    /// What its experts have to do.
+    pub(crate) fn tally(&self) -> Arc<Tally> {
+        on_device!(&self.0, rank => Arc::clone(&rank.tally))
+    }
+
+    fn view(&self) -> Option<&View> {
+        on_device!(&self.0, rank => rank.seated.as_ref().map(|seated| seated.joined.view()))
+    }
+
+    /// Its rank in the view it serves; 0 before the first.
+    #[must_use]
+    pub fn rank(&self) -> Rank {
+        self.view().map_or(Rank(0), |view| view.me)
+    }
+
+    /// The epoch it serves.
+    #[must_use]
+    pub fn epoch(&self) -> Option<Epoch> {
+        self.view().map(|view| view.epoch)
+    }
+
+    /// Ends the running step of this rank from another thread.
+    pub(crate) fn aborter(&self) -> Option<Aborter> {
+        on_device!(&self.0, rank => rank.seated.as_ref().map(|seated| seated.joined.aborter()))
+    }
+
+    /// Executes one step; `deadline` bounds every wait for the other ranks.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError`]: nothing of the step counts, on any rank.
+    pub fn step(
+        &mut self,
+        step: StepId,
+        batch: &StepBatch,
+        deadline: Instant,
+        observer: Option<&mut dyn Observer>,
+    ) -> Result<Vec<Sampled>, EngineError> {
+        on_device!(&mut self.0, rank => rank.step(step, batch, deadline, Eyes { observer }))
+    }
+}
+
+/// A rank on one kind of device.
+struct RankEngine<D: Backend> {
+    device: D,
+    dense: Arc<Dense<D>>,
+    cache: D::Cache,
+    forward: Forward<D>,
+    row_bytes: usize,
+    transport: Transport,
+    hooks: Hooks,
+    dtype: Dtype,
+    /// Of its experts, for other ranks.
+    results: D::Wire,
+    tally: Arc<Tally>,
+    seated: Option<Seated<D>>,
+}
+
+struct Seated<D: Backend> {
+    experts: Vec<D::Experts>,
+    served: Served,
+    joined: Joined,
+}
+
+impl<D: Backend> RankEngine<D> {
+    fn unseated(
+        model: &Model,
+        transport: Transport,
+        threads: usize,
+        kv: KvBlocks,
+    ) -> Result<Self, EngineError> {
+        let config = &model.config;
+        let device = D::open(model, threads, transport.row_memory())?;
+        let dense = D::dense(model)?;
+        let blocks = |pool| match pool {
+            Pool::Full => kv.full,
+            Pool::Chunked(_) => kv.chunked,
+        };
+        let cache = device.new_cache(model, &blocks)?;
+        Ok(Self {
+            forward: Forward::new(&device, config, 0, (kv.full, kv.chunked)),
+            row_bytes: device.row_bytes(config.hidden),
+            results: device.wire(),
+            device,
+            dense,
+            cache,
+            transport,
+            hooks: Hooks::default(),
+            dtype: model.dtype,
+            tally: Arc::new(Tally::new(config.moe_layers().len(), config.experts)),
+            seated: None,
+        })
+    }
+
+    fn take(&mut self, seat: Seat) -> Result<(), EngineError> {
         let Seat { experts, local, view, peers } = seat;
+        let experts = D::take(experts);
         let served = Served { tally: Arc::clone(&self.tally), local };
         match &mut self.seated {
             Some(seated) => {
@@ -237,39 +315,12 @@ impl Engine {
         Ok(())
     }
 
-    /// What its experts have to do.
-    pub(crate) fn tally(&self) -> Arc<Tally> {
-        Arc::clone(&self.tally)
-    }
-
-    /// Its rank in the view it serves; 0 before the first.
-    #[must_use]
-    pub fn rank(&self) -> Rank {
-        self.seated.as_ref().map_or(Rank(0), |seated| seated.joined.view().me)
-    }
-
-    /// The epoch it serves.
-    #[must_use]
-    pub fn epoch(&self) -> Option<Epoch> {
-        self.seated.as_ref().map(|seated| seated.joined.view().epoch)
-    }
-
-    /// Ends the running step of this rank from another thread.
-    pub(crate) fn aborter(&self) -> Option<Aborter> {
-        self.seated.as_ref().map(|seated| seated.joined.aborter())
-    }
-
-    /// Executes one step; `deadline` bounds every wait for the other ranks.
-    ///
-    /// # Errors
-    ///
-    /// [`EngineError`]: nothing of the step counts, on any rank.
-    pub fn step(
+    fn step(
         &mut self,
         step: StepId,
         batch: &StepBatch,
         deadline: Instant,
-        observer: &mut impl Observer<Cpu>,
+        eyes: Eyes<'_>,
     ) -> Result<Vec<Sampled>, EngineError> {
         let Seated { experts, served, joined } =
             self.seated.as_mut().ok_or(EngineError::Unseated)?;
@@ -285,31 +336,31 @@ impl Engine {
         };
         let pass = Pass { dense: &self.dense, experts, cache: &mut self.cache, step: batch };
         match joined {
-            Joined::Local(local) => rank.run(step, pass, local, observer),
-            Joined::Tcp(tcp) => rank.run(step, pass, tcp, observer),
+            Joined::Local(local) => rank.run(step, pass, local, eyes),
+            Joined::Tcp(tcp) => rank.run(step, pass, tcp, eyes),
         }
     }
 }
 
 /// What a rank's step needs besides its operands.
-struct RankStep<'a> {
-    device: &'a mut Cpu,
-    forward: &'a mut Forward<Cpu>,
+struct RankStep<'a, D: Backend> {
+    device: &'a mut D,
+    forward: &'a mut Forward<D>,
     row_bytes: usize,
-    results: &'a mut Wire,
+    results: &'a mut D::Wire,
     dtype: Dtype,
     hooks: &'a Hooks,
     served: &'a Served,
     deadline: Instant,
 }
 
-impl RankStep<'_> {
+impl<D: Backend> RankStep<'_, D> {
     fn run<A: Plantable>(
         self,
         step: StepId,
-        mut pass: Pass<'_, Cpu>,
+        mut pass: Pass<'_, D>,
         all2all: &mut A,
-        observer: &mut impl Observer<Cpu>,
+        mut eyes: Eyes<'_>,
     ) -> Result<Vec<Sampled>, EngineError> {
         let epoch = all2all.view().epoch;
         let mut all2all = Struck::new(all2all, self.hooks, self.dtype);
@@ -317,9 +368,13 @@ impl RankStep<'_> {
         let rows = Rows { bytes: self.row_bytes, dtype: self.dtype };
         let results = (rows, self.results);
         let mut exchange = StepExchange::new(&mut all2all, step, results, self.served);
-        let mut watch = Watch { observer, batch: pass.step, found: None };
-        let result = self.forward.run(self.device, &mut pass, &mut exchange, &mut watch);
-        let found = exchange.found.or(watch.found);
+        let result = self.forward.run(self.device, &mut pass, &mut exchange, &mut eyes);
+        let found = exchange.found.or_else(|| {
+            result.as_ref().ok()?;
+            let bad = self.device.first_bad_row(self.forward.logits())?;
+            let row = pass.step.samples.get(bad)?.row as usize;
+            Some(NonFinite { place: Place::Logits, row })
+        });
         match result {
             Ok(sampled) => match (all2all.end_step(), found) {
                 (StepOutcome::Faulted(fault), _) => Err(EngineError::Step(fault)),

@@ -4,7 +4,7 @@ use crate::finite::{NonFinite, Place, first_bad_row};
 use crate::tally::Tally;
 use all2all::{AllToAll, Arrived, ExchangeError, HostRows, LayerKey, Pending, Sent};
 use ids::{ExpertId, StepId};
-use kernels::{Cpu, Device, Dtype, Experts, Route, Wire};
+use kernels::{Dtype, LocalRows, RouteOnHost, Staged, WireOnHost};
 use model::forward::MoeExchange;
 use std::sync::Arc;
 
@@ -32,11 +32,13 @@ pub(crate) struct Rows {
 enum Layer {
     Idle,
     Sent(Sent),
+    /// This rank is alone, and serves its rows where they are.
+    Local(LocalRows),
     Pending(Pending),
 }
 
 /// One step's use of an exchange.
-pub(crate) struct StepExchange<'a, A> {
+pub(crate) struct StepExchange<'a, A, D: Staged> {
     pub(crate) exchange: &'a mut A,
     pub(crate) step: StepId,
     pub(crate) row_bytes: usize,
@@ -47,14 +49,14 @@ pub(crate) struct StepExchange<'a, A> {
     index: u16,
     pub(crate) found: Option<NonFinite>,
     layer: Layer,
-    results: &'a mut Wire,
+    results: &'a mut D::Wire,
 }
 
-impl<'a, A> StepExchange<'a, A> {
+impl<'a, A, D: Staged> StepExchange<'a, A, D> {
     pub(crate) fn new(
         exchange: &'a mut A,
         step: StepId,
-        (rows, results): (Rows, &'a mut Wire),
+        (rows, results): (Rows, &'a mut D::Wire),
         served: &'a Served,
     ) -> Self {
         Self {
@@ -104,11 +106,22 @@ impl<A> HostExchange for A where
 {
 }
 
-impl<A: HostExchange> MoeExchange<Cpu> for StepExchange<'_, A> {
+impl<A: HostExchange, D: Staged> MoeExchange<D> for StepExchange<'_, A, D> {
     type Error = ExchangeError;
 
-    fn dispatch(&mut self, layer: usize, rows: &Wire, route: &Route) -> Result<(), ExchangeError> {
+    fn dispatch(
+        &mut self,
+        layer: usize,
+        rows: &D::Wire,
+        route: &D::Route,
+    ) -> Result<(), ExchangeError> {
         let layer = u16::try_from(layer).expect("layers are numbered in 16 bits");
+        if self.exchange.view().ranks == 1
+            && let Some(rows) = D::local_rows(rows, route)
+        {
+            self.layer = Layer::Local(rows);
+            return Ok(());
+        }
         let key = LayerKey { step: self.step, layer };
         self.experts.clear();
         self.experts.extend_from_slice(route.experts());
@@ -119,9 +132,17 @@ impl<A: HostExchange> MoeExchange<Cpu> for StepExchange<'_, A> {
         Ok(())
     }
 
-    fn serve(&mut self, device: &mut Cpu, experts: &Experts) -> Result<(), ExchangeError> {
-        let Layer::Sent(sent) = std::mem::replace(&mut self.layer, Layer::Idle) else {
-            unreachable!("the forward pass dispatches before it serves")
+    fn serve(&mut self, device: &mut D, experts: &D::Experts) -> Result<(), ExchangeError> {
+        let sent = match std::mem::replace(&mut self.layer, Layer::Idle) {
+            Layer::Sent(sent) => sent,
+            Layer::Local(rows) => {
+                device.serve_local(rows, experts);
+                self.layer = Layer::Local(rows);
+                return Ok(());
+            }
+            Layer::Idle | Layer::Pending(_) => {
+                unreachable!("the forward pass dispatches before it serves")
+            }
         };
         let arrived: Arrived = self.exchange.dispatch_recv(sent)?;
         let (rows, offsets) = self.exchange.arrived(&arrived);
@@ -133,9 +154,14 @@ impl<A: HostExchange> MoeExchange<Cpu> for StepExchange<'_, A> {
         Ok(())
     }
 
-    fn combine(&mut self, results: &mut Wire) -> Result<(), ExchangeError> {
-        let Layer::Pending(pending) = std::mem::replace(&mut self.layer, Layer::Idle) else {
-            unreachable!("the forward pass serves before it combines")
+    fn combine(&mut self, results: &mut D::Wire) -> Result<(), ExchangeError> {
+        let pending = match std::mem::replace(&mut self.layer, Layer::Idle) {
+            Layer::Pending(pending) => pending,
+            // The results are where the rows were.
+            Layer::Local(_) => return Ok(()),
+            Layer::Idle | Layer::Sent(_) => {
+                unreachable!("the forward pass serves before it combines")
+            }
         };
         let bytes = results.room(self.experts.len() * self.row_bytes);
         self.exchange.combine_recv(pending, bytes)?;

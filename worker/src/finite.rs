@@ -7,8 +7,7 @@
 //! It is the rank of the sequence that looks, not that of the expert: only it knows whose row it is, and it
 //! sees what happens on the way, too.
 
-use kernels::{Cpu, Dtype, StepBatch};
-use model::forward::Observer;
+use kernels::Dtype;
 use std::fmt;
 
 /// Where a value is not finite.
@@ -62,28 +61,6 @@ pub(crate) fn first_bad_row(bytes: &[u8], row_bytes: usize, dtype: Dtype) -> Opt
 /// All exponent bits are set in the infinite and in what is no number.
 fn bad<'a>(values: impl Iterator<Item = &'a [u8]>, is_bad: impl Fn(&[u8]) -> bool) -> bool {
     values.fold(false, |any, value| any | is_bad(value))
-}
-
-/// Looks at the logits of a step, and passes on what it is shown.
-pub(crate) struct Watch<'a, O> {
-    pub(crate) observer: &'a mut O,
-    pub(crate) batch: &'a StepBatch,
-    pub(crate) found: Option<NonFinite>,
-}
-
-impl<O: Observer<Cpu>> Observer<Cpu> for Watch<'_, O> {
-    fn routed(&mut self, moe_layer: usize, route: &kernels::Route) {
-        self.observer.routed(moe_layer, route);
-    }
-
-    fn logits(&mut self, logits: &kernels::Tensor) {
-        self.observer.logits(logits);
-        let vocab = logits.data().len().checked_div(self.batch.samples.len()).unwrap_or(0);
-        let rows = logits.data().chunks_exact(vocab.max(1)).zip(&self.batch.samples);
-        let is_bad = |row: &[f32]| row.iter().fold(false, |any, value| any | !value.is_finite());
-        let mut bad = rows.filter(|(row, _)| is_bad(row)).map(|(_, sample)| sample.row as usize);
-        self.found = bad.next().map(|row| NonFinite { place: Place::Logits, row });
-    }
 }
 
 #[cfg(test)]

@@ -12,7 +12,9 @@ mod inject;
 mod joined;
 mod kv;
 mod memory;
+mod observe;
 mod peers;
+mod platform;
 mod registration;
 mod runner;
 mod service;
@@ -21,7 +23,6 @@ mod tally;
 mod weights;
 
 use joined::Transport;
-use kernels::Level;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -33,6 +34,8 @@ pub use finite::{NonFinite, Place};
 pub use joined::{Exchange, Processes, WithinHost};
 pub use kv::{KvBlocks, KvTooSmall};
 pub use memory::{MemoryPlan, MemoryTooSmall};
+pub use observe::Observer;
+pub use platform::{Gpu, Platform};
 pub use weights::{Model, ModelError};
 
 /// What a worker runs with.
@@ -95,7 +98,7 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
     let reached = config.advertise.clone().unwrap_or_else(|| address.to_string());
     let mut card = registration::card(&config, &reached, &incarnation);
     card.exchange = transport.address();
-    let profile = Level::detect().profile(config.model.dtype);
+    let profile = config.model.platform.profile(config.model.dtype);
     let runner = runner::start(&config, transport).await?;
     let (stop, mut stopped) = watch::channel(());
     let model = Arc::clone(&config.model);

@@ -4,7 +4,6 @@
 
 use crate::Config;
 use crate::tally::Tally;
-use kernels::Level;
 use proto::pb;
 use proto::pb::coordinator_client::CoordinatorClient;
 use proto::pb::report_request::News;
@@ -24,14 +23,14 @@ type Error = Box<dyn std::error::Error + Send + Sync>;
 
 /// How the worker introduces itself.
 pub(crate) fn card(config: &Config, address: &str, incarnation: &str) -> pb::RegisterRequest {
-    let (model, level) = (&config.model.config, Level::detect());
+    let (model, platform) = (&config.model.config, &config.model.platform);
     let small = |n: usize| u32::try_from(n).expect("layers and experts are numbered in 16 bits");
     pb::RegisterRequest {
         address: address.to_owned(),
         incarnation: incarnation.to_owned(),
         pid: std::process::id(),
-        device: format!("cpu:{level} x{}", config.threads),
-        profile: level.profile(config.model.dtype),
+        device: platform.describe(config.threads),
+        profile: platform.profile(config.model.dtype),
         model: model.fingerprint(),
         moe_layers: small(model.moe_layers().len()),
         experts: small(model.experts),

@@ -8,12 +8,12 @@ use crate::engine::{Engine, EngineError, Seat};
 use crate::fence::{Admitted, Fence, Outranked};
 use crate::joined::{Haste, Transport};
 use crate::tally::Tally;
+use crate::weights::Model;
 use crate::{Config, step};
 use all2all::tcp::Peer;
 use all2all::{Aborter, FaultKind, Reason};
 use ids::{Epoch, StepId};
 use kernels::StepBatch;
-use model::forward::Unobserved;
 use proto::pb;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -192,16 +192,17 @@ pub(crate) async fn start(config: &Config, transport: Transport) -> Result<Runne
             engine.hook(armed);
             // Nobody waits any more if the start was given up.
             let _given_up = tell_ready.send(Ok(engine.tally()));
-            run(engine, (&seats, &thread_fence), inbox);
+            run((engine, &model), (&seats, &thread_fence), inbox)
         }
         Err(error) => {
             let _given_up = tell_ready.send(Err(error));
+            "it did not start".to_owned()
         }
     };
     let guarded = move || {
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body));
         let reason = match result {
-            Ok(()) => "its service has ended".to_owned(),
+            Ok(reason) => reason,
             Err(panic) => format!("its thread panicked: {}", panic_text(&*panic)),
         };
         tell_end.send_replace(Some(reason));
@@ -220,7 +221,12 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no text")
 }
 
-fn run(mut engine: Engine, (waiting, fence): (&Waiting, &Fence), mut inbox: mpsc::Receiver<Job>) {
+/// Runs steps until nobody can ask for more, or the device fails; which of them.
+fn run(
+    (mut engine, model): (Engine, &Model),
+    (waiting, fence): (&Waiting, &Fence),
+    mut inbox: mpsc::Receiver<Job>,
+) -> String {
     let mut batch = StepBatch::default();
     while let Some(job) = inbox.blocking_recv() {
         if job.answer.is_closed() {
@@ -234,7 +240,11 @@ fn run(mut engine: Engine, (waiting, fence): (&Waiting, &Fence), mut inbox: mpsc
         fence.end();
         // A router that left meanwhile plans its steps again.
         let _left = job.answer.blocking_send(Ok(result));
+        if let Some(failure) = model.platform.failure() {
+            return failure;
+        }
     }
+    "its service has ended".to_owned()
 }
 
 /// The answer to a step of a router that leads no more.
@@ -301,7 +311,7 @@ fn attempt(
     }
     step::fill(batch, wire);
     let deadline = job.received + Duration::from_millis(u64::from(wire.deadline_ms));
-    let sampled = engine.step(StepId(wire.step), batch, deadline, &mut Unobserved)?;
+    let sampled = engine.step(StepId(wire.step), batch, deadline, None)?;
     Ok((u32::from(engine.rank().0), step::sampled(wire, sampled)))
 }
 

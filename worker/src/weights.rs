@@ -1,5 +1,6 @@
 //! The weights of this process: opened once, loaded once, shared by the workers that live in it.
 
+use crate::platform::Platform;
 use kernels::{Cpu, Dtype, ExpertWeights, Experts};
 use model::checkpoint::{Checkpoint, CheckpointError};
 use model::config::{Config, ConfigError};
@@ -37,6 +38,8 @@ pub(crate) type Key = (usize, usize);
 pub struct Model {
     pub config: Config,
     pub dtype: Dtype,
+    /// What its workers compute on.
+    pub platform: Platform,
     checkpoint: Checkpoint,
     dense: Mutex<Option<Arc<Dense<Cpu>>>>,
     /// Never locked while something is loaded: who needs nothing does not wait.
@@ -54,12 +57,22 @@ impl Model {
     ///
     /// [`ModelError`] with everything that is wrong with the files.
     pub fn open(dir: &Path, dtype: Dtype) -> Result<Self, ModelError> {
+        Self::open_for(dir, dtype, Platform::Cpu)
+    }
+
+    /// The same, for workers on another platform.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Model::open`].
+    pub fn open_for(dir: &Path, dtype: Dtype, platform: Platform) -> Result<Self, ModelError> {
         let config = Config::load(dir)?;
         let checkpoint = Checkpoint::open(dir, &config)
             .map_err(|source| ModelError::Checkpoint { dir: dir.to_owned(), source })?;
         Ok(Self {
             config,
             dtype,
+            platform,
             checkpoint,
             dense: Mutex::default(),
             experts: Mutex::default(),
@@ -170,6 +183,11 @@ impl Model {
         let wanted: BTreeSet<Key> = keys(wanted).collect();
         lock(&self.experts)
             .retain(|key, weights| Arc::strong_count(weights) > 1 || wanted.contains(key));
+    }
+
+    /// Drops the dense weights, once their users have others.
+    pub(crate) fn forget_dense(&self) {
+        *lock(&self.dense) = None;
     }
 
     fn loader(&self) -> Loader<'_> {

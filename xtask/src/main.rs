@@ -2,6 +2,7 @@
 //!
 //! It never changes a file of the tree: every command only looks and reports.
 
+mod kernels_compile;
 mod tidy;
 
 use std::path::{Path, PathBuf};
@@ -23,6 +24,9 @@ enum Task {
     Verify,
     /// The rules that no compiler checks: dependency directions, files, code map.
     Tidy,
+    /// Compiles every CUDA kernel for every supported architecture; needs no GPU. Installs the compiler below
+    /// `target` if it is not there.
+    KernelsCompile,
     /// A whole cluster under faults, from a seed: checks its laws after every event.
     Sim(SimArgs),
 }
@@ -47,6 +51,7 @@ fn main() -> anyhow::Result<()> {
     match Args::parse().task {
         Task::Verify => verify(),
         Task::Tidy => tidy::run(&root()),
+        Task::KernelsCompile => kernels_compile::run(&root()),
         Task::Sim(args) => sim(&args),
     }
 }

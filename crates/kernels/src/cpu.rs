@@ -17,7 +17,7 @@ use crate::{gate, norm};
 use rayon::prelude::*;
 use std::sync::Arc;
 
-mod check;
+pub(crate) mod check;
 mod wire;
 
 pub use wire::{RowMemory, Wire};
@@ -187,12 +187,7 @@ impl Cpu {
             }
             Positional::None { temperature } => {
                 let position = batch.step.rows[index].position;
-                let factor = temperature.map_or(1.0, |t| {
-                    let steps = ((f64::from(position) + 1.0) / t.floor_scale).floor();
-                    #[expect(clippy::cast_possible_truncation, reason = "the reference is f32")]
-                    let factor = (1.0 + t.attn_scale * steps.ln_1p()) as f32;
-                    factor
-                });
+                let factor = temperature.map_or(1.0, |t| rope::factor(position, t));
                 rope::scale(level, q, factor, round);
                 rope::scale(level, k, 1.0, round);
             }
@@ -300,6 +295,10 @@ impl Device for Cpu {
 
     fn wire(&self) -> Wire {
         Wire::new(self.row_memory.clone())
+    }
+
+    fn route(&self) -> Route {
+        Route::default()
     }
 
     fn upload(
@@ -428,7 +427,12 @@ impl Device for Cpu {
         }
     }
 
-    fn finish(&mut self, step: &StepBatch, logits: &Tensor) -> Result<Vec<Sampled>, DeviceError> {
+    fn finish(
+        &mut self,
+        _batch: &CpuBatch,
+        step: &StepBatch,
+        logits: &Tensor,
+    ) -> Result<Vec<Sampled>, DeviceError> {
         let vocab = logits.columns;
         let choose = |(sample, row): (&crate::SampleRow, &[f32])| {
             let position = step.rows[sample.row as usize].position + 1;

@@ -105,6 +105,9 @@ pub enum DeviceError {
     /// The device's threads could not be started.
     #[error("cannot start {threads} threads: {reason}")]
     Threads { threads: usize, reason: String },
+    /// A GPU cannot go on.
+    #[error(transparent)]
+    Cuda(#[from] crate::cuda::CudaError),
     /// A step names a token, block or row that does not exist.
     #[error("step: {what} is {value}, the limit is {limit}")]
     Step { what: &'static str, value: u64, limit: u64 },
@@ -144,6 +147,9 @@ pub trait Device {
 
     /// A buffer for rows that travel.
     fn wire(&self) -> Self::Wire;
+
+    /// A buffer for the choice of experts.
+    fn route(&self) -> Self::Route;
 
     /// Starts a step: checks it against the cache and the vocabulary, and uploads it.
     ///
@@ -211,6 +217,7 @@ pub trait Device {
     /// What went wrong on the device during the step.
     fn finish(
         &mut self,
+        batch: &Self::Batch,
         step: &StepBatch,
         logits: &Self::Tensor,
     ) -> Result<Vec<Sampled>, DeviceError>;

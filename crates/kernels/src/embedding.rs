@@ -30,6 +30,24 @@ impl Embedding {
         &mut self.lines.as_mut_slice()[..self.bytes]
     }
 
+    /// The same, to be read.
+    #[must_use]
+    pub fn content(&self) -> &[u8] {
+        &self.lines.as_slice()[..self.bytes]
+    }
+
+    /// How the rows are stored.
+    #[must_use]
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Tokens and columns.
+    #[must_use]
+    pub fn shape(&self) -> (usize, usize) {
+        (self.bytes.checked_div(self.hidden * self.dtype.bytes()).unwrap_or(0), self.hidden)
+    }
+
     /// Bytes of the table.
     #[must_use]
     pub fn bytes(&self) -> usize {

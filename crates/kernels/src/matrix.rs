@@ -190,6 +190,29 @@ impl Panel<'_> {
 }
 
 impl Matrix {
+    /// Some of the outputs, row-major, in the matrix's own storage (little-endian) and without their scales.
+    ///
+    /// # Panics
+    ///
+    /// If there are fewer outputs.
+    #[must_use]
+    pub fn rows(&self, outputs: std::ops::Range<usize>) -> Vec<u8> {
+        assert!(outputs.end <= self.outputs, "outside the matrix");
+        // Bytes of a lane in a line: one input in f32, a pair of them in bf16.
+        let lane_bytes = LINE_BYTES / PANEL;
+        let row_bytes = self.panel_bytes() / LINE_BYTES * lane_bytes;
+        let mut rows = Vec::with_capacity(outputs.len() * row_bytes);
+        for output in outputs {
+            let panel =
+                &self.lines.as_slice()[output / PANEL * self.panel_bytes()..][..self.panel_bytes()];
+            let at = output % PANEL * lane_bytes;
+            for line in panel.chunks_exact(LINE_BYTES) {
+                rows.extend_from_slice(&line[at..at + lane_bytes]);
+            }
+        }
+        rows
+    }
+
     /// One weight, widened and without its scale. Slow; for tests.
     ///
     /// # Panics

@@ -4,6 +4,7 @@
 //! look across a chunk border, so the angle may use the position within the chunk: the same function,
 //! and exact at any position.
 
+use crate::device::Temperature;
 use crate::math::{per_level, round_bf16};
 use crate::norm::{Rounding, mean_square};
 
@@ -93,6 +94,15 @@ per_level! {
             }
         }
     }
+}
+
+/// What a query at `position` is multiplied by in a layer without rotary embedding.
+pub(crate) fn factor(position: u32, temperature: Temperature) -> f32 {
+    let Temperature { floor_scale, attn_scale } = temperature;
+    let steps = ((f64::from(position) + 1.0) / floor_scale).floor();
+    #[expect(clippy::cast_possible_truncation, reason = "the reference is f32")]
+    let factor = (1.0 + attn_scale * steps.ln_1p()) as f32;
+    factor
 }
 
 per_level! {

@@ -205,7 +205,8 @@ fn gumbel(key: [u32; 2], position: u32, token: u32) -> f32 {
     g
 }
 
-fn split(seed: u64) -> [u32; 2] {
+/// The key of a seed.
+pub(crate) fn split(seed: u64) -> [u32; 2] {
     let bytes = seed.to_le_bytes();
     let word = |i: usize| u32::from_le_bytes([bytes[i], bytes[i + 1], bytes[i + 2], bytes[i + 3]]);
     [word(0), word(4)]

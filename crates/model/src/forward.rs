@@ -128,10 +128,7 @@ pub struct Pass<'a, D: Device> {
     pub step: &'a StepBatch,
 }
 
-impl<D: Device> Forward<D>
-where
-    D::Route: Default,
-{
+impl<D: Device> Forward<D> {
     /// Buffers for steps of up to `rows` rows, `blocks` are the capacities of (full, chunked) pool.
     ///
     /// # Panics
@@ -158,11 +155,17 @@ where
             dense: MlpBuffers::new(device, rows, config.hidden, config.dense_width),
             shared: MlpBuffers::new(device, rows, config.hidden, config.expert_width),
             router_logits: tensor(config.experts),
-            route: D::Route::default(),
+            route: device.route(),
             wire: device.wire(),
             selected: device.tensor(0, config.hidden),
             logits: device.tensor(0, config.vocab),
         }
+    }
+
+    /// Logits of the last step, `[samples, vocab]`.
+    #[must_use]
+    pub fn logits(&self) -> &D::Tensor {
+        &self.logits
     }
 
     /// One step. A rank without rows still serves its experts.
@@ -209,7 +212,7 @@ where
         device.rms_norm(&self.selected, &pass.dense.final_norm, self.norm_eps, &mut self.h);
         device.linear(&self.h, &pass.dense.lm_head, &mut self.logits);
         observer.logits(&self.logits);
-        Ok(device.finish(pass.step, &self.logits)?)
+        Ok(device.finish(&batch, pass.step, &self.logits)?)
     }
 
     /// Shared expert here, routed expert wherever it lives; their sum into the residual stream.

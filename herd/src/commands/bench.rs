@@ -1,6 +1,6 @@
 //! `herd bench`.
 
-use super::{DEFAULT_MODEL, DtypeArg};
+use super::{DEFAULT_MODEL, DeviceArg, DtypeArg};
 use herd::exchange_bench::{self, Case, Transport};
 use herd::{bench, placement_bench};
 use std::io::Write;
@@ -47,6 +47,9 @@ pub(crate) struct EngineArgs {
     /// Arithmetic of the activations.
     #[arg(long, value_enum, default_value = "bf16")]
     dtype: DtypeArg,
+    /// What the ranks compute on: cpu, or cuda:N for a GPU, which they share.
+    #[arg(long, default_value_t)]
+    device: DeviceArg,
     /// Tokens of the prefill case.
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
     prompt: u32,
@@ -119,7 +122,8 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
 }
 
 fn engine(args: &EngineArgs, print: &mut dyn FnMut(&serde_json::Value)) -> anyhow::Result<()> {
-    let model = Arc::new(worker::Model::open(&args.model, args.dtype.into())?);
+    let platform = args.device.open()?;
+    let model = Arc::new(worker::Model::open_for(&args.model, args.dtype.into(), platform)?);
     let options = bench::Options {
         workers: args.workers,
         threads: args.threads,

@@ -1,6 +1,6 @@
 //! `herd logits`.
 
-use super::{BadInput, DtypeArg};
+use super::{BadInput, DeviceArg, DtypeArg};
 use anyhow::Context;
 use herd::logits;
 use std::path::PathBuf;
@@ -28,6 +28,9 @@ pub(crate) struct Args {
     /// Arithmetic of the activations.
     #[arg(long, value_enum, default_value = "f32")]
     dtype: DtypeArg,
+    /// What the ranks compute on: cpu, or cuda:N for a GPU, which they share.
+    #[arg(long, default_value_t)]
+    device: DeviceArg,
     /// Tokens to generate greedily after the prompt.
     #[arg(long, default_value_t = 0)]
     greedy: u32,
@@ -40,7 +43,8 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let model = worker::Model::open(&args.model, args.dtype.into())?;
+    let platform = args.device.open()?;
+    let model = worker::Model::open_for(&args.model, args.dtype.into(), platform)?;
     if args.verify {
         model.checkpoint().verify(&|_, _| {})?;
     }

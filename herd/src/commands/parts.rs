@@ -1,6 +1,6 @@
 //! What several commands share: flags of a role, signals, output.
 
-use super::{BadInput, DEFAULT_LISTEN, DEFAULT_MODEL, DtypeArg};
+use super::{BadInput, DEFAULT_LISTEN, DEFAULT_MODEL, DeviceArg, DtypeArg};
 use anyhow::{Context, ensure};
 use control::Settings;
 use std::io::Write;
@@ -54,6 +54,9 @@ pub(crate) struct ComputeArgs {
     /// Arithmetic of the activations; equal on all workers of a cluster.
     #[arg(long, value_enum, default_value = "bf16")]
     pub(crate) dtype: DtypeArg,
+    /// What a worker computes on: cpu, or cuda:N for a GPU, which the workers of this command share.
+    #[arg(long, default_value_t)]
+    pub(crate) device: DeviceArg,
     /// Memory for weights and KV cache of a worker, in MiB; by default the workers of this command share
     /// nine tenths of what is free. How many experts a worker holds depends on it.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
@@ -74,12 +77,26 @@ impl ComputeArgs {
     }
 
     /// What a worker may take for weights and KV cache, in bytes.
-    pub(crate) fn memory(&self, workers: u16) -> u64 {
-        let share = || {
-            memory_available().map_or(MEMORY_UNKNOWN, |free| free / 10 * MEMORY_TENTHS)
-                / u64::from(workers)
+    pub(crate) fn memory(&self, workers: u16) -> anyhow::Result<u64> {
+        if let Some(mib) = self.memory_mib {
+            return Ok(mib.saturating_mul(1 << 20));
+        }
+        let free = match self.device {
+            DeviceArg::Cpu => memory_available(),
+            DeviceArg::Cuda(number) => {
+                let device = self.device;
+                let memory = kernels::cuda::memory(number)
+                    .with_context(|| BadInput(format!("--device {device} cannot be used")))?;
+                Some(memory.free)
+            }
         };
-        self.memory_mib.map_or_else(share, |mib| mib.saturating_mul(1 << 20))
+        let share = free.map_or(MEMORY_UNKNOWN, |free| free / 10 * MEMORY_TENTHS);
+        Ok(share / u64::from(workers))
+    }
+
+    /// The model, for workers on the device.
+    pub(crate) fn model(&self, dir: &Path) -> anyhow::Result<Model> {
+        Ok(Model::open_for(dir, self.dtype.into(), self.device.open()?)?)
     }
 
     /// The KV cache of a worker with this memory.

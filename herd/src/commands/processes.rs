@@ -114,11 +114,12 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
         say(&format!("links: {links}"));
     }
     let another = |number| {
+        let memory = args.compute.memory(args.workers)?;
         let Some((network, _)) = &network else {
-            return Ok(worker(args, &program, &urls, (&dir, number)));
+            return Ok(worker((args, memory), &program, &urls, (&dir, number)));
         };
         let Place { flags, coordinators } = network.place(number)?;
-        let mut role = worker(args, &program, &coordinators, (&dir, number));
+        let mut role = worker((args, memory), &program, &coordinators, (&dir, number));
         role.args.extend(flags);
         Ok(role)
     };
@@ -345,7 +346,12 @@ fn coordinators(
     Ok((roles, urls.join(",")))
 }
 
-fn worker(args: &Args, program: &OsString, urls: &str, (dir, number): (&Path, u16)) -> Role {
+fn worker(
+    (args, memory): (&Args, u64),
+    program: &OsString,
+    urls: &str,
+    (dir, number): (&Path, u16),
+) -> Role {
     let compute = &args.compute;
     let threads = compute.threads(args.workers).to_string();
     let sequences = compute.sequences.to_string();
@@ -353,6 +359,7 @@ fn worker(args: &Args, program: &OsString, urls: &str, (dir, number): (&Path, u1
         DtypeArg::F32 => "f32",
         DtypeArg::Bf16 => "bf16",
     };
+    let device = compute.device.to_string();
     let flags = [
         "worker",
         "--coordinator",
@@ -361,13 +368,15 @@ fn worker(args: &Args, program: &OsString, urls: &str, (dir, number): (&Path, u1
         &threads,
         "--dtype",
         dtype,
+        "--device",
+        &device,
         "--sequences",
         &sequences,
     ];
     let mut role = role(format!("{WORKER}{number}"), program, &flags);
     role.args.extend(["--model".into(), dir.as_os_str().to_owned()]);
     // A part of what is free now; who is started again has the same flags, and so the same part.
-    let mib = (compute.memory(args.workers) >> 20).max(1);
+    let mib = (memory >> 20).max(1);
     role.args.extend(["--memory-mib".into(), mib.to_string().into()]);
     if let Some(mib) = compute.kv_mib {
         role.args.extend(["--kv-mib".into(), mib.to_string().into()]);

@@ -60,8 +60,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 async fn serve(args: &Args) -> anyhow::Result<()> {
     let dir = args.model.dir()?;
     let door = Door::open(&args.serve, &dir).await?;
-    let model = Arc::new(Model::open(&dir, args.compute.dtype.into())?);
-    let kv = args.compute.kv(&model, args.compute.memory(args.workers))?;
+    let model = Arc::new(args.compute.model(&dir)?);
+    let kv = args.compute.kv(&model, args.compute.memory(args.workers)?)?;
     check_memory(args, &model, kv)?;
     let config = Config {
         model: Arc::clone(&model),
@@ -92,6 +92,8 @@ async fn serve(args: &Args) -> anyhow::Result<()> {
                 match end {
                     Ended::Drained => say("a worker has left: it was drained"),
                     Ended::Failed(reason) => {
+                        // What spoilt the device spoilt it for all workers of this process.
+                        ensure!(model.platform.failure().is_none(), "the device has failed: {reason}");
                         tracing::error!(reason, "a worker has ended; another one takes its place");
                         tokio::time::sleep(RESTART_PAUSE).await;
                         cluster.add_worker().await?;
@@ -107,7 +109,7 @@ async fn serve(args: &Args) -> anyhow::Result<()> {
 /// Workers of one process share one copy of all weights, and each has a KV cache.
 fn check_memory(args: &Args, model: &Model, kv: KvBlocks) -> anyhow::Result<()> {
     let workers = u64::from(args.workers);
-    let memory = args.compute.memory(args.workers).saturating_mul(workers);
+    let memory = args.compute.memory(args.workers)?.saturating_mul(workers);
     let other_kv = kv.bytes(&model.config, model.dtype) * (workers - 1);
     let plan = MemoryPlan::new(model, kv, memory.saturating_sub(other_kv));
     let plan = plan.with_context(|| BadInput("the model does not fit this machine".into()))?;

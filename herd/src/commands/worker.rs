@@ -6,7 +6,7 @@ use anyhow::{Context, bail, ensure};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tokio::net::TcpListener;
-use worker::{Chaos, Ended, Exchange, MemoryPlan, Model, Processes, WithinHost};
+use worker::{Chaos, Ended, Exchange, MemoryPlan, Processes, WithinHost};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -73,8 +73,8 @@ impl Args {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     block_on(async {
-        let model = Arc::new(Model::open(&args.model.dir()?, args.compute.dtype.into())?);
-        let memory = args.compute.memory(1);
+        let model = Arc::new(args.compute.model(&args.model.dir()?)?);
+        let memory = args.compute.memory(1)?;
         let kv = args.compute.kv(&model, memory)?;
         let plan = MemoryPlan::new(&model, kv, memory)
             .with_context(|| BadInput("this worker is too small for the model".into()))?;

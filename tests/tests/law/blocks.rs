@@ -129,7 +129,7 @@ fn run(
         slices.push((index, start));
     }
     let mut seen = RankStep::default();
-    engine.step(step, &batch, Instant::now() + Duration::from_secs(60), &mut seen).unwrap();
+    engine.step(step, &batch, Instant::now() + Duration::from_secs(60), Some(&mut seen)).unwrap();
     let mut rows = seen.logits.chunks_exact(vocab);
     for (index, start) in slices {
         let held = &mut held[index];

@@ -53,7 +53,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("store", &["telemetry"]),
     ("telemetry", &[]),
     ("worker", &["all2all", "kernels", "model", "placement", "proto", "store", "telemetry"]),
-    ("xtask", &["sim"]),
+    ("xtask", &["kernels", "sim"]),
 ];
 
 /// The binary and the integration tests put everything together.

@@ -4,7 +4,7 @@ use crate::attention::BLOCK_TOKENS;
 use crate::device::{DeviceError, Row, StepBatch, StepLimits, Table};
 
 /// Checks every index of a step.
-pub(super) fn step(step: &StepBatch, limits: StepLimits) -> Result<(), DeviceError> {
+pub(crate) fn step(step: &StepBatch, limits: StepLimits) -> Result<(), DeviceError> {
     for row in &step.rows {
         below("token", row.token, limits.vocab)?;
         below("table of a row", row.table, count(step.tables.len()))?;

@@ -1,0 +1,82 @@
+//! The paged KV cache of one rank in device memory. Which block belongs to whom is the router's business.
+//!
+//! Per layer one buffer, `[blocks][kv_heads]` times
+//! * f32: K `[head_dim][16]`, then V `[16][head_dim]`, as on the CPU;
+//! * bf16: K `[16][head_dim]`, then V `[head_dim][16]`: tensor cores take both operands along the summed index.
+
+use super::buffer::Buffer;
+use super::driver::{CudaError, Driver};
+use super::elementwise::zero;
+use crate::attention::AttentionShape;
+use crate::device::Pool;
+use crate::level::Dtype;
+use std::sync::Arc;
+
+/// KV blocks of every layer.
+pub(super) struct Cache {
+    dtype: Dtype,
+    kv_heads: usize,
+    head_dim: usize,
+    layers: Vec<Layer>,
+}
+
+struct Layer {
+    pool: Pool,
+    blocks: u32,
+    buffer: Buffer,
+}
+
+impl Cache {
+    /// A cache of zeros: what is not visible is multiplied by 0, so it must be a number.
+    ///
+    /// * `layers`: the pool of every layer
+    /// * `blocks`: capacity of a pool
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError`] if memory is refused or CUDA fails.
+    pub(super) fn new(
+        driver: &Arc<Driver>,
+        dtype: Dtype,
+        shape: AttentionShape,
+        layers: &[Pool],
+        blocks: impl Fn(Pool) -> u32,
+    ) -> Result<Self, CudaError> {
+        let AttentionShape { heads: _, kv_heads, head_dim } = shape;
+        let block_bytes = crate::Cache::block_bytes(dtype, kv_heads, head_dim);
+        let layer = |&pool: &Pool| {
+            let blocks = blocks(pool);
+            let buffer = Buffer::new(driver, "kv cache", block_bytes * blocks as usize)?;
+            zero(driver, &buffer)?;
+            Ok(Layer { pool, blocks, buffer })
+        };
+        let layers = layers.iter().map(layer).collect::<Result<_, CudaError>>()?;
+        Ok(Self { dtype, kv_heads, head_dim, layers })
+    }
+
+    pub(super) fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    pub(super) fn kv_heads(&self) -> usize {
+        self.kv_heads
+    }
+
+    pub(super) fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    pub(super) fn pool(&self, layer: usize) -> Pool {
+        self.layers[layer].pool
+    }
+
+    /// Blocks of a layer.
+    pub(super) fn blocks(&self, layer: usize) -> u32 {
+        self.layers[layer].blocks
+    }
+
+    /// A layer's memory.
+    pub(super) fn buffer(&self, layer: usize) -> &Buffer {
+        &self.layers[layer].buffer
+    }
+}

@@ -1,0 +1,321 @@
+//! The GPU behind the operations of a forward pass.
+
+use super::attention_f32::attention_f32;
+use super::attention_plans::Attention;
+use super::batch::{Batch, StepRules};
+use super::cache::Cache;
+use super::driver::{CudaError, Driver};
+use super::elementwise::{add, pack, select, swiglu};
+use super::embed::embed;
+use super::finite::Flags;
+use super::gate::gate;
+use super::linear_bf16::linear_bf16;
+use super::linear_f32::linear_f32;
+use super::positions::positions;
+use super::rms_norm::rms_norm;
+use super::routed::{ExpertsOnDevice, StagedRows};
+use super::sample::{Choices, is_plain, sample};
+use super::tensor::Tensor;
+use super::travel::{RouteOnDevice, WireOnDevice};
+use super::weights::{EmbeddingTable, NormWeights, Weights};
+use crate::cpu::check;
+use crate::device::{
+    AttentionLayer, Device, DeviceError, Pool, RopeTable, StepBatch, StepLimits, Temperature,
+};
+use crate::level::Dtype;
+use crate::sample::{Sampled, sample_row};
+use crate::staged::{LocalRows, Staged, TensorOnHost};
+use std::borrow::Cow;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// A step's buffers, which go back to the device when the step is over.
+pub struct BatchOnDevice {
+    batch: Option<Batch>,
+    home: Arc<Mutex<Option<Batch>>>,
+}
+
+impl BatchOnDevice {
+    fn get(&self) -> &Batch {
+        self.batch.as_ref().expect("there until it is dropped")
+    }
+}
+
+impl Drop for BatchOnDevice {
+    fn drop(&mut self) {
+        *self.home.lock().unwrap_or_else(PoisonError::into_inner) = self.batch.take();
+    }
+}
+
+/// The paged KV cache of one rank.
+pub struct CacheOnDevice(Cache);
+
+/// A GPU as the device of a rank.
+pub struct Cuda {
+    driver: Arc<Driver>,
+    dtype: Dtype,
+    temperature: Option<Temperature>,
+    batch: Arc<Mutex<Option<Batch>>>,
+    choices: Choices,
+    flags: Flags,
+    attention: Attention,
+    staged: StagedRows,
+}
+
+impl Cuda {
+    /// * `temperature`: what the model's layers without rotary embedding do to queries
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError`] if memory is refused.
+    pub fn new(
+        driver: &Arc<Driver>,
+        dtype: Dtype,
+        temperature: Option<Temperature>,
+    ) -> Result<Self, CudaError> {
+        Ok(Self {
+            driver: Arc::clone(driver),
+            dtype,
+            temperature,
+            batch: Arc::new(Mutex::new(Some(Batch::new(driver)?))),
+            choices: Choices::new(driver)?,
+            flags: Flags::new(driver, 1)?,
+            attention: Attention::new(driver)?,
+            staged: StagedRows::new(driver)?,
+        })
+    }
+
+    /// A KV cache for this device; `blocks` are the capacities of the pools.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError`] if memory is refused.
+    pub fn cache(
+        &self,
+        shape: crate::AttentionShape,
+        layers: &[Pool],
+        blocks: impl Fn(Pool) -> u32,
+    ) -> Result<CacheOnDevice, CudaError> {
+        Cache::new(&self.driver, self.dtype, shape, layers, blocks).map(CacheOnDevice)
+    }
+
+    /// Remembers what went wrong; the step's end tells.
+    fn keep(&self, result: Result<(), CudaError>) {
+        if let Err(error) = result {
+            self.driver.fail(error);
+        }
+    }
+
+    fn failure(&self) -> Result<(), DeviceError> {
+        self.driver.failure().map_or(Ok(()), |error| Err(DeviceError::Cuda(error.clone())))
+    }
+}
+
+impl Cuda {
+    /// The dense products of either profile.
+    fn product(&self, x: &Tensor, w: &Weights, out: &mut Tensor) -> Result<(), CudaError> {
+        match w {
+            Weights::Plain(plain) => linear_f32(&self.driver, x, &plain.0, out),
+            Weights::Tiled(tiled) => linear_bf16(&self.driver, x, tiled, out),
+        }
+    }
+}
+
+impl Device for Cuda {
+    type Tensor = Tensor;
+    type Matrix = Weights;
+    type Norm = NormWeights;
+    type Embedding = EmbeddingTable;
+    type Cache = CacheOnDevice;
+    type Batch = BatchOnDevice;
+    type Route = RouteOnDevice;
+    type Wire = WireOnDevice;
+    type Experts = ExpertsOnDevice;
+    type Arrived = [u8];
+    type Offsets = [u32];
+
+    fn tensor(&self, rows: usize, columns: usize) -> Tensor {
+        self.made(Tensor::new(&self.driver, Dtype::F32, (rows, columns)))
+    }
+
+    fn wire(&self) -> WireOnDevice {
+        self.made(WireOnDevice::new(&self.driver, self.dtype))
+    }
+
+    fn route(&self) -> RouteOnDevice {
+        self.made(RouteOnDevice::new(&self.driver))
+    }
+
+    fn upload(
+        &mut self,
+        step: &StepBatch,
+        rope: &RopeTable,
+        limits: StepLimits,
+    ) -> Result<BatchOnDevice, DeviceError> {
+        check::step(step, limits)?;
+        self.failure()?;
+        let waiting = self.batch.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let mut batch = match waiting {
+            Some(batch) => batch,
+            None => Batch::new(&self.driver).map_err(DeviceError::Cuda)?,
+        };
+        let rules = StepRules { rope, temperature: self.temperature, limits };
+        batch.upload(step, &rules).map_err(DeviceError::Cuda)?;
+        self.attention.begin(&step.rows);
+        Ok(BatchOnDevice { batch: Some(batch), home: Arc::clone(&self.batch) })
+    }
+
+    fn embed(&mut self, batch: &BatchOnDevice, table: &EmbeddingTable, x: &mut Tensor) {
+        self.keep(embed(&self.driver, batch.get(), &table.0, x));
+    }
+
+    fn rms_norm(&mut self, x: &Tensor, weight: &NormWeights, eps: f32, out: &mut Tensor) {
+        out.become_of(self.dtype, x.columns());
+        self.keep(rms_norm(&self.driver, (x, None), (weight.buffer(), eps), out));
+    }
+
+    fn linear(&mut self, x: &Tensor, w: &Weights, out: &mut Tensor) {
+        self.keep(self.product(x, w, out));
+    }
+
+    fn attention(
+        &mut self,
+        batch: &BatchOnDevice,
+        layer: &AttentionLayer,
+        qkv: &mut Tensor,
+        cache: &mut CacheOnDevice,
+        out: &mut Tensor,
+    ) {
+        let (batch, cache) = (batch.get(), &mut cache.0);
+        out.become_of(self.dtype, layer.shape.q());
+        let done = positions(&self.driver, batch, layer, qkv, cache);
+        let done = done.and_then(|()| match self.dtype {
+            Dtype::F32 => attention_f32(&self.driver, (batch, layer), qkv, cache, out),
+            Dtype::Bf16 => self.attention.run((batch, layer), qkv, cache, out),
+        });
+        self.keep(done);
+    }
+
+    fn swiglu(&mut self, gate_up: &Tensor, out: &mut Tensor) {
+        out.become_of(self.dtype, gate_up.columns() / 2);
+        self.keep(swiglu(&self.driver, gate_up, out));
+    }
+
+    fn add(&mut self, x: &mut Tensor, y: &Tensor) {
+        self.keep(add(&self.driver, x, y));
+    }
+
+    fn gate(&mut self, logits: &Tensor, route: &mut RouteOnDevice) {
+        self.keep(gate(&self.driver, logits, route.overwritten()));
+    }
+
+    fn pack(&mut self, h: &Tensor, route: &RouteOnDevice, wire: &mut WireOnDevice) {
+        let rows = wire.overwritten(h.columns());
+        self.keep(pack(&self.driver, h, &route.route, rows));
+    }
+
+    fn experts(
+        &mut self,
+        arrived: &[u8],
+        offsets: &[u32],
+        experts: &ExpertsOnDevice,
+        results: &mut WireOnDevice,
+    ) {
+        assert_eq!(offsets.len(), experts.slots() + 1, "one offset per local expert and the end");
+        let results = results.overwritten(experts.hidden());
+        let done = self.staged.run((arrived, offsets), experts, results);
+        self.keep(done);
+    }
+
+    fn add_wire(&mut self, wire: &WireOnDevice, x: &mut Tensor) {
+        self.keep(wire.on_device().and_then(|rows| add(&self.driver, x, rows)));
+    }
+
+    fn select(&mut self, batch: &BatchOnDevice, x: &Tensor, out: &mut Tensor) {
+        self.keep(select(&self.driver, batch.get(), x, out));
+    }
+
+    fn finish(
+        &mut self,
+        batch: &BatchOnDevice,
+        step: &StepBatch,
+        logits: &Tensor,
+    ) -> Result<Vec<Sampled>, DeviceError> {
+        self.failure()?;
+        self.sampled(batch.get(), step, logits).map_err(|error| {
+            // A failed kernel shows here, and the device is of no use any more.
+            self.driver.fail(error.clone());
+            DeviceError::Cuda(error)
+        })
+    }
+}
+
+impl Cuda {
+    /// Tokens of the plain rows from the device, those of the others from their logits.
+    fn sampled(
+        &mut self,
+        batch: &Batch,
+        step: &StepBatch,
+        logits: &Tensor,
+    ) -> Result<Vec<Sampled>, CudaError> {
+        sample(&self.driver, batch, logits, &mut self.choices)?;
+        let tokens = self.choices.to_host()?;
+        let mut row = vec![0.0_f32; logits.columns()];
+        let row_bytes = row.len() * size_of::<f32>();
+        let mut all = Vec::with_capacity(tokens.len());
+        for (index, (sample, token)) in step.samples.iter().zip(tokens).enumerate() {
+            if is_plain(&sample.sampling) {
+                all.push(Sampled { token, logprob: None, top: Vec::new() });
+                continue;
+            }
+            logits.buffer().read_at(index * row_bytes, bytemuck::cast_slice_mut(&mut row))?;
+            let position = step.rows[sample.row as usize].position + 1;
+            all.push(sample_row(&row, position, &sample.sampling));
+        }
+        Ok(all)
+    }
+
+    /// A buffer that was just made, empty; a failure shows when the next step begins.
+    fn made<T>(&self, result: Result<T, CudaError>) -> T {
+        result.unwrap_or_else(|error| panic!("an empty buffer needs no memory: {error}"))
+    }
+}
+
+impl Staged for Cuda {
+    fn local_rows(wire: &WireOnDevice, route: &RouteOnDevice) -> Option<LocalRows> {
+        let rows = wire.tensor.buffer().address();
+        let experts = route.route.experts().address();
+        Some(LocalRows { rows, experts, count: super::args::blocks(wire.tensor.rows()) })
+    }
+
+    fn serve_local(&mut self, rows: LocalRows, experts: &ExpertsOnDevice) {
+        let done = self.staged.run_local(rows, experts);
+        self.keep(done);
+    }
+
+    fn row_bytes(&self, columns: usize) -> usize {
+        columns * self.dtype.bytes()
+    }
+
+    fn first_bad_row(&mut self, x: &Tensor) -> Option<usize> {
+        let looked = self.flags.reset(&self.driver).and_then(|()| {
+            self.flags.look(&self.driver, x, 0)?;
+            self.flags.found()
+        });
+        match looked {
+            Ok(found) => found.first().copied().flatten().map(|row| row as usize),
+            Err(error) => {
+                self.driver.fail(error);
+                None
+            }
+        }
+    }
+}
+
+impl TensorOnHost for Tensor {
+    fn values(&self) -> Cow<'_, [f32]> {
+        Cow::Owned(self.to_host().unwrap_or_else(|error| {
+            self.driver().fail(error);
+            vec![0.0; self.rows() * self.columns()]
+        }))
+    }
+}

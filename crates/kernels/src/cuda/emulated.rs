@@ -1,0 +1,154 @@
+//! The kernels on a CPU: compiled by the machine's C++ compiler into a library that runs them thread by thread.
+//!
+//! Buffers end where a page without rights begins, so most accesses past their end are noticed.
+
+use super::args::Launch;
+use super::driver::CudaError;
+use super::sources::SOURCES;
+use libloading::Library;
+use std::collections::BTreeMap;
+use std::ffi::{CString, c_char, c_void};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+/// Buffers are aligned to this, so up to so many bytes past an end go unnoticed.
+const ALIGNMENT: usize = 16;
+
+type Run = unsafe extern "C" fn(
+    name: *const c_char,
+    grid: *const u32,
+    block: *const u32,
+    shared: u32,
+    args: *mut *mut c_void,
+) -> i32;
+
+/// The emulated device.
+pub(super) struct Emulated {
+    run: Run,
+    /// Mappings, by the address of their buffer: start and length.
+    memory: Mutex<BTreeMap<u64, (usize, usize)>>,
+}
+
+impl Emulated {
+    pub(super) fn open() -> Result<Self, CudaError> {
+        static LIBRARY: OnceLock<Result<Library, String>> = OnceLock::new();
+        let failed = |error: &str| CudaError::Failed { what: "the emulator", error: error.into() };
+        let library = LIBRARY.get_or_init(build).as_ref().map_err(|error| failed(error))?;
+        // SAFETY: the function has this type in emulator.cpp. The library is never unloaded.
+        let run = unsafe { library.get::<Run>(b"herd_emulator_launch\0") };
+        Ok(Self {
+            run: *run.map_err(|error| failed(&error.to_string()))?,
+            memory: Mutex::default(),
+        })
+    }
+
+    pub(super) fn allocate(&self, what: &'static str, bytes: usize) -> Result<u64, CudaError> {
+        let page = 4096;
+        let length = bytes.next_multiple_of(page) + page;
+        // SAFETY: a new anonymous mapping touches nothing that exists; its last page loses its rights.
+        let start = unsafe {
+            let (rights, flags) =
+                (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+            let start = libc::mmap(std::ptr::null_mut(), length, rights, flags, -1, 0);
+            if start == libc::MAP_FAILED {
+                return Err(CudaError::Memory { what, bytes, free: 0, total: 0 });
+            }
+            libc::mprotect(start.byte_add(length - page), page, libc::PROT_NONE);
+            // What was never written is no number.
+            std::ptr::write_bytes(start.cast::<u8>(), 0xff, length - page);
+            start
+        };
+        let address = start.addr() + length - page - bytes.next_multiple_of(ALIGNMENT);
+        self.lock().insert(address as u64, (start.addr(), length));
+        Ok(address as u64)
+    }
+
+    pub(super) fn free(&self, address: u64) {
+        let (start, length) = self.lock().remove(&address).expect("freed once");
+        // SAFETY: the mapping of this buffer, which nobody has any more.
+        unsafe { libc::munmap(std::ptr::with_exposed_provenance_mut(start), length) };
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, (usize, usize)>> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn write(&self, address: u64, content: &[u8]) {
+        let to =
+            std::ptr::with_exposed_provenance_mut(usize::try_from(address).expect("an address"));
+        // SAFETY: `Buffer` has checked that this lies within; kernels run while `launch` is called, not now.
+        unsafe { std::ptr::copy_nonoverlapping(content.as_ptr(), to, content.len()) };
+    }
+
+    pub(super) fn read(&self, address: u64, out: &mut [u8]) {
+        let from = std::ptr::with_exposed_provenance(usize::try_from(address).expect("an address"));
+        // SAFETY: as for `write`.
+        unsafe { std::ptr::copy_nonoverlapping(from, out.as_mut_ptr(), out.len()) };
+    }
+
+    /// Runs a kernel to its end.
+    ///
+    /// # Safety
+    ///
+    /// As for `Driver::launch`.
+    pub(super) unsafe fn launch(&self, launch: Launch, args: &[u64]) {
+        let mut pointers: Vec<*mut c_void> =
+            args.iter().map(|arg| std::ptr::from_ref(arg).cast_mut().cast()).collect();
+        let name = CString::new(launch.kernel).expect("a name");
+        let block = [launch.block, 1, 1];
+        // SAFETY: the caller's promise; the numbers live until the call returns.
+        let code = unsafe {
+            (self.run)(
+                name.as_ptr(),
+                launch.grid.as_ptr(),
+                block.as_ptr(),
+                launch.shared,
+                pointers.as_mut_ptr(),
+            )
+        };
+        assert_eq!(code, 0, "no kernel {}", launch.kernel);
+    }
+}
+
+/// Compiles the kernels and the emulator.
+fn build() -> Result<Library, String> {
+    let folder = std::env::temp_dir().join(format!("herd-emulator-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+    let result = build_in(&folder);
+    // The library is loaded, or nobody wants it.
+    let _left_behind = std::fs::remove_dir_all(&folder);
+    result
+}
+
+fn build_in(folder: &Path) -> Result<Library, String> {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("emulator");
+    let mut files: Vec<PathBuf> = vec![here.join("emulator.cpp")];
+    for source in SOURCES {
+        // In a namespace of its own: two files may give different things the same name.
+        let mut text = format!("#include \"emulator.hpp\"\nnamespace {{\n{}\n", source.text());
+        for kernel in source.kernels() {
+            text += &format!("static emulator::Entry<&{kernel}> entry_{kernel}(\"{kernel}\");\n");
+        }
+        text += "}\n";
+        let file = folder.join(format!("{}.cpp", source.name));
+        std::fs::write(&file, text).map_err(|error| format!("{}: {error}", file.display()))?;
+        files.push(file);
+    }
+    let library = folder.join("kernels.so");
+    let output = Command::new("g++")
+        .args(["-std=c++20", "-O2", "-mfma", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC"])
+        .args(["-shared", "-Wall", "-Wextra", "-Wno-unused-function", "-Wno-unknown-pragmas"])
+        .arg("-I")
+        .arg(&here)
+        .args(&files)
+        .arg("-o")
+        .arg(&library)
+        .output()
+        .map_err(|error| format!("g++: {error}"))?;
+    if !output.status.success() {
+        return Err(format!("g++: {}", String::from_utf8_lossy(&output.stderr)));
+    }
+    // SAFETY: its initialisers only note the kernels.
+    unsafe { Library::new(&library) }.map_err(|error| error.to_string())
+}

@@ -1,0 +1,275 @@
+//! A GPU: its context, one stream, and the kernels.
+
+use super::args::Launch;
+use super::compile::{self, compile};
+use super::driver::CudaError;
+use super::sources::SOURCES;
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys;
+use std::collections::BTreeMap;
+use std::ffi::{CString, c_void};
+use std::sync::OnceLock;
+
+/// CUDA 13.0: the kernels' compiler makes nothing that older drivers load.
+const VERSION_MIN: i32 = 13_000;
+
+/// Shared memory that a kernel may use without asking.
+const SHARED_FREE: u32 = 48 * 1024;
+
+/// An open device.
+pub(super) struct Gpu {
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    kernels: BTreeMap<&'static str, sys::CUfunction>,
+    /// What `herd status` shows.
+    name: String,
+    arch: String,
+}
+
+// SAFETY: CUDA's handles may be used from any thread, as long as the context is current there: every method sees
+// to that.
+unsafe impl Send for Gpu {}
+// SAFETY: as above; the driver locks what it needs to.
+unsafe impl Sync for Gpu {}
+
+impl Gpu {
+    /// Opens a device and loads the kernels.
+    pub(super) fn open(ordinal: u32) -> Result<Self, CudaError> {
+        let mut gpu = Self::attach(ordinal)?;
+        compile::version()?;
+        gpu.enter()?;
+        gpu.stream = result::stream::create(result::stream::StreamKind::NonBlocking)
+            .map_err(failed("cuStreamCreate"))?;
+        gpu.load()?;
+        Ok(gpu)
+    }
+
+    /// A device without kernels and stream.
+    fn attach(ordinal: u32) -> Result<Self, CudaError> {
+        probe()?;
+        let count = result::device::get_count().map_err(failed("cuDeviceGetCount"))?;
+        let index = i32::try_from(ordinal).ok().filter(|index| *index < count);
+        let count = count.cast_unsigned();
+        let index = index.ok_or(CudaError::NoDevice { ordinal, count })?;
+        let device = result::device::get(index).map_err(failed("cuDeviceGet"))?;
+        let (major, minor) = capability(device)?;
+        if major < 8 {
+            return Err(CudaError::OldDevice { ordinal, major, minor });
+        }
+        // SAFETY: the device exists; the context is released when this is dropped.
+        let context = unsafe { result::primary_ctx::retain(device) }
+            .map_err(failed("cuDevicePrimaryCtxRetain"))?;
+        Ok(Self {
+            device,
+            context,
+            stream: std::ptr::null_mut(),
+            kernels: BTreeMap::new(),
+            name: result::device::get_name(device).map_err(failed("cuDeviceGetName"))?,
+            arch: arch(major, minor),
+        })
+    }
+
+    /// As NVIDIA names it.
+    #[must_use]
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What the kernels were compiled for.
+    #[must_use]
+    pub(super) fn arch(&self) -> &str {
+        &self.arch
+    }
+
+    /// Compiles and loads the kernels.
+    fn load(&mut self) -> Result<(), CudaError> {
+        for source in SOURCES {
+            let compiled = compile(*source, &self.arch)?;
+            // SAFETY: the image was made by the compiler for this device. Modules live as long as the context.
+            let module = unsafe { result::module::load_data(compiled.image.as_ptr().cast()) }
+                .map_err(failed("cuModuleLoadData"))?;
+            for kernel in source.kernels() {
+                let name = CString::new(kernel).expect("names hold no zero");
+                // SAFETY: the module was loaded above.
+                let function = unsafe { result::module::get_function(module, name) }
+                    .map_err(failed("cuModuleGetFunction"))?;
+                self.kernels.insert(kernel, function);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the context current in this thread.
+    fn enter(&self) -> Result<(), CudaError> {
+        // SAFETY: the context is retained until this is dropped.
+        unsafe { result::ctx::set_current(self.context) }.map_err(failed("cuCtxSetCurrent"))
+    }
+
+    pub(super) fn allocate(&self, what: &'static str, bytes: usize) -> Result<u64, CudaError> {
+        self.enter()?;
+        // SAFETY: the memory has no content, and nobody reads it before something is written.
+        match unsafe { result::malloc_sync(bytes) } {
+            Ok(address) => Ok(address),
+            Err(DriverError(sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY)) => {
+                let (free, total) = result::mem_get_info().unwrap_or_default();
+                Err(CudaError::Memory { what, bytes, free, total })
+            }
+            Err(error) => Err(failed("cuMemAlloc")(error)),
+        }
+    }
+
+    pub(super) fn free(&self, address: u64) {
+        // A context that has failed has freed everything.
+        let _failed = self.enter();
+        // SAFETY: `allocate` gave it, and the buffer that had it is gone. This waits for the kernels that use it.
+        let _failed = unsafe { result::free_sync(address) };
+    }
+
+    pub(super) fn write(&self, address: u64, content: &[u8]) -> Result<(), CudaError> {
+        if content.is_empty() {
+            return Ok(());
+        }
+        self.enter()?;
+        // SAFETY: the buffer is large enough; pageable memory is read before the call returns.
+        unsafe { result::memcpy_htod_async(address, content, self.stream) }
+            .map_err(failed("cuMemcpyHtoD"))
+    }
+
+    pub(super) fn read(&self, address: u64, out: &mut [u8]) -> Result<(), CudaError> {
+        self.enter()?;
+        // SAFETY: the buffer is large enough, and `out` is borrowed until the stream has been waited for.
+        unsafe {
+            if !out.is_empty() {
+                result::memcpy_dtoh_async(out, address, self.stream)
+                    .map_err(failed("cuMemcpyDtoH"))?;
+            }
+            result::stream::synchronize(self.stream).map_err(failed("a kernel"))
+        }
+    }
+
+    /// Enqueues a kernel.
+    ///
+    /// # Safety
+    ///
+    /// As for `Driver::launch`.
+    pub(super) unsafe fn launch(&self, launch: Launch, args: &[u64]) -> Result<(), CudaError> {
+        let Launch { kernel, grid, block, shared } = launch;
+        let function = *self.kernels.get(kernel).expect("every kernel was loaded");
+        self.enter()?;
+        let mut pointers: Vec<*mut c_void> =
+            args.iter().map(|arg| std::ptr::from_ref(arg).cast_mut().cast()).collect();
+        let ([x, y, z], attribute) =
+            (grid, sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES);
+        // SAFETY: the caller's promise; the driver copies the parameters before it returns.
+        unsafe {
+            if SHARED_FREE < shared {
+                let bytes = shared.cast_signed();
+                result::function::set_function_attribute(function, attribute, bytes)
+                    .map_err(failed(kernel))?;
+            }
+            result::launch_kernel(
+                function,
+                (x, y, z),
+                (block, 1, 1),
+                shared,
+                self.stream,
+                &mut pointers,
+            )
+            .map_err(failed(kernel))
+        }
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        // What fails here has failed before.
+        let _failed = self.enter();
+        // SAFETY: both were made in `open`, and nobody uses them any more.
+        unsafe {
+            if !self.stream.is_null() {
+                let _failed = result::stream::destroy(self.stream);
+            }
+            let _failed = result::primary_ctx::release(self.device);
+        }
+    }
+}
+
+/// Bytes of a device's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Memory {
+    pub free: u64,
+    pub total: u64,
+}
+
+/// The memory of device `cuda:ordinal`, without opening it for good.
+///
+/// # Errors
+///
+/// [`CudaError`] with what is missing and what to do about it.
+pub fn memory(ordinal: u32) -> Result<Memory, CudaError> {
+    let gpu = Gpu::attach(ordinal)?;
+    gpu.enter()?;
+    let (free, total) = result::mem_get_info().map_err(failed("cuMemGetInfo"))?;
+    Ok(Memory { free: free as u64, total: total as u64 })
+}
+
+/// The feature set of the kernels: that of Hopper and of datacenter Blackwell where there is one, else the plain one.
+fn arch(major: i32, minor: i32) -> String {
+    let own = if 9 <= major { "a" } else { "" };
+    format!("sm_{major}{minor}{own}")
+}
+
+fn capability(device: sys::CUdevice) -> Result<(i32, i32), CudaError> {
+    use sys::CUdevice_attribute_enum as Attribute;
+    // SAFETY: the device exists.
+    let ask = |attribute| unsafe { result::device::get_attribute(device, attribute) };
+    let major = ask(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
+    let minor = ask(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
+    Ok((
+        major.map_err(failed("cuDeviceGetAttribute"))?,
+        minor.map_err(failed("cuDeviceGetAttribute"))?,
+    ))
+}
+
+/// Whether there is a driver that will do, and a compiler; asked once.
+fn probe() -> Result<(), CudaError> {
+    #[derive(Clone)]
+    enum Found {
+        Nothing,
+        Version(i32),
+        Failed(String),
+    }
+    static FOUND: OnceLock<Found> = OnceLock::new();
+    let ask = || {
+        let look = || {
+            // SAFETY: opens a library and closes it; NVIDIA's have no effect when they are opened.
+            if !unsafe { sys::is_culib_present() } {
+                return Found::Nothing;
+            }
+            let mut version = 0;
+            // SAFETY: `version` is valid for writing.
+            let asked = unsafe { sys::cuDriverGetVersion(&raw mut version) }.result();
+            match asked.and_then(|()| result::init()) {
+                Ok(()) => Found::Version(version),
+                // An old driver cannot say it in any other way.
+                Err(_) if 0 < version && version < VERSION_MIN => Found::Version(version),
+                Err(error) => Found::Failed(error.to_string()),
+            }
+        };
+        // A library that lacks a symbol makes cudarc panic: it is too old.
+        std::panic::catch_unwind(look).unwrap_or(Found::Version(0))
+    };
+    match FOUND.get_or_init(ask).clone() {
+        Found::Nothing => Err(CudaError::NoDriver),
+        Found::Failed(error) => Err(CudaError::Failed { what: "cuInit", error }),
+        Found::Version(found) if found < VERSION_MIN => {
+            Err(CudaError::OldDriver { found, needed: VERSION_MIN })
+        }
+        Found::Version(_) => Ok(()),
+    }
+}
+
+fn failed(what: &'static str) -> impl Fn(DriverError) -> CudaError {
+    move |error| CudaError::Failed { what, error: error.to_string() }
+}

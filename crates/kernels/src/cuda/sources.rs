@@ -1,0 +1,80 @@
+//! The text of the kernels.
+
+/// What every kernel begins with.
+const PRELUDE: &str = include_str!("kernels/prelude.cuh");
+
+/// A file of kernels.
+#[derive(Debug, Clone, Copy)]
+pub struct Source {
+    pub name: &'static str,
+    /// What it shares with another file.
+    shared: &'static str,
+    text: &'static str,
+}
+
+macro_rules! sources {
+    ($($name:literal $(with $shared:literal)?),* $(,)?) => {
+        &[$(Source {
+            name: $name,
+            shared: concat!($(include_str!(concat!("kernels/", $shared, ".cuh")))?),
+            text: include_str!(concat!("kernels/", $name, ".cu")),
+        }),*]
+    };
+}
+
+/// All kernels.
+pub const SOURCES: &[Source] = sources![
+    "attention_f32",
+    "elementwise",
+    "embed",
+    "finite",
+    "gate",
+    "linear_f32",
+    "positions",
+    "rms_norm",
+    "sample",
+    "dispatch",
+    "linear_bf16" with "tiles",
+    "experts" with "tiles",
+    "experts_f32",
+    "attention_bf16",
+];
+
+/// How the definition of a kernel begins.
+const BEGINS: &str = "extern \"C\" __global__ void ";
+
+impl Source {
+    /// What a compiler is given.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let Self { name, shared, text } = self;
+        format!(
+            "{PRELUDE}\n#line 1 \"shared with {name}.cu\"\n{shared}\n#line 1 \"{name}.cu\"\n{text}"
+        )
+    }
+
+    /// The kernels in the file.
+    pub fn kernels(&self) -> impl Iterator<Item = &'static str> {
+        self.text.split(BEGINS).skip(1).map(|rest| {
+            let rest = match rest.strip_prefix("__launch_bounds__(") {
+                Some(bounded) => bounded.split_once(") ").map_or("", |(_, rest)| rest),
+                None => rest,
+            };
+            rest.split('(').next().unwrap_or_default()
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn every_kernel_has_a_name_of_its_own() {
+        let names: Vec<&str> = SOURCES.iter().flat_map(Source::kernels).collect();
+        assert!(names.iter().all(|name| name.starts_with("herd_")), "{names:?}");
+        assert_eq!(names.iter().collect::<BTreeSet<_>>().len(), names.len(), "{names:?}");
+        assert!(SOURCES.iter().all(|source| source.kernels().next().is_some()));
+    }
+}

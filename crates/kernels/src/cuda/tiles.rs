@@ -1,0 +1,330 @@
+//! Weights in the order in which the tensor cores' kernels read them (`tiles.cuh`).
+//!
+//! A matrix `[outputs, inputs]` is cut into tiles of 16 outputs and 32 (bf16) or 64 (FP8) inputs, 1 KiB each; tiles of
+//! the same outputs follow each other. A tile is two pieces, outputs 0..8 and 8..16; lane `4 g + t` of a warp has 16
+//! bytes in each: output `g` of the eight, a run of 8 or 16 inputs from `8 t` or `16 t`. Both are padded with zeros.
+//!
+//! Four FP8 weights lie in a word so that few operations widen them; see [`fp8_word`]. Every other eight lanes have
+//! their two halves of 8 bytes swapped: kernels read halves, and these are then in different banks of shared memory.
+
+use super::args::Parameter;
+use super::buffer::Buffer;
+use super::driver::{CudaError, Driver};
+use std::sync::Arc;
+
+/// Outputs of a tile.
+pub(super) const TILE_OUTPUTS: usize = 16;
+
+/// Bytes of a tile.
+const TILE_BYTES: usize = 1024;
+
+/// Bytes of half a tile: 16 for every lane of a warp.
+const PIECE_BYTES: usize = 512;
+
+/// Threads of a block: a warp for each of the 8 segments that K is cut into.
+pub(super) const THREADS: u32 = 256;
+
+/// Shared memory of a block for many tokens: 4 stages of 128 outputs and 128 tokens by the inputs of a tile.
+pub(super) fn wide_shared(storage: TileStorage) -> u32 {
+    match storage {
+        TileStorage::Bf16 => 4 * (8 + 8) * 1024,
+        TileStorage::Fp8 => 4 * (8 + 16) * 1024,
+    }
+}
+
+/// How a weight is stored.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum TileStorage {
+    Bf16,
+    /// e4m3fn without NaN; one factor per output multiplies the finished sum.
+    Fp8,
+}
+
+impl TileStorage {
+    /// Bytes of a weight.
+    #[must_use]
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::Bf16 => 2,
+            Self::Fp8 => 1,
+        }
+    }
+
+    /// Inputs of a tile.
+    fn tile_inputs(self) -> usize {
+        TILE_BYTES / TILE_OUTPUTS / self.bytes()
+    }
+}
+
+/// The shape of a tiled matrix.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TileShape {
+    pub storage: TileStorage,
+    pub outputs: usize,
+    pub inputs: usize,
+}
+
+impl TileShape {
+    /// Tiles next to each other along the inputs.
+    pub(super) fn across(self) -> usize {
+        self.inputs.div_ceil(self.storage.tile_inputs())
+    }
+
+    /// Tiles along the outputs.
+    pub(super) fn down(self) -> usize {
+        self.outputs.div_ceil(TILE_OUTPUTS)
+    }
+
+    /// Bytes of 16 outputs.
+    fn band_bytes(self) -> usize {
+        self.across() * TILE_BYTES
+    }
+
+    /// Bytes of the whole matrix.
+    #[must_use]
+    pub fn bytes(self) -> usize {
+        self.down() * self.band_bytes()
+    }
+
+    /// Tiles a run of outputs: `rows` are theirs, row-major, and `to` has room for whole tiles.
+    ///
+    /// # Panics
+    ///
+    /// If `rows` is not whole rows, or `to` has not the size that their tiles have.
+    pub fn tile(self, rows: &[u8], to: &mut [u8]) {
+        let row_bytes = self.inputs * self.storage.bytes();
+        let count = rows.len() / row_bytes;
+        assert_eq!(count * row_bytes, rows.len(), "whole rows");
+        assert_eq!(count.div_ceil(TILE_OUTPUTS) * self.band_bytes(), to.len(), "whole tiles");
+        to.fill(0);
+        for (index, row) in rows.chunks_exact(row_bytes).enumerate() {
+            let band = &mut to[index / TILE_OUTPUTS * self.band_bytes()..][..self.band_bytes()];
+            let output = index % TILE_OUTPUTS;
+            // Where lane 4 g of the output's piece begins.
+            let at = output / 8 * PIECE_BYTES + output % 8 * 64;
+            for (tile, run) in band.chunks_exact_mut(TILE_BYTES).zip(row.chunks(64)) {
+                self.put(run, output, &mut tile[at..at + 64]);
+            }
+        }
+    }
+
+    /// One output of one tile: up to 64 bytes, cut off at the end of the row.
+    fn put(self, run: &[u8], output: usize, to: &mut [u8]) {
+        match self.storage {
+            TileStorage::Bf16 => to[..run.len()].copy_from_slice(run),
+            TileStorage::Fp8 => {
+                // Lanes 8..16 and 24..32 have the outputs 2, 3, 6 and 7 of a piece.
+                let swap = if output & 2 == 0 { 0 } else { 8 };
+                for (index, four) in run.chunks(4).enumerate() {
+                    let mut bytes = [0; 4];
+                    bytes[..four.len()].copy_from_slice(four);
+                    let to = &mut to[(index * 4) ^ swap..][..4];
+                    to.copy_from_slice(&fp8_word(bytes).to_le_bytes());
+                }
+            }
+        }
+    }
+}
+
+/// Four e4m3 weights as the kernels take them. The first and second have sign at bit 15 and the rest at 4..=10 of the
+/// lower and of the upper half, where a bf16 has them but for the exponent's offset. The third and fourth are in the
+/// gaps between: sign at bit 11, lower four bits at 0..=3, upper three at 12..=14.
+fn fp8_word(weights: [u8; 4]) -> u32 {
+    let placed = |x: u32| (x & 0x80) << 8 | (x & 0x7f) << 4;
+    let in_gaps = |x: u32| (x & 0x80) << 4 | (x & 0x0f) | (x & 0x70) << 8;
+    let [a, b, c, d] = weights.map(u32::from);
+    placed(a) | in_gaps(c) | (placed(b) | in_gaps(d)) << 16
+}
+
+/// Which tiles a run of outputs becomes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Placement {
+    /// One after the other.
+    Run,
+    /// Every second one from 0: the gates of a fused `[gate | up]`.
+    Gate,
+    /// Every second one from 1.
+    Up,
+}
+
+impl Placement {
+    fn tile(self, index: usize) -> usize {
+        match self {
+            Self::Run => index,
+            Self::Gate => 2 * index,
+            Self::Up => 2 * index + 1,
+        }
+    }
+}
+
+/// A tiled weight matrix `[outputs, inputs]` in device memory.
+pub struct TiledMatrix {
+    shape: TileShape,
+    tiles: Buffer,
+    /// `[outputs]` f32, padded to whole tiles.
+    scales: Option<Buffer>,
+}
+
+impl TiledMatrix {
+    /// A matrix whose weights are still to be [`put`](Self::put), and its scales if it has any.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError`] if memory is refused.
+    pub fn new(driver: &Arc<Driver>, shape: TileShape) -> Result<Self, CudaError> {
+        let scales = match shape.storage {
+            TileStorage::Bf16 => None,
+            TileStorage::Fp8 => {
+                Some(Buffer::new(driver, "scales", shape.down() * TILE_OUTPUTS * 4)?)
+            }
+        };
+        Ok(Self { shape, tiles: Buffer::new(driver, "weights", shape.bytes())?, scales })
+    }
+
+    /// Writes the outputs from `16 * first` on; `rows` are row-major, whole tiles but for the matrix's last outputs.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError`] if CUDA fails.
+    ///
+    /// # Panics
+    ///
+    /// If they lie outside the matrix.
+    pub fn put(&self, placement: Placement, first: usize, rows: &[u8]) -> Result<(), CudaError> {
+        let count = rows.len() / (self.shape.inputs * self.shape.storage.bytes());
+        let band = self.shape.band_bytes();
+        let mut tiles = vec![0; count.div_ceil(TILE_OUTPUTS) * band];
+        self.shape.tile(rows, &mut tiles);
+        if placement == Placement::Run {
+            return self.tiles.fill(first * band, &tiles);
+        }
+        for (index, tile) in tiles.chunks_exact(band).enumerate() {
+            self.tiles.fill(placement.tile(first + index) * band, tile)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the scales of the outputs from `16 * first` on.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError`] if CUDA fails.
+    ///
+    /// # Panics
+    ///
+    /// If they lie outside the matrix, or it has none.
+    pub fn put_scales(
+        &self,
+        placement: Placement,
+        first: usize,
+        scales: &[f32],
+    ) -> Result<(), CudaError> {
+        let to = self.scales.as_ref().expect("a matrix with scales");
+        for (index, scales) in scales.chunks(TILE_OUTPUTS).enumerate() {
+            let at = placement.tile(first + index) * TILE_OUTPUTS * 4;
+            to.fill(at, bytemuck::cast_slice(scales))?;
+        }
+        Ok(())
+    }
+
+    /// Tiles and scales as they lie in memory. Equal on all processes that hold this matrix: what one sends another may
+    /// put into a matrix of the same shape. Waits for the device.
+    ///
+    /// # Errors
+    ///
+    /// What went wrong on the device before.
+    pub fn image(&self) -> Result<[Vec<u8>; 2], CudaError> {
+        let mut tiles = vec![0; self.tiles.bytes()];
+        self.tiles.read(&mut tiles)?;
+        let mut scales = vec![0; self.scales.as_ref().map_or(0, Buffer::bytes)];
+        if let Some(from) = &self.scales {
+            from.read(&mut scales)?;
+        }
+        Ok([tiles, scales])
+    }
+
+    /// Becomes a matrix of the same shape, of which this is the image.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError`] if CUDA fails.
+    ///
+    /// # Panics
+    ///
+    /// If the image is one of another shape.
+    pub fn put_image(&self, [tiles, scales]: [&[u8]; 2]) -> Result<(), CudaError> {
+        let room = (self.tiles.bytes(), self.scales.as_ref().map_or(0, Buffer::bytes));
+        assert_eq!((tiles.len(), scales.len()), room, "an image of the same shape");
+        self.tiles.fill(0, tiles)?;
+        self.scales.as_ref().map_or(Ok(()), |to| to.fill(0, scales))
+    }
+
+    /// Its shape; two matrices of the same shape are interchangeable.
+    #[must_use]
+    pub fn shape(&self) -> TileShape {
+        self.shape
+    }
+
+    pub(super) fn tiles(&self) -> &Buffer {
+        &self.tiles
+    }
+
+    pub(super) fn scales(&self) -> Option<&Buffer> {
+        self.scales.as_ref()
+    }
+
+    /// Addresses of the tiles and of the scales, 0 if it has none.
+    pub(super) fn addresses(&self) -> [u64; 2] {
+        [self.tiles.address(), self.scales().bits()]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The operations of `tiles.cuh` before its multiplication by 2^120.
+    fn widened(word: u32) -> [f32; 4] {
+        let first = word & 0x87f0_87f0;
+        let second = (word << 4 & 0x80f0_80f0) | (word >> 4 & 0x0700_0700);
+        [first << 16, first & 0xffff_0000, second << 16, second & 0xffff_0000]
+            .map(|bits| f32::from_bits(bits) * 120.0_f32.exp2())
+    }
+
+    fn e4m3(byte: u8) -> f32 {
+        let sign = if byte & 0x80 == 0 { 1.0 } else { -1.0 };
+        let (exponent, mantissa) = (byte >> 3 & 15, f32::from(byte & 7));
+        match exponent {
+            0 => sign * mantissa * 2.0_f32.powi(-9),
+            _ => sign * (8.0 + mantissa) * 2.0_f32.powi(i32::from(exponent) - 10),
+        }
+    }
+
+    #[test]
+    fn every_fp8_weight_is_widened_exactly_in_every_place() {
+        for byte in (0..=u8::MAX).filter(|byte| byte & 0x7f != 0x7f) {
+            for place in 0..4 {
+                let mut bytes = [0x35, 0xc1, 0x7e, 0x80];
+                bytes[place] = byte;
+                let want = bytes.map(|byte| e4m3(byte).to_bits());
+                assert_eq!(widened(fp8_word(bytes)).map(f32::to_bits), want, "{bytes:x?}");
+            }
+        }
+    }
+
+    #[test]
+    fn tiles_hold_runs_of_inputs_by_lane() {
+        let shape = TileShape { storage: TileStorage::Bf16, outputs: 17, inputs: 40 };
+        let rows: Vec<u16> = (0..17 * 40).collect();
+        let mut tiles = vec![0xff; shape.bytes()];
+        shape.tile(bytemuck::cast_slice(&rows), &mut tiles);
+        let tiles: Vec<u16> = bytemuck::pod_collect_to_vec(&tiles);
+        for (at, &got) in tiles.iter().enumerate() {
+            let (tile, piece, lane, i) = (at / 512, at / 256 % 2, at / 8 % 32, at % 8);
+            let output = tile / 2 * 16 + piece * 8 + lane / 4;
+            let input = tile % 2 * 32 + lane % 4 * 8 + i;
+            let is_there = output < 17 && input < 40;
+            assert_eq!(usize::from(got), if is_there { output * 40 + input } else { 0 });
+        }
+    }
+}

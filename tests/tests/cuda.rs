@@ -1,0 +1,107 @@
+//! The CUDA kernels and the host's side of them, on the emulated device: golden cases through the engine and the
+//! exchange. In the f32 profile the device has the CPU's order of operations, so its bits are the CPU's.
+
+#![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
+
+use herd::logits::{Options, Outcome, max_difference, run};
+use kernels::Dtype;
+use kernels::cuda::Driver;
+use safetensors::SafeTensors;
+use std::path::{Path, PathBuf};
+use worker::{Gpu, Model, Platform};
+
+const PLAIN: Options = Options { workers: 1, threads: 1, chunk: 512, greedy: 4, redundancy: 0 };
+
+fn case(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(name)
+}
+
+fn prompt(dir: &Path) -> Vec<u32> {
+    let bytes = std::fs::read(dir.join("expected.safetensors")).unwrap();
+    let expected = SafeTensors::deserialize(&bytes).unwrap();
+    let ids = expected.tensor("input_ids").unwrap().data();
+    let id = |b: &[u8]| u32::try_from(i64::from_le_bytes(b.try_into().unwrap())).unwrap();
+    ids.chunks_exact(8).map(id).collect()
+}
+
+fn emulated() -> Platform {
+    Platform::Cuda(Gpu::new(Driver::emulated().unwrap()))
+}
+
+fn outcome(dir: &Path, (dtype, platform): (Dtype, Platform), options: Options) -> Outcome {
+    let model = Model::open_for(dir, dtype, platform).unwrap();
+    run(&model, &prompt(dir), options).unwrap()
+}
+
+#[track_caller]
+fn check_f32(name: &str, options: Options) {
+    let dir = case(name);
+    let want = outcome(&dir, (Dtype::F32, Platform::Cpu), PLAIN);
+    let got = outcome(&dir, (Dtype::F32, emulated()), options);
+    assert_eq!(got.experts, want.experts, "{name}");
+    assert_eq!(got.greedy, want.greedy, "{name}");
+    let differ = got.logits.iter().zip(&want.logits).filter(|(a, b)| a.to_bits() != b.to_bits());
+    assert_eq!((got.logits.len(), differ.count()), (want.logits.len(), 0), "{name}: other bits");
+}
+
+#[test]
+fn maverick_tiny() {
+    check_f32("maverick-tiny", PLAIN);
+}
+
+#[test]
+fn scout_tiny_in_chunks() {
+    check_f32("scout-tiny", Options { chunk: 11, ..PLAIN });
+}
+
+#[test]
+fn maverick_tiny_128_experts_over_4_ranks() {
+    check_f32("maverick-tiny-128e", Options { workers: 4, chunk: 7, ..PLAIN });
+}
+
+/// No further from the reference's f32 values than its own bf16 run is.
+#[test]
+fn bf16_tiny_in_bf16() {
+    let dir = case("bf16-tiny");
+    let bytes = std::fs::read(dir.join("expected.safetensors")).unwrap();
+    let expected = SafeTensors::deserialize(&bytes).unwrap();
+    let want = expected.tensor("logits").unwrap().data();
+    let want: Vec<f32> =
+        want.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    let got = outcome(&dir, (Dtype::Bf16, emulated()), PLAIN);
+    let worst = max_difference(&got.logits, &want);
+    assert!(0.0 < worst && worst <= 0.225, "a logit is off by {worst}");
+}
+
+/// FP8 weights stay FP8 on the device; widened on the CPU they are the same numbers. Rounding of the activations takes
+/// both away from the f32 values, each in its own order of additions.
+#[test]
+fn fp8_tiny_in_bf16() {
+    let dir = case("fp8-tiny");
+    let exact = outcome(&dir, (Dtype::F32, Platform::Cpu), PLAIN);
+    let off = |platform| {
+        let got = outcome(&dir, (Dtype::Bf16, platform), PLAIN);
+        max_difference(&got.logits, &exact.logits)
+    };
+    let (cpu, device) = (off(Platform::Cpu), off(emulated()));
+    assert!(0.0 < device && device <= 2.0 * cpu, "a logit is off by {device}, on the CPU by {cpu}");
+}
+
+#[test]
+fn ranks_replicas_and_chunks_change_no_bit_in_bf16() {
+    for name in ["maverick-tiny", "scout-tiny", "fp8-tiny"] {
+        let dir = case(name);
+        let want = outcome(&dir, (Dtype::Bf16, emulated()), PLAIN);
+        for (workers, chunk, redundancy) in [(1, 1, 0), (2, 5, 0), (4, 33, 1)] {
+            let options = Options { workers, chunk, redundancy, ..PLAIN };
+            let got = outcome(&dir, (Dtype::Bf16, emulated()), options);
+            assert_eq!(got.greedy, want.greedy, "{name} {options:?}");
+            assert!(got.logits == want.logits, "{name} {options:?}: other bits");
+        }
+    }
+}
+
+#[test]
+fn fp8_tiny_over_2_ranks() {
+    check_f32("fp8-tiny", Options { workers: 2, ..PLAIN });
+}
