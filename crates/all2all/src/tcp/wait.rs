@@ -35,8 +35,8 @@ const GIVEN_AWAY: Duration = Duration::from_micros(5);
 
 /// Frames with so many bytes of rows go over connections to one peer after the other, beginning with the next rank, so
 /// that every rank receives one at a time, too. Sent all at once they pile up in all sockets and have left the caches
-/// when they are read (8 ranks on 2 cores, 1.25 MiB per pair: 18 ms instead of 27 ms; 4 ranks: 3.5 ms instead of
-/// 4.7 ms). Smaller ones fit into what the connections hold.
+/// when they are read (8 ranks on 2 cores, 1.25 MiB per pair: 20.3 ms instead of 26.3 ms; 4 ranks: 3.9 ms instead of
+/// 4.6 ms). Smaller ones fit into what the connections hold.
 const PAIRED_MIN: usize = 256 * 1024;
 
 /// What a rank waits for.
