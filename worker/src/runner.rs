@@ -184,6 +184,7 @@ pub(crate) async fn start(config: &Config, transport: Transport) -> Result<Runne
     let fence = Arc::new(Fence::default());
     let thread_fence = Arc::clone(&fence);
     let model = Arc::clone(&config.model);
+    let platform = model.platform.clone();
     let (connecting, hooks) = (transport.clone(), Hooks::default());
     let armed = hooks.clone();
     let (threads, kv) = (config.threads, config.kv);
@@ -203,7 +204,10 @@ pub(crate) async fn start(config: &Config, transport: Transport) -> Result<Runne
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body));
         let reason = match result {
             Ok(reason) => reason,
-            Err(panic) => format!("its thread panicked: {}", panic_text(&*panic)),
+            // What a device leaves behind that has failed may trip the host.
+            Err(panic) => platform
+                .failure()
+                .unwrap_or_else(|| format!("its thread panicked: {}", panic_text(&*panic))),
         };
         tell_end.send_replace(Some(reason));
     };

@@ -169,6 +169,18 @@ pub trait Device {
     /// `out = x / rms(x) * weight`, rounded as the operand of a product.
     fn rms_norm(&mut self, x: &Self::Tensor, weight: &Self::Norm, eps: f32, out: &mut Self::Tensor);
 
+    /// `x += y`, then `out = x / rms(x) * weight`, rounded as the operand of a product.
+    fn add_rms_norm(
+        &mut self,
+        (x, y): (&mut Self::Tensor, &Self::Tensor),
+        weight: &Self::Norm,
+        eps: f32,
+        out: &mut Self::Tensor,
+    ) {
+        self.add(x, y);
+        self.rms_norm(x, weight, eps, out);
+    }
+
     /// `out = x * w^T`.
     fn linear(&mut self, x: &Self::Tensor, w: &Self::Matrix, out: &mut Self::Tensor);
 

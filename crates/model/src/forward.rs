@@ -190,8 +190,8 @@ impl<D: Device> Forward<D> {
             let attention = &self.layers[index];
             device.attention(&batch, attention, &mut self.qkv, pass.cache, &mut self.attended);
             device.linear(&self.attended, &layer.output, &mut self.hidden);
-            device.add(&mut self.x, &self.hidden);
-            device.rms_norm(&self.x, &layer.post_attention_norm, self.norm_eps, &mut self.h);
+            let (sum, norm) = ((&mut self.x, &self.hidden), &layer.post_attention_norm);
+            device.add_rms_norm(sum, norm, self.norm_eps, &mut self.h);
             match &layer.feed_forward {
                 FeedForward::Dense(mlp) => {
                     self.dense.run(device, &self.h, mlp);

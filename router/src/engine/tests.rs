@@ -97,6 +97,22 @@ async fn concurrent_streams_yield_what_each_yields_alone() {
 }
 
 #[tokio::test]
+async fn ranks_that_do_not_hear_each_other_are_told_of_and_the_step_goes_on() {
+    let cluster = Cluster::start(2).await;
+    cluster.script.deaf_at.store(3, Ordering::SeqCst);
+    cluster.publish(1, 2, 64);
+    let engine = start(config(&cluster));
+    check(&engine, 10).await;
+    until("it is told", || !cluster.script.reported.lock().unwrap().is_empty()).await;
+    for fault in &*cluster.script.reported.lock().unwrap() {
+        let text = "rank 0 does not hear ranks [1]".to_owned();
+        let want = proto::pb::Fault { text, suspects: vec![1], silent: vec![], silent_ms: 0 };
+        assert_eq!(*fault, want);
+    }
+    assert_eq!(engine.status_json()["failed_steps"], 0);
+}
+
+#[tokio::test]
 async fn dropped_stream_is_computed_by_one_more_step_at_most() {
     let cluster = Cluster::start(2).await;
     cluster.publish(1, 2, 64);

@@ -9,11 +9,15 @@ pub(super) struct Pipe {
     stream: TcpStream,
     /// If the peer shares memory with this process, the connection carries only bytes that wake.
     ring: Option<Ring>,
+    /// The connection does not leave this machine.
+    is_near: bool,
 }
 
 impl Pipe {
     pub(super) fn new(stream: TcpStream, ring: Option<Ring>) -> Self {
-        Self { stream, ring }
+        let ends = (stream.local_addr(), stream.peer_addr());
+        let is_near = matches!(ends, (Ok(here), Ok(there)) if here.ip() == there.ip() || there.ip().is_loopback());
+        Self { stream, ring, is_near }
     }
 
     /// Whether rows need a checksum. Memory keeps its bytes; what does not is a broken machine, whose own
@@ -49,6 +53,12 @@ impl Pipe {
             Some(ring) => Ok(self.woken(ring.receive(rows, pieces, rest)?)),
             None => socket::receive_pieces(&self.stream, rows, pieces, rest),
         }
+    }
+
+    /// Whether rows of large frames should go to one peer after the other. Between machines that would leave the
+    /// network idle.
+    pub(super) fn is_paired(&self) -> bool {
+        self.is_near && self.ring.is_none()
     }
 
     /// The memory beside the connection.

@@ -33,10 +33,10 @@ const COPY_BYTES_PER_NS: u64 = 8;
 /// lost, and staging would only have kept the peer from it. Nobody else there: half a microsecond.
 const GIVEN_AWAY: Duration = Duration::from_micros(5);
 
-/// Frames with so many bytes of rows go over connections to one peer after the other, beginning with the next rank, so
-/// that every rank receives one at a time, too. Sent all at once they pile up in all sockets and have left the caches
-/// when they are read (8 ranks on 2 cores, 1.25 MiB per pair: 20.3 ms instead of 26.3 ms; 4 ranks: 3.9 ms instead of
-/// 4.6 ms). Smaller ones fit into what the connections hold.
+/// Within a machine frames with so many bytes of rows go over connections to one peer after the other, beginning with
+/// the next rank, so that every rank receives one at a time, too. Sent all at once they pile up in all sockets and have
+/// left the caches when they are read (8 ranks on 2 cores, 1.25 MiB per pair: 20.3 ms instead of 26.3 ms; 4 ranks:
+/// 3.9 ms instead of 4.6 ms). Smaller ones fit into what the connections hold.
 const PAIRED_MIN: usize = 256 * 1024;
 
 /// What a rank waits for.
@@ -208,7 +208,7 @@ impl Tcp {
                 let mut any = false;
                 if !outbound.done() {
                     let runs = sending(goal, own, theirs);
-                    let large = PAIRED_MIN <= runs.bytes() && link.data.ring().is_none();
+                    let large = PAIRED_MIN <= runs.bytes() && link.data.is_paired();
                     let waits = paired && taken && large;
                     let share = if waits { Share::Front } else { Share::Whole };
                     let rows = if self.layer.kept { &self.layer.rows } else { rows };

@@ -98,9 +98,11 @@ impl Cuda {
         Cache::new(&self.driver, self.dtype, shape, layers, blocks).map(CacheOnDevice)
     }
 
-    /// Remembers what went wrong; the step's end tells.
-    fn keep(&self, result: Result<(), CudaError>) {
-        if let Err(error) = result {
+    /// Does what it can: nothing after a failure, which the step's end tells.
+    fn attempt(&mut self, operation: impl FnOnce(&mut Self) -> Result<(), CudaError>) {
+        if self.driver.failure().is_none()
+            && let Err(error) = operation(self)
+        {
             self.driver.fail(error);
         }
     }
@@ -165,16 +167,27 @@ impl Device for Cuda {
     }
 
     fn embed(&mut self, batch: &BatchOnDevice, table: &EmbeddingTable, x: &mut Tensor) {
-        self.keep(embed(&self.driver, batch.get(), &table.0, x));
+        self.attempt(|this| embed(&this.driver, batch.get(), &table.0, x));
     }
 
     fn rms_norm(&mut self, x: &Tensor, weight: &NormWeights, eps: f32, out: &mut Tensor) {
         out.become_of(self.dtype, x.columns());
-        self.keep(rms_norm(&self.driver, (x, None), (weight.buffer(), eps), out));
+        self.attempt(|this| rms_norm(&this.driver, (x, None), (weight.buffer(), eps), out));
+    }
+
+    fn add_rms_norm(
+        &mut self,
+        (x, y): (&mut Tensor, &Tensor),
+        weight: &NormWeights,
+        eps: f32,
+        out: &mut Tensor,
+    ) {
+        out.become_of(self.dtype, x.columns());
+        self.attempt(|this| rms_norm(&this.driver, (x, Some(y)), (weight.buffer(), eps), out));
     }
 
     fn linear(&mut self, x: &Tensor, w: &Weights, out: &mut Tensor) {
-        self.keep(self.product(x, w, out));
+        self.attempt(|this| this.product(x, w, out));
     }
 
     fn attention(
@@ -187,30 +200,31 @@ impl Device for Cuda {
     ) {
         let (batch, cache) = (batch.get(), &mut cache.0);
         out.become_of(self.dtype, layer.shape.q());
-        let done = positions(&self.driver, batch, layer, qkv, cache);
-        let done = done.and_then(|()| match self.dtype {
-            Dtype::F32 => attention_f32(&self.driver, (batch, layer), qkv, cache, out),
-            Dtype::Bf16 => self.attention.run((batch, layer), qkv, cache, out),
+        self.attempt(|this| {
+            positions(&this.driver, batch, layer, qkv, cache)?;
+            match this.dtype {
+                Dtype::F32 => attention_f32(&this.driver, (batch, layer), qkv, cache, out),
+                Dtype::Bf16 => this.attention.run((batch, layer), qkv, cache, out),
+            }
         });
-        self.keep(done);
     }
 
     fn swiglu(&mut self, gate_up: &Tensor, out: &mut Tensor) {
         out.become_of(self.dtype, gate_up.columns() / 2);
-        self.keep(swiglu(&self.driver, gate_up, out));
+        self.attempt(|this| swiglu(&this.driver, gate_up, out));
     }
 
     fn add(&mut self, x: &mut Tensor, y: &Tensor) {
-        self.keep(add(&self.driver, x, y));
+        self.attempt(|this| add(&this.driver, x, y));
     }
 
     fn gate(&mut self, logits: &Tensor, route: &mut RouteOnDevice) {
-        self.keep(gate(&self.driver, logits, route.overwritten()));
+        self.attempt(|this| gate(&this.driver, logits, route.overwritten()));
     }
 
     fn pack(&mut self, h: &Tensor, route: &RouteOnDevice, wire: &mut WireOnDevice) {
         let rows = wire.overwritten(h.columns());
-        self.keep(pack(&self.driver, h, &route.route, rows));
+        self.attempt(|this| pack(&this.driver, h, &route.route, rows));
     }
 
     fn experts(
@@ -222,16 +236,15 @@ impl Device for Cuda {
     ) {
         assert_eq!(offsets.len(), experts.slots() + 1, "one offset per local expert and the end");
         let results = results.overwritten(experts.hidden());
-        let done = self.staged.run((arrived, offsets), experts, results);
-        self.keep(done);
+        self.attempt(|this| this.staged.run((arrived, offsets), experts, results));
     }
 
     fn add_wire(&mut self, wire: &WireOnDevice, x: &mut Tensor) {
-        self.keep(wire.on_device().and_then(|rows| add(&self.driver, x, rows)));
+        self.attempt(|this| wire.on_device().and_then(|rows| add(&this.driver, x, rows)));
     }
 
     fn select(&mut self, batch: &BatchOnDevice, x: &Tensor, out: &mut Tensor) {
-        self.keep(select(&self.driver, batch.get(), x, out));
+        self.attempt(|this| select(&this.driver, batch.get(), x, out));
     }
 
     fn finish(
@@ -288,8 +301,7 @@ impl Staged for Cuda {
     }
 
     fn serve_local(&mut self, rows: LocalRows, experts: &ExpertsOnDevice) {
-        let done = self.staged.run_local(rows, experts);
-        self.keep(done);
+        self.attempt(|this| this.staged.run_local(rows, experts));
     }
 
     fn row_bytes(&self, columns: usize) -> usize {

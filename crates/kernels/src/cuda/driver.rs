@@ -26,6 +26,11 @@ pub enum CudaError {
     /// The architecture lacks what the kernels need.
     #[error("cuda:{ordinal} has compute capability {major}.{minor}, herd needs 8.0 or newer")]
     OldDevice { ordinal: u32, major: i32, minor: i32 },
+    /// Its blocks have too little shared memory.
+    #[error(
+        "cuda:{ordinal} gives a block {shared} bytes of shared memory, herd needs {needed}: use a GPU for datacenters"
+    )]
+    SmallDevice { ordinal: u32, shared: u32, needed: u32 },
     /// The kernels' compiler is missing.
     #[error(
         "no NVRTC (libnvrtc.so.13) on this machine: install the CUDA toolkit, or `pip install nvidia-cuda-nvrtc` and put \
@@ -83,6 +88,16 @@ impl Driver {
             Kind::Gpu(gpu) => (gpu.arch(), gpu.name()),
             #[cfg(feature = "emulated")]
             Kind::Emulated(_) => ("emulated", "no GPU: kernels run on the CPU"),
+        }
+    }
+
+    /// Bytes of shared memory that a block may have.
+    pub(crate) fn shared_max(&self) -> u32 {
+        match &self.kind {
+            Kind::Gpu(gpu) => gpu.shared_max(),
+            // As Hopper.
+            #[cfg(feature = "emulated")]
+            Kind::Emulated(_) => 227 << 10,
         }
     }
 

@@ -53,14 +53,15 @@ const WIDE: usize = 128;
 /// Blocks for many rows that are worth it: fewer leave many of some 130 SMs idle.
 const WIDE_BLOCKS_MIN: usize = 100;
 
-/// The launch for so many rows.
-fn launch(shape: TileShape, rows: usize) -> Launch {
+/// The launch for so many rows, on a device that gives a block so many bytes of shared memory.
+fn launch(shape: TileShape, rows: usize, shared_max: u32) -> Launch {
     let of_storage = |[bf16, fp8]: [&'static str; 2]| match shape.storage {
         TileStorage::Bf16 => bf16,
         TileStorage::Fp8 => fp8,
     };
     let wide = [rows.div_ceil(WIDE), shape.outputs.div_ceil(WIDE)];
-    let last = &CUTS[CUTS.len() - 1];
+    let fitting = || CUTS.iter().filter(|cut| cut.shared <= shared_max);
+    let last = fitting().next_back().unwrap_or(&CUTS[0]);
     if last.rows < rows && wide[0] * wide[1] >= WIDE_BLOCKS_MIN {
         return Launch {
             kernel: of_storage(["herd_linear_bf16_wide", "herd_linear_fp8_wide"]),
@@ -69,7 +70,7 @@ fn launch(shape: TileShape, rows: usize) -> Launch {
             shared: wide_shared(shape.storage),
         };
     }
-    let cut = CUTS.iter().find(|cut| rows <= cut.rows).unwrap_or(last);
+    let cut = fitting().find(|cut| rows <= cut.rows).unwrap_or(last);
     Launch {
         kernel: of_storage(cut.kernels),
         grid: [blocks(shape.down().div_ceil(cut.tiles)), blocks(rows.div_ceil(cut.rows)), 1],
@@ -102,5 +103,20 @@ pub(super) fn linear_bf16(
     let args = args![x.buffer(), w.tiles(), w.scales(), out.buffer(), int(rows), inputs, outputs];
     // SAFETY: the kernel's seven parameters. It reads `rows` rows of `inputs` bf16, which the tensor has, and the tiles
     // and scales that a matrix of this shape has; it writes `rows` rows of `outputs` f32, made room for above.
-    unsafe { driver.launch(launch(shape, rows), &args) }
+    unsafe { driver.launch(launch(shape, rows, driver.shared_max()), &args) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_with_little_shared_memory_takes_more_blocks_of_fewer_rows() {
+        let shape = TileShape { storage: TileStorage::Bf16, outputs: 5120, inputs: 5120 };
+        let hopper = launch(shape, 64, 227 << 10);
+        let ampere = launch(shape, 64, 163 << 10);
+        assert_eq!((hopper.kernel, hopper.grid[1]), ("herd_linear_bf16_64", 1));
+        assert_eq!((ampere.kernel, ampere.grid[1]), ("herd_linear_bf16_16", 4));
+        assert!(ampere.shared <= 163 << 10);
+    }
 }

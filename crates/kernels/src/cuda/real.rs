@@ -13,6 +13,9 @@ use std::sync::OnceLock;
 /// CUDA 13.0: the kernels' compiler makes nothing that older drivers load.
 const VERSION_MIN: i32 = 13_000;
 
+/// What the kernels of routed experts take, which have no smaller form: A100 and later GPUs for datacenters have it.
+const SHARED_NEEDED: u32 = 112 * 1024;
+
 /// Shared memory that a kernel may use without asking.
 const SHARED_FREE: u32 = 48 * 1024;
 
@@ -25,6 +28,7 @@ pub(super) struct Gpu {
     /// What `herd status` shows.
     name: String,
     arch: String,
+    shared_max: u32,
 }
 
 // SAFETY: CUDA's handles may be used from any thread, as long as the context is current there: every method sees
@@ -57,6 +61,11 @@ impl Gpu {
         if major < 8 {
             return Err(CudaError::OldDevice { ordinal, major, minor });
         }
+        let shared_max = shared_max(device)?;
+        if shared_max < SHARED_NEEDED {
+            let (shared, needed) = (shared_max, SHARED_NEEDED);
+            return Err(CudaError::SmallDevice { ordinal, shared, needed });
+        }
         // SAFETY: the device exists; the context is released when this is dropped.
         let context = unsafe { result::primary_ctx::retain(device) }
             .map_err(failed("cuDevicePrimaryCtxRetain"))?;
@@ -67,6 +76,7 @@ impl Gpu {
             kernels: BTreeMap::new(),
             name: result::device::get_name(device).map_err(failed("cuDeviceGetName"))?,
             arch: arch(major, minor),
+            shared_max,
         })
     }
 
@@ -80,6 +90,10 @@ impl Gpu {
     #[must_use]
     pub(super) fn arch(&self) -> &str {
         &self.arch
+    }
+
+    pub(super) fn shared_max(&self) -> u32 {
+        self.shared_max
     }
 
     /// Compiles and loads the kernels.
@@ -218,6 +232,14 @@ pub fn memory(ordinal: u32) -> Result<Memory, CudaError> {
 fn arch(major: i32, minor: i32) -> String {
     let own = if 9 <= major { "a" } else { "" };
     format!("sm_{major}{minor}{own}")
+}
+
+fn shared_max(device: sys::CUdevice) -> Result<u32, CudaError> {
+    let attribute =
+        sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+    // SAFETY: the device exists.
+    let bytes = unsafe { result::device::get_attribute(device, attribute) };
+    Ok(bytes.map_err(failed("cuDeviceGetAttribute"))?.cast_unsigned())
 }
 
 fn capability(device: sys::CUdevice) -> Result<(i32, i32), CudaError> {

@@ -3,11 +3,12 @@
 //! A worker's KV memory holds the tokens themselves; the next token is a hash of what the block
 //! table finds there. So a wrong table, a lost token or a skipped step shows in the output.
 
-use futures::{Stream, StreamExt};
+use futures::{Stream, StreamExt, stream};
 use proto::pb::{
     self, coordinator_server as coordinator, coordinator_server::Coordinator,
     worker_server as worker, worker_server::Worker,
 };
+use std::time::Duration;
 use std::{
     collections::{BTreeMap, BTreeSet},
     pin::Pin,
@@ -42,6 +43,10 @@ pub(crate) struct Script {
     pub(crate) faults: Mutex<BTreeSet<u64>>,
     /// A step at which the stream of rank 0 breaks; 0: none.
     pub(crate) break_at: AtomicU64,
+    /// A step in which rank 0 says that it does not hear rank 1, and takes long; 0: none.
+    pub(crate) deaf_at: AtomicU64,
+    /// Faults that the router reported.
+    pub(crate) reported: Mutex<Vec<pb::Fault>>,
     /// A seed whose sequence is not finite, so many times more.
     pub(crate) poison: Mutex<Option<(u64, u32)>>,
     /// The highest router term seen; steps of lower ones are refused.
@@ -147,11 +152,28 @@ impl Worker for FakeWorker {
             }
             Ok(result)
         });
+        let script = self.script.clone();
+        let answers = answers.flat_map(move |answer| {
+            let is_deaf = answer.as_ref().is_ok_and(|result: &pb::StepResult| {
+                rank == 0 && result.step == script.deaf_at.load(Ordering::SeqCst)
+            });
+            let step = answer.as_ref().map_or(0, |result| result.step);
+            let beat = pb::StepResult { step, unheard: vec![1], ..Default::default() };
+            let beats = stream::iter(is_deaf.then_some(Ok(beat)));
+            let pause = if is_deaf { LONG_STEP } else { Duration::ZERO };
+            beats.chain(stream::once(async move {
+                tokio::time::sleep(pause).await;
+                answer
+            }))
+        });
         Ok(Response::new(Box::pin(answers)))
     }
 }
 
-struct FakeCoordinator(watch::Receiver<Option<pb::View>>);
+/// What a step takes that waits for a rank.
+const LONG_STEP: Duration = Duration::from_millis(100);
+
+struct FakeCoordinator(watch::Receiver<Option<pb::View>>, Arc<Script>);
 
 #[tonic::async_trait]
 impl Coordinator for FakeCoordinator {
@@ -175,8 +197,11 @@ impl Coordinator for FakeCoordinator {
 
     async fn report(
         &self,
-        _: Request<pb::ReportRequest>,
+        request: Request<pb::ReportRequest>,
     ) -> Result<Response<pb::ReportResponse>, Status> {
+        if let Some(pb::report_request::News::Fault(fault)) = request.into_inner().news {
+            self.1.reported.lock().unwrap().push(fault);
+        }
         Ok(Response::new(pb::ReportResponse {}))
     }
 
@@ -228,7 +253,7 @@ impl Cluster {
         }
         let (views, receiver) = watch::channel(None);
         let server = tonic::transport::Server::builder();
-        let fake = coordinator::CoordinatorServer::new(FakeCoordinator(receiver));
+        let fake = coordinator::CoordinatorServer::new(FakeCoordinator(receiver, script.clone()));
         let coordinator = format!("http://{}", serve(server, fake).await);
         Self { coordinator, script, workers, views }
     }
