@@ -204,10 +204,19 @@ fn drive(
     Ok(())
 }
 
-/// Largest absolute difference of two rows of logits.
+/// Largest absolute difference of two rows of logits; infinite if there is what is no number.
+///
+/// # Panics
+///
+/// If they differ in length.
 #[must_use]
 pub fn max_difference(a: &[f32], b: &[f32]) -> f32 {
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    assert_eq!(a.len(), b.len(), "as many logits");
+    let of = |(a, b): (&f32, &f32)| match (a - b).abs() {
+        difference if difference.is_nan() => f32::INFINITY,
+        difference => difference,
+    };
+    a.iter().zip(b).map(of).fold(0.0, f32::max)
 }
 
 /// Widens bf16 bytes; the golden files hold some.

@@ -105,3 +105,33 @@ fn ranks_replicas_and_chunks_change_no_bit_in_bf16() {
 fn fp8_tiny_over_2_ranks() {
     check_f32("fp8-tiny", Options { workers: 2, ..PLAIN });
 }
+
+/// A rank that is alone serves its rows on the device, where nobody else sees what an expert makes of them.
+#[test]
+fn expert_that_gives_no_number_fails_the_step_and_is_named() {
+    let from = case("maverick-tiny");
+    let dir = std::env::temp_dir().join(format!("herd-not-finite-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    for entry in std::fs::read_dir(&from).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, dir.join(path.file_name().unwrap())).unwrap();
+    }
+    let file = dir.join("model.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    let spoilt = {
+        let all = SafeTensors::deserialize(&bytes).unwrap();
+        let names = all.names();
+        let name = names.iter().find(|name| name.ends_with("experts.down_proj")).unwrap();
+        let data = all.tensor(name).unwrap().data().as_ptr_range();
+        let start = bytes.as_ptr().addr();
+        data.start.addr() - start..data.end.addr() - start
+    };
+    bytes[spoilt].fill(0xff);
+    std::fs::write(&file, bytes).unwrap();
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        let model = Model::open_for(&dir, dtype, emulated()).unwrap();
+        let error = run(&model, &prompt(&from), PLAIN).unwrap_err().to_string();
+        assert!(error.contains("the result of the routed expert of MoE layer"), "{dtype}: {error}");
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}

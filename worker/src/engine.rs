@@ -14,7 +14,7 @@ use all2all::tcp::Peer;
 use all2all::{Aborter, AllToAll, ExchangeError, Fault, Reason, Routes, StepOutcome, View};
 use ids::{Epoch, ExpertId, Rank, StepId};
 use kernels::cuda::Cuda;
-use kernels::{Cpu, DeviceError, Dtype, Pool, Sampled, StepBatch};
+use kernels::{Bad, BadPlace, Cpu, DeviceError, Dtype, Pool, Sampled, StepBatch};
 use model::forward::{Forward, ForwardError, Pass};
 use model::weights::Dense;
 use std::sync::Arc;
@@ -35,6 +35,8 @@ pub enum EngineError {
     Step(Fault),
     #[error("{0}")]
     NonFinite(NonFinite),
+    #[error("a GPU cannot serve this model: {0}")]
+    Unsupported(String),
     #[error("the worker has no rank yet")]
     Unseated,
     #[error("the step belongs to {got}, the worker serves {serving:?}")]
@@ -59,6 +61,7 @@ impl EngineError {
             | Self::Device(_)
             | Self::Routes(_)
             | Self::NonFinite(_)
+            | Self::Unsupported(_)
             | Self::Unseated
             | Self::Epoch { .. }
             | Self::Io(_) => None,
@@ -369,11 +372,13 @@ impl<D: Backend> RankStep<'_, D> {
         let results = (rows, self.results);
         let mut exchange = StepExchange::new(&mut all2all, step, results, self.served);
         let result = self.forward.run(self.device, &mut pass, &mut exchange, &mut eyes);
-        let found = exchange.found.or_else(|| {
-            result.as_ref().ok()?;
-            let bad = self.device.first_bad_row(self.forward.logits())?;
-            let row = pass.step.samples.get(bad)?.row as usize;
-            Some(NonFinite { place: Place::Logits, row })
+        let mut found = exchange.found;
+        let result = result.and_then(|sampled| {
+            if found.is_none() {
+                let bad = self.device.bad_value(self.forward.logits())?;
+                found = bad.and_then(|bad| located(bad, pass.step));
+            }
+            Ok(sampled)
         });
         match result {
             Ok(sampled) => match (all2all.end_step(), found) {
@@ -393,4 +398,20 @@ impl<D: Backend> RankStep<'_, D> {
             }
         }
     }
+}
+
+/// What the device found, in terms of the step.
+fn located(bad: Bad, step: &StepBatch) -> Option<NonFinite> {
+    let layer = |layer: usize| u16::try_from(layer).expect("layers are numbered in 16 bits");
+    Some(match bad.place {
+        BadPlace::Hidden { layer: l } => {
+            NonFinite { place: Place::Hidden { layer: layer(l) }, row: bad.row }
+        }
+        BadPlace::Routed { layer: l } => {
+            NonFinite { place: Place::Routed { layer: layer(l) }, row: bad.row }
+        }
+        BadPlace::Logits => {
+            NonFinite { place: Place::Logits, row: step.samples.get(bad.row)?.row as usize }
+        }
+    })
 }

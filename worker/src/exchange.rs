@@ -4,7 +4,7 @@ use crate::finite::{NonFinite, Place, first_bad_row};
 use crate::tally::Tally;
 use all2all::{AllToAll, Arrived, ExchangeError, HostRows, LayerKey, Pending, Sent};
 use ids::{ExpertId, StepId};
-use kernels::{Dtype, LocalRows, RouteOnHost, Staged, WireOnHost};
+use kernels::{Dtype, RouteOnHost, Staged, WireOnHost};
 use model::forward::MoeExchange;
 use std::sync::Arc;
 
@@ -33,7 +33,7 @@ enum Layer {
     Idle,
     Sent(Sent),
     /// This rank is alone, and serves its rows where they are.
-    Local(LocalRows),
+    Alone,
     Pending(Pending),
 }
 
@@ -116,10 +116,8 @@ impl<A: HostExchange, D: Staged> MoeExchange<D> for StepExchange<'_, A, D> {
         route: &D::Route,
     ) -> Result<(), ExchangeError> {
         let layer = u16::try_from(layer).expect("layers are numbered in 16 bits");
-        if self.exchange.view().ranks == 1
-            && let Some(rows) = D::local_rows(rows, route)
-        {
-            self.layer = Layer::Local(rows);
+        if D::SERVES_ALONE && self.exchange.view().ranks == 1 {
+            (self.index, self.layer) = (layer, Layer::Alone);
             return Ok(());
         }
         let key = LayerKey { step: self.step, layer };
@@ -132,12 +130,17 @@ impl<A: HostExchange, D: Staged> MoeExchange<D> for StepExchange<'_, A, D> {
         Ok(())
     }
 
-    fn serve(&mut self, device: &mut D, experts: &D::Experts) -> Result<(), ExchangeError> {
+    fn serve(
+        &mut self,
+        device: &mut D,
+        own: (&mut D::Wire, &D::Route),
+        experts: &D::Experts,
+    ) -> Result<(), ExchangeError> {
         let sent = match std::mem::replace(&mut self.layer, Layer::Idle) {
             Layer::Sent(sent) => sent,
-            Layer::Local(rows) => {
-                device.serve_local(rows, experts);
-                self.layer = Layer::Local(rows);
+            Layer::Alone => {
+                device.serve_alone(usize::from(self.index), own, experts);
+                self.layer = Layer::Alone;
                 return Ok(());
             }
             Layer::Idle | Layer::Pending(_) => {
@@ -158,7 +161,7 @@ impl<A: HostExchange, D: Staged> MoeExchange<D> for StepExchange<'_, A, D> {
         let pending = match std::mem::replace(&mut self.layer, Layer::Idle) {
             Layer::Pending(pending) => pending,
             // The results are where the rows were.
-            Layer::Local(_) => return Ok(()),
+            Layer::Alone => return Ok(()),
             Layer::Idle | Layer::Sent(_) => {
                 unreachable!("the forward pass serves before it combines")
             }

@@ -31,6 +31,10 @@ pub enum Place {
         expert: u16,
         rank: u16,
     },
+    /// What came back from the routed experts of a MoE layer, where the rank has them all.
+    Routed {
+        layer: u16,
+    },
     Logits,
 }
 
@@ -41,6 +45,9 @@ impl fmt::Display for NonFinite {
             Place::Hidden { layer } => write!(f, "the input of MoE layer {layer}")?,
             Place::Expert { layer, expert, rank } => {
                 write!(f, "the result of expert {expert} of MoE layer {layer} on rank {rank}")?;
+            }
+            Place::Routed { layer } => {
+                write!(f, "the result of the routed expert of MoE layer {layer}")?;
             }
             Place::Logits => f.write_str("the logits")?,
         }

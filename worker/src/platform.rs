@@ -217,8 +217,10 @@ impl Backend for Cuda {
         let temperature = model.config.temperature.as_ref();
         let temperature = temperature
             .map(|t| Temperature { floor_scale: t.floor_scale, attn_scale: t.attn_scale });
-        let gpu = gpu(model);
-        Ok(Self::new(&gpu.driver, model.dtype, temperature).map_err(DeviceError::Cuda)?)
+        fits(model).map_err(EngineError::Unsupported)?;
+        let (gpu, moe_layers) = (gpu(model), model.config.moe_layers().len());
+        let cuda = Self::new(&gpu.driver, model.dtype, (temperature, moe_layers));
+        Ok(cuda.map_err(DeviceError::Cuda)?)
     }
 
     fn dense(model: &Model) -> Result<Arc<Dense<Self>>, EngineError> {
@@ -237,6 +239,36 @@ impl Backend for Cuda {
         match placed {
             Placed::Cuda(experts) => experts,
             Placed::Cpu(_) => unreachable!("a process has one platform"),
+        }
+    }
+}
+
+/// Whether the kernels have this model's shapes; what they lack.
+fn fits(model: &Model) -> Result<(), String> {
+    let (config, heads) = (&model.config, shape(&model.config));
+    let group = heads.heads / heads.kv_heads.max(1);
+    match model.dtype {
+        Dtype::F32 if heads.head_dim <= 256 => Ok(()),
+        Dtype::F32 => Err(format!("head_dim is {}, in f32 at most 256 will do", heads.head_dim)),
+        Dtype::Bf16 if !heads.head_dim.is_multiple_of(16) || 128 < heads.head_dim => Err(format!(
+            "head_dim is {}, in bf16 it must be a multiple of 16, and 128 at most; try --dtype f32",
+            heads.head_dim
+        )),
+        Dtype::Bf16 if 16 < group => Err(format!(
+            "{group} query heads share a key head, in bf16 at most 16; try --dtype f32"
+        )),
+        Dtype::Bf16 => {
+            let widths = [
+                ("hidden_size", config.hidden),
+                ("intermediate_size", config.expert_width),
+                ("intermediate_size_mlp", config.dense_width),
+            ];
+            let odd = widths.into_iter().find(|(_, width)| !width.is_multiple_of(8));
+            odd.map_or(Ok(()), |(name, width)| {
+                Err(format!(
+                    "{name} is {width}, in bf16 it must be a multiple of 8; try --dtype f32"
+                ))
+            })
         }
     }
 }

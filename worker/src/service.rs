@@ -27,6 +27,9 @@ const BEATS_LAST: Duration = Duration::from_secs(120);
 /// A step that takes longer may wait for a peer that is not heard any more.
 const LONG_STEP: Duration = Duration::from_secs(1);
 
+/// Who is not heard for so much longer than it takes to notice is told of: a busy machine is silent for a while, too.
+const DEAF: Duration = Duration::from_millis(500);
+
 /// Implements `herd.v1.Worker`.
 pub(crate) struct Service {
     model: Arc<Model>,
@@ -251,13 +254,18 @@ async fn forward(
     let mut beats = tokio::time::interval(proto::BEAT);
     beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (mut last, mut newest): (Option<Instant>, u64) = (None, 0);
+    let mut deaf: Option<Instant> = None;
     loop {
         let message = tokio::select! {
             message = steps.message() => message,
             _ = beats.tick(), if last.is_some_and(|last| last.elapsed() < BEATS_LAST) => {
                 // A full channel is sign enough.
                 let is_long = last.is_some_and(|last| LONG_STEP <= last.elapsed());
-                let unheard = if is_long { runner.unheard() } else { Vec::new() };
+                let mut unheard = if is_long { runner.unheard() } else { Vec::new() };
+                deaf = if unheard.is_empty() { None } else { deaf.or_else(|| Some(Instant::now())) };
+                if deaf.is_some_and(|since| since.elapsed() < DEAF) {
+                    unheard.clear();
+                }
                 let beat = pb::StepResult { step: newest, unheard, ..Default::default() };
                 let _full = answer.try_send(Ok(beat));
                 continue;

@@ -47,7 +47,7 @@ pub(crate) fn run(root: &Path) -> anyhow::Result<()> {
         return Ok(());
     }
     let (major, minor) = version()?;
-    eprintln!("NVRTC {major}.{minor}");
+    ensure!((major, minor) == (13, 0), "NVRTC {major}.{minor} was found instead of {WHEEL}");
     let mut spilling = Vec::new();
     for source in SOURCES {
         for arch in ARCHITECTURES {

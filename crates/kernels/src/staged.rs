@@ -3,7 +3,7 @@
 //! On a CPU the buffers are the host's own. On a GPU looking at one waits for the device and copies.
 
 use crate::cpu;
-use crate::device::Device;
+use crate::device::{Device, DeviceError};
 use std::borrow::Cow;
 
 /// Rows as they travel.
@@ -27,13 +27,26 @@ pub trait TensorOnHost {
     fn values(&self) -> Cow<'_, [f32]>;
 }
 
-/// Rows in device memory and the experts that they want. It counts as long as the wire and the route that it was made
-/// of are not overwritten.
+/// A value that is infinite or not a number.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct LocalRows {
-    pub(crate) rows: u64,
-    pub(crate) experts: u64,
-    pub(crate) count: u32,
+pub struct Bad {
+    pub place: BadPlace,
+    /// Row of the place's tensor: of the step, or of the logits.
+    pub row: usize,
+}
+
+/// Where such a value was seen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum BadPlace {
+    /// What goes into the experts of a MoE layer.
+    Hidden {
+        layer: usize,
+    },
+    /// What came out of them.
+    Routed {
+        layer: usize,
+    },
+    Logits,
 }
 
 /// A device whose buffers the host sees.
@@ -43,18 +56,26 @@ pub trait Staged:
     /// Bytes of a row of `columns` elements on the wire.
     fn row_bytes(&self, columns: usize) -> usize;
 
-    /// Rows that wait for experts of their own rank, if the device can serve them without the host.
-    fn local_rows(_wire: &Self::Wire, _route: &Self::Route) -> Option<LocalRows> {
-        None
+    /// Whether a rank that has all experts can serve its own rows without the host: [`Staged::serve_alone`].
+    const SERVES_ALONE: bool = false;
+
+    /// Runs the experts of a MoE layer, all of which this rank has, over its own rows. The results take their place.
+    fn serve_alone(
+        &mut self,
+        _moe_layer: usize,
+        _rows: (&mut Self::Wire, &Self::Route),
+        _experts: &Self::Experts,
+    ) {
+        unreachable!("a device that does not serve alone")
     }
 
-    /// Runs the experts of a rank that has them all over rows that wait; the results take their place.
-    fn serve_local(&mut self, _rows: LocalRows, _experts: &Self::Experts) {
-        unreachable!("a device without local rows")
-    }
-
-    /// The first of the rows with a value that is infinite or not a number.
-    fn first_bad_row(&mut self, x: &Self::Tensor) -> Option<usize>;
+    /// The first value of the step that is infinite or not a number: in its logits, and in the rows of
+    /// [`Staged::serve_alone`]. Other rows the host has seen.
+    ///
+    /// # Errors
+    ///
+    /// What went wrong on the device during the step.
+    fn bad_value(&mut self, logits: &Self::Tensor) -> Result<Option<Bad>, DeviceError>;
 }
 
 impl WireOnHost for cpu::Wire {
@@ -84,9 +105,10 @@ impl Staged for cpu::Cpu {
         Self::row_bytes(self, columns)
     }
 
-    fn first_bad_row(&mut self, x: &cpu::Tensor) -> Option<usize> {
-        let columns = x.data().len().checked_div(x.rows())?;
+    fn bad_value(&mut self, logits: &cpu::Tensor) -> Result<Option<Bad>, DeviceError> {
+        let columns = logits.data().len().checked_div(logits.rows()).unwrap_or(0);
         let is_bad = |row: &[f32]| row.iter().fold(false, |any, value| any | !value.is_finite());
-        x.data().chunks_exact(columns.max(1)).position(is_bad)
+        let row = logits.data().chunks_exact(columns.max(1)).position(is_bad);
+        Ok(row.map(|row| Bad { place: BadPlace::Logits, row }))
     }
 }

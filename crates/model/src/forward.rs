@@ -37,12 +37,18 @@ pub trait MoeExchange<D: Device> {
         route: &D::Route,
     ) -> Result<(), Self::Error>;
 
-    /// Waits for the rows of the local experts, runs these and sends the results back.
+    /// Waits for the rows of the local experts, runs these and sends the results back. `own`: the rows that were
+    /// dispatched, and where they went; a rank that is alone may serve them where they are.
     ///
     /// # Errors
     ///
     /// As for `dispatch`.
-    fn serve(&mut self, device: &mut D, experts: &D::Experts) -> Result<(), Self::Error>;
+    fn serve(
+        &mut self,
+        device: &mut D,
+        own: (&mut D::Wire, &D::Route),
+        experts: &D::Experts,
+    ) -> Result<(), Self::Error>;
 
     /// Waits for the results of this rank's own rows, in their order.
     ///
@@ -226,7 +232,7 @@ impl<D: Device> Forward<D> {
         exchange.dispatch(moe_layer, &self.wire, &self.route)?;
         // While the rows travel.
         self.shared.run(device, &self.h, shared);
-        exchange.serve(device, experts)?;
+        exchange.serve(device, (&mut self.wire, &self.route), experts)?;
         exchange.combine(&mut self.wire)?;
         device.add_wire(&self.wire, &mut self.shared.out);
         device.add(&mut self.x, &self.shared.out);

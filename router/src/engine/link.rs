@@ -249,11 +249,11 @@ impl Link {
             if step.0 <= result.step {
                 signs.heard(rank);
             }
-            if result.step == step.0 && !result.unheard.is_empty() {
-                signs.misses(rank, result.unheard);
-                continue;
-            }
             if (result.epoch, result.step) != (epoch.0, step.0) {
+                // A beat has no epoch.
+                if result.step == step.0 && result.epoch == 0 {
+                    signs.misses(rank, result.unheard);
+                }
                 continue;
             }
             signs.answered(rank);

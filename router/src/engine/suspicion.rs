@@ -51,9 +51,14 @@ impl Signs {
         self.late.fetch_max(missed, Ordering::Relaxed);
     }
 
-    /// The rank says whom it does not hear.
+    /// The rank says whom it does not hear, or that it hears all.
     pub(super) fn misses(&self, rank: usize, unheard: Vec<u32>) {
-        *self.unheard.lock().unwrap_or_else(PoisonError::into_inner) = Some((rank, unheard));
+        let mut told = self.unheard.lock().unwrap_or_else(PoisonError::into_inner);
+        if !unheard.is_empty() {
+            *told = Some((rank, unheard));
+        } else if told.as_ref().is_some_and(|(by, _)| *by == rank) {
+            *told = None;
+        }
     }
 
     /// A rank that does not hear others, and which, if one has said so since this was asked last.

@@ -177,7 +177,13 @@ impl Tcp {
             let news = self.core.news();
             if self.waiting.seen != Some(news) {
                 self.stopped()?;
-                self.hopeless(goal)?;
+                if let Err(blame) = self.hopeless(goal) {
+                    // What the peer sent before it ended may have come since this looked.
+                    match self.round(goal, &[], out) {
+                        Ok(true) => continue,
+                        Ok(false) | Err(_) => return Err(blame),
+                    }
+                }
                 self.waiting.seen = Some(news);
                 continue;
             }
@@ -213,7 +219,7 @@ impl Tcp {
                     let share = if waits { Share::Front } else { Share::Whole };
                     let rows = if self.layer.kept { &self.layer.rows } else { rows };
                     any |= outbound.push(&link.data, (rows, runs), share)?;
-                    (sent, taken) = (sent || any, taken || !outbound.done());
+                    (sent, taken) = (sent || any, taken || (large && !outbound.done()));
                     link.sent(outbound.frames());
                 }
                 any |= match goal {

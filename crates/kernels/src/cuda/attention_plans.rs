@@ -33,11 +33,17 @@ impl Attention {
         Ok(Self { driver: Arc::clone(driver), rows, step: 0, plans, partials })
     }
 
-    /// A step begins.
-    pub(super) fn begin(&mut self, rows: &[Row]) {
+    /// A step begins; its number.
+    pub(super) fn begin(&mut self, rows: &[Row]) -> u64 {
         self.rows.clear();
         self.rows.extend_from_slice(rows);
         self.step += 1;
+        self.step
+    }
+
+    /// The number of the step that began last.
+    pub(super) fn step(&self) -> u64 {
+        self.step
     }
 
     /// Attention of every row of `qkv`, whose keys and values are in the cache, into `out`.
@@ -56,8 +62,7 @@ impl Attention {
         };
         let partials_max = PARTIALS_BYTES / partial_bytes(shape);
         if self.partials.bytes() == 0 {
-            let bytes = partials_max * partial_bytes(shape);
-            self.partials = Buffer::new(&self.driver, "partial attention", bytes)?;
+            self.partials = Buffer::new(&self.driver, "partial attention", PARTIALS_BYTES)?;
         }
         let sight = Sight { chunk, group: shape.heads / shape.kv_heads, partials_max };
         match self.plans.get_mut(&chunk) {

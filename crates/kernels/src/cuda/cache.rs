@@ -27,7 +27,7 @@ struct Layer {
 }
 
 impl Cache {
-    /// A cache of zeros: what is not visible is multiplied by 0, so it must be a number.
+    /// A cache of zeros.
     ///
     /// * `layers`: the pool of every layer
     /// * `blocks`: capacity of a pool

@@ -7,6 +7,9 @@ use cudarc::nvrtc::sys;
 use std::ffi::{CStr, CString};
 use std::sync::OnceLock;
 
+/// It knows all architectures that herd runs on.
+const VERSION_MIN: (i32, i32) = (13, 0);
+
 /// Machine code of a file of kernels, and what the compiler said: registers, shared memory and spills per kernel.
 #[derive(Debug, Clone)]
 pub struct Compiled {
@@ -18,7 +21,7 @@ pub struct Compiled {
 ///
 /// # Errors
 ///
-/// [`CudaError::NoCompiler`] if it is not installed.
+/// [`CudaError::NoCompiler`] if it is not installed, [`CudaError::OldCompiler`] if an older one is found first.
 pub fn version() -> Result<(i32, i32), CudaError> {
     static VERSION: OnceLock<Option<(i32, i32)>> = OnceLock::new();
     let ask = || {
@@ -35,7 +38,12 @@ pub fn version() -> Result<(i32, i32), CudaError> {
         .ok()
         .flatten()
     };
-    VERSION.get_or_init(ask).ok_or(CudaError::NoCompiler)
+    let found = VERSION.get_or_init(ask).ok_or(CudaError::NoCompiler)?;
+    if found < VERSION_MIN {
+        Err(CudaError::OldCompiler { found, needed: VERSION_MIN })
+    } else {
+        Ok(found)
+    }
 }
 
 /// Compiles for an architecture: `sm_80`, `sm_90a`, ….

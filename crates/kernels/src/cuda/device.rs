@@ -24,13 +24,15 @@ use crate::device::{
 };
 use crate::level::Dtype;
 use crate::sample::{Sampled, sample_row};
-use crate::staged::{LocalRows, Staged, TensorOnHost};
+use crate::staged::{Bad, BadPlace, Staged, TensorOnHost};
 use std::borrow::Cow;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// A step's buffers, which go back to the device when the step is over.
 pub struct BatchOnDevice {
     batch: Option<Batch>,
+    /// Counts the steps of the device.
+    number: u64,
     home: Arc<Mutex<Option<Batch>>>,
 }
 
@@ -63,6 +65,7 @@ pub struct Cuda {
 
 impl Cuda {
     /// * `temperature`: what the model's layers without rotary embedding do to queries
+    /// * `moe_layers`: how many of them there are
     ///
     /// # Errors
     ///
@@ -70,7 +73,7 @@ impl Cuda {
     pub fn new(
         driver: &Arc<Driver>,
         dtype: Dtype,
-        temperature: Option<Temperature>,
+        (temperature, moe_layers): (Option<Temperature>, usize),
     ) -> Result<Self, CudaError> {
         Ok(Self {
             driver: Arc::clone(driver),
@@ -78,7 +81,7 @@ impl Cuda {
             temperature,
             batch: Arc::new(Mutex::new(Some(Batch::new(driver)?))),
             choices: Choices::new(driver)?,
-            flags: Flags::new(driver, 1)?,
+            flags: Flags::new(driver, slot_of_hidden(moe_layers))?,
             attention: Attention::new(driver)?,
             staged: StagedRows::new(driver)?,
         })
@@ -105,6 +108,12 @@ impl Cuda {
         {
             self.driver.fail(error);
         }
+    }
+
+    /// An error after which the device is of no use any more.
+    fn spoilt(&self, error: CudaError) -> DeviceError {
+        self.driver.fail(error.clone());
+        DeviceError::Cuda(error)
     }
 
     fn failure(&self) -> Result<(), DeviceError> {
@@ -156,14 +165,16 @@ impl Device for Cuda {
         check::step(step, limits)?;
         self.failure()?;
         let waiting = self.batch.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let mut batch = match waiting {
-            Some(batch) => batch,
-            None => Batch::new(&self.driver).map_err(DeviceError::Cuda)?,
-        };
         let rules = StepRules { rope, temperature: self.temperature, limits };
-        batch.upload(step, &rules).map_err(DeviceError::Cuda)?;
-        self.attention.begin(&step.rows);
-        Ok(BatchOnDevice { batch: Some(batch), home: Arc::clone(&self.batch) })
+        let uploaded =
+            waiting.map_or_else(|| Batch::new(&self.driver), Ok).and_then(|mut batch| {
+                batch.upload(step, &rules)?;
+                self.flags.reset(&self.driver)?;
+                Ok(batch)
+            });
+        let batch = uploaded.map_err(|error| self.spoilt(error))?;
+        let number = self.attention.begin(&step.rows);
+        Ok(BatchOnDevice { batch: Some(batch), number, home: Arc::clone(&self.batch) })
     }
 
     fn embed(&mut self, batch: &BatchOnDevice, table: &EmbeddingTable, x: &mut Tensor) {
@@ -198,6 +209,7 @@ impl Device for Cuda {
         cache: &mut CacheOnDevice,
         out: &mut Tensor,
     ) {
+        assert_eq!(batch.number, self.attention.step(), "the step that was uploaded last");
         let (batch, cache) = (batch.get(), &mut cache.0);
         out.become_of(self.dtype, layer.shape.q());
         self.attempt(|this| {
@@ -254,11 +266,8 @@ impl Device for Cuda {
         logits: &Tensor,
     ) -> Result<Vec<Sampled>, DeviceError> {
         self.failure()?;
-        self.sampled(batch.get(), step, logits).map_err(|error| {
-            // A failed kernel shows here, and the device is of no use any more.
-            self.driver.fail(error.clone());
-            DeviceError::Cuda(error)
-        })
+        // A failed kernel shows here.
+        self.sampled(batch.get(), step, logits).map_err(|error| self.spoilt(error))
     }
 }
 
@@ -293,33 +302,55 @@ impl Cuda {
     }
 }
 
-impl Staged for Cuda {
-    fn local_rows(wire: &WireOnDevice, route: &RouteOnDevice) -> Option<LocalRows> {
-        let rows = wire.tensor.buffer().address();
-        let experts = route.route.experts().address();
-        Some(LocalRows { rows, experts, count: super::args::blocks(wire.tensor.rows()) })
-    }
+/// Slots of [`Flags`].
+const LOGITS: usize = 0;
 
-    fn serve_local(&mut self, rows: LocalRows, experts: &ExpertsOnDevice) {
-        self.attempt(|this| this.staged.run_local(rows, experts));
+fn slot_of_hidden(moe_layer: usize) -> usize {
+    1 + 2 * moe_layer
+}
+
+fn slot_of_routed(moe_layer: usize) -> usize {
+    2 + 2 * moe_layer
+}
+
+fn place_of(slot: usize) -> BadPlace {
+    let layer = slot.saturating_sub(1) / 2;
+    match slot {
+        LOGITS => BadPlace::Logits,
+        _ if slot == slot_of_hidden(layer) => BadPlace::Hidden { layer },
+        _ => BadPlace::Routed { layer },
     }
+}
+
+impl Staged for Cuda {
+    const SERVES_ALONE: bool = true;
 
     fn row_bytes(&self, columns: usize) -> usize {
         columns * self.dtype.bytes()
     }
 
-    fn first_bad_row(&mut self, x: &Tensor) -> Option<usize> {
-        let looked = self.flags.reset(&self.driver).and_then(|()| {
-            self.flags.look(&self.driver, x, 0)?;
-            self.flags.found()
+    fn serve_alone(
+        &mut self,
+        moe_layer: usize,
+        (wire, route): (&mut WireOnDevice, &RouteOnDevice),
+        experts: &ExpertsOnDevice,
+    ) {
+        self.attempt(|this| {
+            let rows = wire.in_place();
+            this.flags.look(&this.driver, rows, slot_of_hidden(moe_layer))?;
+            this.staged.run_alone((rows, &route.route), experts)?;
+            this.flags.look(&this.driver, rows, slot_of_routed(moe_layer))
         });
-        match looked {
-            Ok(found) => found.first().copied().flatten().map(|row| row as usize),
-            Err(error) => {
-                self.driver.fail(error);
-                None
-            }
-        }
+    }
+
+    fn bad_value(&mut self, logits: &Tensor) -> Result<Option<Bad>, DeviceError> {
+        self.attempt(|this| this.flags.look(&this.driver, logits, LOGITS));
+        self.failure()?;
+        let found = self.flags.found().map_err(|error| self.spoilt(error))?;
+        // What was seen first in the step is what went wrong.
+        let slots = (1..found.len()).chain([LOGITS]);
+        let bad = |slot: usize| Some(Bad { place: place_of(slot), row: found[slot]? as usize });
+        Ok(slots.into_iter().find_map(bad))
     }
 }
 

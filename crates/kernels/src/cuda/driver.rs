@@ -28,7 +28,7 @@ pub enum CudaError {
     OldDevice { ordinal: u32, major: i32, minor: i32 },
     /// Its blocks have too little shared memory.
     #[error(
-        "cuda:{ordinal} gives a block {shared} bytes of shared memory, herd needs {needed}: use a GPU for datacenters"
+        "cuda:{ordinal} gives a block {shared} bytes of shared memory, herd needs {needed}: A100, H100, H200 and B200 have it"
     )]
     SmallDevice { ordinal: u32, shared: u32, needed: u32 },
     /// The kernels' compiler is missing.
@@ -37,6 +37,15 @@ pub enum CudaError {
          its lib folder on LD_LIBRARY_PATH"
     )]
     NoCompiler,
+    /// The kernels' compiler is too old.
+    #[error(
+        "the NVRTC that was found first is of CUDA {}.{}, herd needs {}.{} or newer: put the folder of a newer one first on          LD_LIBRARY_PATH, and no libnvrtc.so of another before it",
+        found.0, found.1, needed.0, needed.1
+    )]
+    OldCompiler { found: (i32, i32), needed: (i32, i32) },
+    /// FP8 weights hold what is no number.
+    #[error("a weight in FP8 is not a number; `herd logits --verify` names the tensors")]
+    NotFinite,
     /// A kernel was not compiled.
     #[error("{kernel}.cu does not compile for {arch}: {log}")]
     Compile { kernel: &'static str, arch: String, log: String },

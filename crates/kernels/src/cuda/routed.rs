@@ -6,10 +6,12 @@ use super::dispatch::{Arrivals, RouteTable, RouteTableParts, Source, Sources, di
 use super::driver::{CudaError, Driver};
 use super::experts::{ExpertTable, SlotLoad, experts};
 use super::experts_f32::{PlainTable, experts_f32};
+use super::gate::Route;
 use super::tensor::Tensor;
 use super::weights::{Expert, ExpertOnDevice};
 use crate::level::Dtype;
-use crate::staged::LocalRows;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
 /// Rows per expert up to which the kernels for few rows are faster.
@@ -64,6 +66,14 @@ impl ExpertsOnDevice {
         self.experts.len()
     }
 
+    /// Of rows; `None` without experts.
+    pub(super) fn dtype(&self) -> Option<Dtype> {
+        self.table.as_ref().map(|table| match table {
+            Table::Plain(_) => Dtype::F32,
+            Table::Tiled(_) => Dtype::Bf16,
+        })
+    }
+
     /// Columns of a row; 0 without experts.
     pub(super) fn hidden(&self) -> usize {
         match &self.table {
@@ -105,7 +115,8 @@ pub(super) struct StagedRows {
     /// Slot of every row, u16.
     slots: Buffer,
     rows: Buffer,
-    plan: Option<Served>,
+    /// By number of experts, which layers may differ in.
+    served: BTreeMap<usize, Served>,
     /// What `sources` holds.
     source: Option<Source>,
     act: Tensor,
@@ -119,7 +130,7 @@ impl StagedRows {
             sources: Sources::new(driver, &[nothing])?,
             slots: Buffer::new(driver, "slots of rows", 0)?,
             rows: Buffer::new(driver, "arrived rows", 0)?,
-            plan: None,
+            served: BTreeMap::new(),
             source: None,
             act: Tensor::new(driver, Dtype::F32, (0, 0))?,
         })
@@ -133,6 +144,9 @@ impl StagedRows {
         results: &mut Tensor,
     ) -> Result<(), CudaError> {
         let count = offsets.last().copied().unwrap_or_default();
+        let row_bytes = experts.hidden() * results.dtype().bytes();
+        assert_eq!(count as usize * row_bytes, arrived.len(), "as many rows as the offsets say");
+        assert!(experts.dtype().is_none_or(|dtype| dtype == results.dtype()), "of one profile");
         let of_slot =
             |(ends, slot): (&[u32], u16)| std::iter::repeat_n(slot, (ends[1] - ends[0]) as usize);
         let slots: Vec<u16> = offsets.windows(2).zip(0..).flat_map(of_slot).collect();
@@ -146,12 +160,23 @@ impl StagedRows {
 
     /// Runs the experts over rows of this rank that wait in device memory. It has all experts; results take the
     /// rows' place, which nobody reads any more when they are written.
-    pub(super) fn run_local(
+    ///
+    /// # Panics
+    ///
+    /// If rows, choices and experts do not belong together.
+    pub(super) fn run_alone(
         &mut self,
-        rows: LocalRows,
+        (rows, route): (&mut Tensor, &Route),
         experts: &ExpertsOnDevice,
     ) -> Result<(), CudaError> {
-        let LocalRows { rows, experts: wanted, count } = rows;
+        assert_eq!(
+            (rows.rows(), rows.columns()),
+            (route.rows(), experts.hidden()),
+            "rows and choices"
+        );
+        assert_eq!(Some(rows.dtype()), experts.dtype(), "of one profile");
+        let (wanted, count) = (route.experts().address(), blocks(rows.rows()));
+        let rows = rows.buffer().address();
         self.serve(Source { experts: wanted, rows, results: rows, count }, experts)
     }
 
@@ -161,13 +186,14 @@ impl StagedRows {
             self.sources.buffer().fill(0, &source.to_bytes())?;
             self.source = Some(source);
         }
-        let fits = |plan: &Served| plan.slots == slots && rows <= plan.arrivals.rows_max();
-        if !self.plan.as_ref().is_some_and(fits) {
-            let routes = identity(&self.driver, slots)?;
-            let arrivals = Arrivals::new(&self.driver, slots, rows.next_power_of_two())?;
-            self.plan = Some(Served { routes, arrivals, slots });
-        }
-        let Served { routes, arrivals, .. } = self.plan.as_mut().expect("just made");
+        let Served { routes, arrivals } = match self.served.entry(slots) {
+            Entry::Occupied(known) if rows <= known.get().arrivals.rows_max() => known.into_mut(),
+            entry @ (Entry::Vacant(_) | Entry::Occupied(_)) => {
+                let routes = identity(&self.driver, slots)?;
+                let arrivals = Arrivals::new(&self.driver, slots, rows.next_power_of_two())?;
+                entry.insert_entry(Served { routes, arrivals }).into_mut()
+            }
+        };
         dispatch(&self.driver, &self.sources, routes, arrivals)?;
         experts.run(&self.driver, (&self.sources, arrivals), rows, &mut self.act)
     }
@@ -177,7 +203,6 @@ impl StagedRows {
 struct Served {
     routes: RouteTable,
     arrivals: Arrivals,
-    slots: usize,
 }
 
 /// Every expert is served here, in the slot of its number.

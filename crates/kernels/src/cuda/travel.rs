@@ -28,11 +28,17 @@ impl WireOnDevice {
 
     /// The tensor, to be overwritten by the device.
     pub(super) fn overwritten(&mut self, columns: usize) -> &mut Tensor {
+        self.in_place();
+        self.tensor.become_of(self.tensor.dtype(), columns);
+        &mut self.tensor
+    }
+
+    /// The rows that the device made last, to be overwritten one by one.
+    pub(super) fn in_place(&mut self) -> &mut Tensor {
         if let Some(host) = self.host.take() {
             self.spare.set(host);
         }
         self.is_filled = false;
-        self.tensor.become_of(self.tensor.dtype(), columns);
         &mut self.tensor
     }
 

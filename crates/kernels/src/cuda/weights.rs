@@ -180,7 +180,8 @@ fn put(
         match to.shape().storage {
             TileStorage::Bf16 => to.put(placement, tile, bytemuck::cast_slice(&bits))?,
             TileStorage::Fp8 => {
-                let bytes: Vec<u8> = bits.into_iter().map(e4m3).collect();
+                let bytes: Option<Vec<u8>> = bits.into_iter().map(e4m3).collect();
+                let bytes = bytes.ok_or(CudaError::NotFinite)?;
                 to.put(placement, tile, &bytes)?;
             }
         }
@@ -191,22 +192,22 @@ fn put(
     Ok(())
 }
 
-/// The e4m3fn byte of a bf16 that is one: what was widened when it was loaded.
-fn e4m3(bits: u16) -> u8 {
+/// The e4m3fn byte of a bf16 that is one: what was widened when it was loaded. `None` for what is no number.
+fn e4m3(bits: u16) -> Option<u8> {
     let [low, high] = bits.to_le_bytes();
     let sign = high & 0x80;
     let exponent = i32::from(bits >> 7 & 0xff) - 127;
     let mantissa = low & 0x7f;
     if exponent < -9 {
-        return sign;
+        return Some(sign);
     }
     if exponent < -6 {
         // Subnormal: a multiple of 2^-9.
         let whole = 0x80 | mantissa;
-        return sign | whole >> (7 - (exponent + 9));
+        return Some(sign | whole >> (7 - (exponent + 9)));
     }
-    let exponent = u8::try_from(exponent + 7).unwrap_or(15).min(15);
-    sign | exponent << 3 | mantissa >> 4
+    let exponent = u8::try_from(exponent + 7).ok().filter(|exponent| *exponent <= 15)?;
+    Some(sign | exponent << 3 | mantissa >> 4)
 }
 
 impl NormWeights {
@@ -229,7 +230,8 @@ mod tests {
                 _ => (8.0 + mantissa) * 2.0_f32.powi(exponent - 10),
             };
             let value = if byte & 0x80 == 0 { magnitude } else { -magnitude };
-            assert_eq!(e4m3(crate::math::bf16_bits(value)), byte, "{value}");
+            assert_eq!(e4m3(crate::math::bf16_bits(value)), Some(byte), "{value}");
         }
+        assert_eq!(e4m3(crate::math::bf16_bits(f32::NAN)), None);
     }
 }
