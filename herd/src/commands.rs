@@ -22,7 +22,8 @@ pub(crate) mod worker;
 use ::worker::{Gpu, Platform};
 use anyhow::Context;
 use kernels::Dtype;
-use kernels::cuda::Driver;
+use kernels::cuda::{Driver, ImageCache};
+use std::path::Path;
 use std::time::Instant;
 
 /// The small trained model of the repository.
@@ -79,17 +80,18 @@ impl std::fmt::Display for DeviceArg {
 }
 
 impl DeviceArg {
-    /// Opens the device; compiles its kernels if it is a GPU.
-    pub(crate) fn open(self) -> anyhow::Result<Platform> {
+    /// Opens the device; compiles the kernels of a GPU that are not in the cache.
+    pub(crate) fn open(self, kernel_cache: Option<&Path>) -> anyhow::Result<Platform> {
         match self {
             Self::Cpu => Ok(Platform::Cpu),
             Self::Cuda(number) => {
                 let start = Instant::now();
-                let driver = Driver::open(number)
+                let cache = kernel_cache.map(ImageCache::new);
+                let driver = Driver::open(number, cache.as_ref())
                     .with_context(|| BadInput(format!("--device {self} cannot be used")))?;
                 let (arch, name) = driver.identity();
                 let seconds = start.elapsed().as_secs_f64();
-                tracing::info!("{self} is {name} ({arch}); kernels compiled in {seconds:.1} s");
+                tracing::info!("{self} is {name} ({arch}); kernels loaded in {seconds:.1} s");
                 Ok(Platform::Cuda(Gpu::new(driver)))
             }
         }

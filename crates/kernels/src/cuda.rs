@@ -22,6 +22,7 @@ mod experts;
 mod experts_f32;
 mod finite;
 mod gate;
+mod image_cache;
 mod linear_bf16;
 mod linear_f32;
 mod matrix;
@@ -42,6 +43,7 @@ pub mod weights;
 
 pub use device::{CacheOnDevice, Cuda};
 pub use driver::{CudaError, Driver};
+pub use image_cache::ImageCache;
 pub use real::{Memory, memory};
 pub use routed::ExpertsOnDevice;
 pub use tensor::Tensor;

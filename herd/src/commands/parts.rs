@@ -57,6 +57,10 @@ pub(crate) struct ComputeArgs {
     /// What a worker computes on: cpu, or cuda:N for a GPU, which the workers of this command share.
     #[arg(long, default_value_t)]
     pub(crate) device: DeviceArg,
+    /// Folder for compiled kernels of a GPU, of this user alone; without one they are compiled at every start, which
+    /// takes some ten seconds. With --processes one that lives as long is the default.
+    #[arg(long, env = "HERD_KERNEL_CACHE")]
+    pub(crate) kernel_cache: Option<PathBuf>,
     /// Memory for weights and KV cache of a worker, in MiB; by default the workers of this command share
     /// nine tenths of what is free. How many experts a worker holds depends on it.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
@@ -96,7 +100,11 @@ impl ComputeArgs {
 
     /// The model, for workers on the device.
     pub(crate) fn model(&self, dir: &Path) -> anyhow::Result<Model> {
-        Ok(Model::open_for(dir, self.dtype.into(), self.device.open()?)?)
+        Ok(Model::open_for(
+            dir,
+            self.dtype.into(),
+            self.device.open(self.kernel_cache.as_deref())?,
+        )?)
     }
 
     /// The KV cache of a worker with this memory.

@@ -5,10 +5,10 @@
 //! ended with this process if that has the time.) What dies is started again, unless the user wants it
 //! dead.
 
-use super::DtypeArg;
 use super::links::{Network, Place};
 use super::parts::{Signals, say};
 use super::up::{Args, how_to_try};
+use super::{DeviceArg, DtypeArg};
 use anyhow::{Context, bail};
 use std::ffi::OsString;
 use std::net::{SocketAddr, TcpListener};
@@ -116,10 +116,10 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
     let another = |number| {
         let memory = args.compute.memory(args.workers)?;
         let Some((network, _)) = &network else {
-            return Ok(worker((args, memory), &program, &urls, (&dir, number)));
+            return Ok(worker((args, memory, data.path()), &program, &urls, (&dir, number)));
         };
         let Place { flags, coordinators } = network.place(number)?;
-        let mut role = worker((args, memory), &program, &coordinators, (&dir, number));
+        let mut role = worker((args, memory, data.path()), &program, &coordinators, (&dir, number));
         role.args.extend(flags);
         Ok(role)
     };
@@ -347,7 +347,7 @@ fn coordinators(
 }
 
 fn worker(
-    (args, memory): (&Args, u64),
+    (args, memory, data): (&Args, u64, &Path),
     program: &OsString,
     urls: &str,
     (dir, number): (&Path, u16),
@@ -380,6 +380,10 @@ fn worker(
     role.args.extend(["--memory-mib".into(), mib.to_string().into()]);
     if let Some(mib) = compute.kv_mib {
         role.args.extend(["--kv-mib".into(), mib.to_string().into()]);
+    }
+    if compute.device != DeviceArg::Cpu {
+        let cache = compute.kernel_cache.clone().unwrap_or_else(|| data.join("kernels"));
+        role.args.extend(["--kernel-cache".into(), cache.into_os_string()]);
     }
     role
 }

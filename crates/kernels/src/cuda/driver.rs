@@ -3,6 +3,7 @@
 use super::args::Launch;
 #[cfg(feature = "emulated")]
 use super::emulated::Emulated;
+use super::image_cache::ImageCache;
 use super::real::Gpu;
 use std::sync::OnceLock;
 
@@ -71,13 +72,13 @@ enum Kind {
 }
 
 impl Driver {
-    /// Opens device `cuda:ordinal` and loads the kernels.
+    /// Opens device `cuda:ordinal` and loads the kernels, from the cache if they are there.
     ///
     /// # Errors
     ///
     /// [`CudaError`] with what is missing and what to do about it.
-    pub fn open(ordinal: u32) -> Result<Self, CudaError> {
-        Ok(Self { kind: Kind::Gpu(Gpu::open(ordinal)?), failed: OnceLock::new() })
+    pub fn open(ordinal: u32, cache: Option<&ImageCache>) -> Result<Self, CudaError> {
+        Ok(Self { kind: Kind::Gpu(Gpu::open(ordinal, cache)?), failed: OnceLock::new() })
     }
 
     /// A device without a GPU: the kernels run on the CPU, slowly.

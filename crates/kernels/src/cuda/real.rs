@@ -3,7 +3,8 @@
 use super::args::Launch;
 use super::compile::{self, compile};
 use super::driver::CudaError;
-use super::sources::SOURCES;
+use super::image_cache::{ImageCache, Key};
+use super::sources::{SOURCES, Source};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use std::collections::BTreeMap;
@@ -39,13 +40,13 @@ unsafe impl Sync for Gpu {}
 
 impl Gpu {
     /// Opens a device and loads the kernels.
-    pub(super) fn open(ordinal: u32) -> Result<Self, CudaError> {
+    pub(super) fn open(ordinal: u32, cache: Option<&ImageCache>) -> Result<Self, CudaError> {
         let mut gpu = Self::attach(ordinal)?;
         compile::version()?;
         gpu.enter()?;
         gpu.stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(failed("cuStreamCreate"))?;
-        gpu.load()?;
+        gpu.load(cache)?;
         Ok(gpu)
     }
 
@@ -96,13 +97,10 @@ impl Gpu {
         self.shared_max
     }
 
-    /// Compiles and loads the kernels.
-    fn load(&mut self) -> Result<(), CudaError> {
+    /// Loads the kernels; compiles those that are not in the cache.
+    fn load(&mut self, cache: Option<&ImageCache>) -> Result<(), CudaError> {
         for source in SOURCES {
-            let compiled = compile(*source, &self.arch)?;
-            // SAFETY: the image was made by the compiler for this device. Modules live as long as the context.
-            let module = unsafe { result::module::load_data(compiled.image.as_ptr().cast()) }
-                .map_err(failed("cuModuleLoadData"))?;
+            let module = self.module(*source, cache)?;
             for kernel in source.kernels() {
                 let name = CString::new(kernel).expect("names hold no zero");
                 // SAFETY: the module was loaded above.
@@ -112,6 +110,29 @@ impl Gpu {
             }
         }
         Ok(())
+    }
+
+    /// Loads a file of kernels.
+    fn module(
+        &self,
+        source: Source,
+        cache: Option<&ImageCache>,
+    ) -> Result<sys::CUmodule, CudaError> {
+        let (text, arch, compiler) = (source.text(), &self.arch, compile::version()?);
+        let key = Key { name: source.name, text: &text, arch, compiler };
+        let load = |image: &[u8]| {
+            // SAFETY: the image was made by the compiler for this device, or kept by whoever owns the cache; the
+            // driver checks its form. Modules live as long as the context.
+            unsafe { result::module::load_data(image.as_ptr().cast()) }
+        };
+        if let Some(module) = cache.and_then(|cache| load(&cache.get(key)?).ok()) {
+            return Ok(module);
+        }
+        let compiled = compile(source, arch)?;
+        if let Some(cache) = cache {
+            cache.put(key, &compiled.image);
+        }
+        load(&compiled.image).map_err(failed("cuModuleLoadData"))
     }
 
     /// Makes the context current in this thread.

@@ -26,7 +26,7 @@ const REAL: &str = "HERD_TEST_GPU";
 fn driver() -> &'static Arc<Driver> {
     static DRIVER: LazyLock<Arc<Driver>> = LazyLock::new(|| {
         let driver = match std::env::var(REAL) {
-            Ok(number) => Driver::open(number.parse().unwrap()).unwrap(),
+            Ok(number) => Driver::open(number.parse().unwrap(), None).unwrap(),
             Err(_) => Driver::emulated().unwrap(),
         };
         Arc::new(driver)
