@@ -88,6 +88,18 @@ fn fp8_tiny_in_bf16() {
 }
 
 #[test]
+fn fp8_experts_take_a_byte_per_weight_on_the_device() {
+    let of = |name: &str, platform| {
+        Model::open_for(&case(name), Dtype::Bf16, platform).unwrap().footprint()
+    };
+    let (cpu, gpu) = (of("fp8-tiny", Platform::Cpu), of("fp8-tiny", emulated()));
+    assert_eq!((gpu.dense, gpu.experts), (cpu.dense, cpu.experts));
+    // Scales are as large as before, and few.
+    assert!(cpu.expert / 2 < gpu.expert && gpu.expert < cpu.expert * 6 / 10, "{gpu:?} {cpu:?}");
+    assert_eq!(of("bf16-tiny", Platform::Cpu), of("bf16-tiny", emulated()));
+}
+
+#[test]
 fn ranks_replicas_and_chunks_change_no_bit_in_bf16() {
     for name in ["maverick-tiny", "scout-tiny", "fp8-tiny"] {
         let dir = case(name);

@@ -4,7 +4,7 @@ use crate::platform::Platform;
 use kernels::{Cpu, Dtype, ExpertWeights, Experts};
 use model::checkpoint::{Checkpoint, CheckpointError};
 use model::config::{Config, ConfigError};
-use model::footprint::Footprint;
+use model::footprint::{Footprint, Fp8};
 use model::load::{LoadError, Loader};
 use model::weights::{Dense, ExpertMap};
 use std::collections::BTreeSet;
@@ -87,10 +87,14 @@ impl Model {
         &self.checkpoint
     }
 
-    /// What its weights take in memory.
+    /// What its weights take in the memory of its device.
     #[must_use]
     pub fn footprint(&self) -> Footprint {
-        self.loader().footprint()
+        let fp8 = match (&self.platform, self.dtype) {
+            (Platform::Cuda(_), Dtype::Bf16) => Fp8::Kept,
+            (Platform::Cuda(_), Dtype::F32) | (Platform::Cpu, _) => Fp8::Widened,
+        };
+        self.loader().footprint(fp8)
     }
 
     /// The dense part; the first caller loads it.

@@ -16,16 +16,26 @@ pub struct Footprint {
     pub experts: usize,
 }
 
+/// What a device makes of FP8 weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fp8 {
+    /// Numbers of the profile's width.
+    Widened,
+    /// A byte each, as they are stored.
+    Kept,
+}
+
 impl Loader<'_> {
     /// The bytes of the weights, without what alignment adds.
     #[must_use]
-    pub fn footprint(&self) -> Footprint {
+    pub fn footprint(&self, fp8: Fp8) -> Footprint {
         // It is only asked for MoE layers.
         let format = |layer| self.checkpoint.expert_format(layer).unwrap_or(ExpertFormat::Fused);
         let (mut dense, mut routed) = (0, 0);
         for tensor in names::required(self.config, format) {
             let elements: u64 = tensor.shape.iter().map(|&size| size as u64).product();
             let width = match tensor.kind {
+                Kind::Fp8 if fp8 == Fp8::Kept => 1,
                 Kind::Weight | Kind::Fp8 => match self.storage(self.tensor(&tensor.name).dtype) {
                     Storage::F32 => 4,
                     Storage::Bf16 => 2,
