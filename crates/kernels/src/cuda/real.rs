@@ -157,7 +157,9 @@ impl Gpu {
     pub(super) fn free(&self, address: u64) {
         // A context that has failed has freed everything.
         let _failed = self.enter();
-        // SAFETY: `allocate` gave it, and the buffer that had it is gone. This waits for the kernels that use it.
+        // SAFETY: the stream was made in `open`, or is the default one. Kernels that were enqueued may use the memory.
+        let _failed = unsafe { result::stream::synchronize(self.stream) };
+        // SAFETY: `allocate` gave it, and the buffer that had it is gone.
         let _failed = unsafe { result::free_sync(address) };
     }
 
