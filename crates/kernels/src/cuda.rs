@@ -47,4 +47,3 @@ pub use image_cache::ImageCache;
 pub use real::{Memory, memory};
 pub use routed::ExpertsOnDevice;
 pub use tensor::Tensor;
-pub use tiles::{Placement, TileShape, TileStorage, TiledMatrix};

@@ -147,6 +147,18 @@ mod tests {
     }
 
     #[test]
+    fn rank_that_hears_the_others_again_is_told_of_no_more() {
+        let signs = Signs::new(3);
+        signs.misses(1, vec![2]);
+        signs.misses(0, vec![]);
+        assert_eq!(signs.unheard(), Some((1, vec![2])), "another rank hears all");
+        assert_eq!(signs.unheard(), None, "asked since");
+        signs.misses(1, vec![2]);
+        signs.misses(1, vec![]);
+        assert_eq!(signs.unheard(), None);
+    }
+
+    #[test]
     fn silent_rank_is_suspect_after_a_few_beats_where_beats_are_punctual() {
         assert_eq!(ticks(&mut calm(), &[1, 0, 1], 100), Some((4, vec![1])));
         let mut suspicion = Suspicion::new();

@@ -17,7 +17,7 @@ use super::routed::{ExpertsOnDevice, StagedRows};
 use super::sample::{Choices, is_plain, sample};
 use super::tensor::Tensor;
 use super::travel::{RouteOnDevice, WireOnDevice};
-use super::weights::{EmbeddingTable, NormWeights, Weights};
+use super::weights::{EmbeddingTable, NormWeights, Stored, Weights};
 use crate::cpu::check;
 use crate::device::{
     AttentionLayer, Device, DeviceError, Pool, RopeTable, StepBatch, StepLimits, Temperature,
@@ -124,9 +124,9 @@ impl Cuda {
 impl Cuda {
     /// The dense products of either profile.
     fn product(&self, x: &Tensor, w: &Weights, out: &mut Tensor) -> Result<(), CudaError> {
-        match w {
-            Weights::Plain(plain) => linear_f32(&self.driver, x, &plain.0, out),
-            Weights::Tiled(tiled) => linear_bf16(&self.driver, x, tiled, out),
+        match &w.0 {
+            Stored::Plain(plain) => linear_f32(&self.driver, x, plain, out),
+            Stored::Tiled(tiled) => linear_bf16(&self.driver, x, tiled, out),
         }
     }
 }

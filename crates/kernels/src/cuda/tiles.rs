@@ -34,7 +34,7 @@ pub(super) fn wide_shared(storage: TileStorage) -> u32 {
 
 /// How a weight is stored.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum TileStorage {
+pub(super) enum TileStorage {
     Bf16,
     /// e4m3fn without NaN; one factor per output multiplies the finished sum.
     Fp8,
@@ -42,8 +42,7 @@ pub enum TileStorage {
 
 impl TileStorage {
     /// Bytes of a weight.
-    #[must_use]
-    pub fn bytes(self) -> usize {
+    pub(super) fn bytes(self) -> usize {
         match self {
             Self::Bf16 => 2,
             Self::Fp8 => 1,
@@ -58,10 +57,10 @@ impl TileStorage {
 
 /// The shape of a tiled matrix.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct TileShape {
-    pub storage: TileStorage,
-    pub outputs: usize,
-    pub inputs: usize,
+pub(super) struct TileShape {
+    pub(super) storage: TileStorage,
+    pub(super) outputs: usize,
+    pub(super) inputs: usize,
 }
 
 impl TileShape {
@@ -81,8 +80,7 @@ impl TileShape {
     }
 
     /// Bytes of the whole matrix.
-    #[must_use]
-    pub fn bytes(self) -> usize {
+    pub(super) fn bytes(self) -> usize {
         self.down() * self.band_bytes()
     }
 
@@ -91,7 +89,7 @@ impl TileShape {
     /// # Panics
     ///
     /// If `rows` is not whole rows, or `to` has not the size that their tiles have.
-    pub fn tile(self, rows: &[u8], to: &mut [u8]) {
+    pub(super) fn tile(self, rows: &[u8], to: &mut [u8]) {
         let row_bytes = self.inputs * self.storage.bytes();
         let count = rows.len() / row_bytes;
         assert_eq!(count * row_bytes, rows.len(), "whole rows");
@@ -138,7 +136,7 @@ fn fp8_word(weights: [u8; 4]) -> u32 {
 
 /// Which tiles a run of outputs becomes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Placement {
+pub(super) enum Placement {
     /// One after the other.
     Run,
     /// Every second one from 0: the gates of a fused `[gate | up]`.
@@ -158,7 +156,7 @@ impl Placement {
 }
 
 /// A tiled weight matrix `[outputs, inputs]` in device memory.
-pub struct TiledMatrix {
+pub(super) struct TiledMatrix {
     shape: TileShape,
     tiles: Buffer,
     /// `[outputs]` f32, padded to whole tiles.
@@ -171,7 +169,7 @@ impl TiledMatrix {
     /// # Errors
     ///
     /// [`CudaError`] if memory is refused.
-    pub fn new(driver: &Arc<Driver>, shape: TileShape) -> Result<Self, CudaError> {
+    pub(super) fn new(driver: &Arc<Driver>, shape: TileShape) -> Result<Self, CudaError> {
         let scales = match shape.storage {
             TileStorage::Bf16 => None,
             TileStorage::Fp8 => {
@@ -190,7 +188,12 @@ impl TiledMatrix {
     /// # Panics
     ///
     /// If they lie outside the matrix.
-    pub fn put(&self, placement: Placement, first: usize, rows: &[u8]) -> Result<(), CudaError> {
+    pub(super) fn put(
+        &self,
+        placement: Placement,
+        first: usize,
+        rows: &[u8],
+    ) -> Result<(), CudaError> {
         let count = rows.len() / (self.shape.inputs * self.shape.storage.bytes());
         let band = self.shape.band_bytes();
         let mut tiles = vec![0; count.div_ceil(TILE_OUTPUTS) * band];
@@ -213,7 +216,7 @@ impl TiledMatrix {
     /// # Panics
     ///
     /// If they lie outside the matrix, or it has none.
-    pub fn put_scales(
+    pub(super) fn put_scales(
         &self,
         placement: Placement,
         first: usize,
@@ -227,41 +230,8 @@ impl TiledMatrix {
         Ok(())
     }
 
-    /// Tiles and scales as they lie in memory. Equal on all processes that hold this matrix: what one sends another may
-    /// put into a matrix of the same shape. Waits for the device.
-    ///
-    /// # Errors
-    ///
-    /// What went wrong on the device before.
-    pub fn image(&self) -> Result<[Vec<u8>; 2], CudaError> {
-        let mut tiles = vec![0; self.tiles.bytes()];
-        self.tiles.read(&mut tiles)?;
-        let mut scales = vec![0; self.scales.as_ref().map_or(0, Buffer::bytes)];
-        if let Some(from) = &self.scales {
-            from.read(&mut scales)?;
-        }
-        Ok([tiles, scales])
-    }
-
-    /// Becomes a matrix of the same shape, of which this is the image.
-    ///
-    /// # Errors
-    ///
-    /// [`CudaError`] if CUDA fails.
-    ///
-    /// # Panics
-    ///
-    /// If the image is one of another shape.
-    pub fn put_image(&self, [tiles, scales]: [&[u8]; 2]) -> Result<(), CudaError> {
-        let room = (self.tiles.bytes(), self.scales.as_ref().map_or(0, Buffer::bytes));
-        assert_eq!((tiles.len(), scales.len()), room, "an image of the same shape");
-        self.tiles.fill(0, tiles)?;
-        self.scales.as_ref().map_or(Ok(()), |to| to.fill(0, scales))
-    }
-
     /// Its shape; two matrices of the same shape are interchangeable.
-    #[must_use]
-    pub fn shape(&self) -> TileShape {
+    pub(super) fn shape(&self) -> TileShape {
         self.shape
     }
 

@@ -15,15 +15,14 @@ use std::sync::Arc;
 const OUTPUTS_AT_ONCE: usize = 256;
 
 /// A weight matrix `[outputs, inputs]`, as the products of its profile take it.
-pub enum Weights {
+pub struct Weights(pub(super) Stored);
+
+pub(super) enum Stored {
     /// f32 profile.
-    Plain(PlainMatrix),
+    Plain(matrix::Matrix),
     /// bf16 profile.
     Tiled(TiledMatrix),
 }
-
-/// Row-major weights.
-pub struct PlainMatrix(pub(super) matrix::Matrix);
 
 /// Norm weights, `[hidden]` f32.
 pub struct NormWeights(pub(super) Buffer);
@@ -78,13 +77,13 @@ impl Loader {
     /// As for [`Loader::norm`].
     pub fn matrix(&self, weights: &Matrix) -> Result<Weights, CudaError> {
         match self.dtype {
-            Dtype::F32 => Ok(Weights::Plain(PlainMatrix(self.plain(weights)?))),
+            Dtype::F32 => Ok(Weights(Stored::Plain(self.plain(weights)?))),
             Dtype::Bf16 => {
                 let (outputs, inputs) = (weights.outputs(), weights.inputs());
                 let shape = TileShape { storage: tile_storage(weights), outputs, inputs };
                 let tiled = TiledMatrix::new(&self.driver, shape)?;
                 put(&tiled, (weights, 0..outputs), Placement::Run)?;
-                Ok(Weights::Tiled(tiled))
+                Ok(Weights(Stored::Tiled(tiled)))
             }
         }
     }

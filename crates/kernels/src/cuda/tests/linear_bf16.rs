@@ -104,16 +104,3 @@ fn many_rows_have_the_bits_of_few() {
         }
     }
 }
-
-#[test]
-fn image_of_a_matrix_makes_its_twin() {
-    for storage in [TileStorage::Bf16, TileStorage::Fp8] {
-        let shape = TileShape { storage, outputs: 40, inputs: 72 };
-        let (w, _, _) = weights(shape, 7);
-        let twin = TiledMatrix::new(driver(), shape).unwrap();
-        let [tiles, scales] = w.image().unwrap();
-        twin.put_image([&tiles, &scales]).unwrap();
-        let x: Vec<f32> = noise(3 * shape.inputs, 1, 1.0).into_iter().map(round_bf16).collect();
-        assert_same(&product(&x, &twin), &product(&x, &w), "a twin's product");
-    }
-}
