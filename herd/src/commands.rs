@@ -22,14 +22,18 @@ pub(crate) mod worker;
 use ::worker::{Gpu, Platform};
 use anyhow::Context;
 use kernels::Dtype;
-use kernels::cuda::{Driver, ImageCache};
+use kernels::cuda::{Driver, ImageCache, Options};
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The small trained model of the repository.
 pub(crate) const DEFAULT_MODEL: &str = "models/toy-maverick";
 /// Where `herd up` listens unless told otherwise.
 pub(crate) const DEFAULT_LISTEN: &str = "127.0.0.1:8000";
+
+/// Longest that a GPU may take for what it was given, in seconds: half of what a step may take, and a hundred times
+/// what one does.
+pub(crate) const DEFAULT_GPU_LIMIT_S: u64 = 30;
 
 /// Arithmetic of the activations.
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -80,14 +84,25 @@ impl std::fmt::Display for DeviceArg {
 }
 
 impl DeviceArg {
+    /// Opens the device for a tool.
+    pub(crate) fn open(self) -> anyhow::Result<Platform> {
+        self.open_with(None, Duration::from_secs(DEFAULT_GPU_LIMIT_S))
+    }
+
     /// Opens the device; compiles the kernels of a GPU that are not in the cache.
-    pub(crate) fn open(self, kernel_cache: Option<&Path>) -> anyhow::Result<Platform> {
+    ///
+    /// * `wait_max`: longest that a GPU may take for what it was given
+    pub(crate) fn open_with(
+        self,
+        kernel_cache: Option<&Path>,
+        wait_max: Duration,
+    ) -> anyhow::Result<Platform> {
         match self {
             Self::Cpu => Ok(Platform::Cpu),
             Self::Cuda(number) => {
                 let start = Instant::now();
-                let cache = kernel_cache.map(ImageCache::new);
-                let driver = Driver::open(number, cache.as_ref())
+                let options = Options { cache: kernel_cache.map(ImageCache::new), wait_max };
+                let driver = Driver::open(number, &options)
                     .with_context(|| BadInput(format!("--device {self} cannot be used")))?;
                 let (arch, name) = driver.identity();
                 let seconds = start.elapsed().as_secs_f64();

@@ -8,7 +8,6 @@ use commands::{
     synth, up, worker,
 };
 use model::checkpoint::CheckpointError;
-use std::process::ExitCode;
 
 /// Serves Llama 4 by expert parallelism. Without a command: `herd up`.
 #[derive(clap::Parser)]
@@ -52,7 +51,7 @@ enum Command {
     Synth(synth::Args),
 }
 
-fn main() -> ExitCode {
+fn main() {
     let cli = <Cli as clap::Parser>::parse();
     telemetry::init_logs(&cli.log);
     let command = cli.command.unwrap_or_else(|| Command::Up(up_by_default()));
@@ -71,13 +70,14 @@ fn main() -> ExitCode {
         Command::Bench(command) => bench::run(command),
         Command::Synth(args) => synth::run(args),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
+    let code = match result {
+        Ok(()) => 0,
         Err(error) => {
             eprintln!("herd: {error:#}");
-            ExitCode::from(exit_code(&error))
+            exit_code(&error)
         }
-    }
+    };
+    kernels::cuda::exit(code)
 }
 
 /// `herd up` as if it had been typed, so that its defaults and environment stand in one place.
@@ -89,7 +89,7 @@ fn up_by_default() -> up::Args {
 }
 
 /// 2 if the user's input is at fault, 1 otherwise.
-fn exit_code(error: &anyhow::Error) -> u8 {
+fn exit_code(error: &anyhow::Error) -> i32 {
     let marked = error.downcast_ref::<BadInput>().is_some();
     let bad_input = marked
         || error.chain().any(|cause| {

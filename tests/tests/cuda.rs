@@ -3,12 +3,16 @@
 
 #![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
+use herd::cluster::{Cluster, Config};
 use herd::logits::{Options, Outcome, max_difference, run};
 use kernels::Dtype;
 use kernels::cuda::Driver;
+use router::engine::{Generate, Sampling};
 use safetensors::SafeTensors;
 use std::path::{Path, PathBuf};
-use worker::{Gpu, Model, Platform};
+use std::sync::Arc;
+use std::time::Duration;
+use worker::{Ended, Gpu, KvBlocks, Model, Platform};
 
 const PLAIN: Options = Options { workers: 1, threads: 1, chunk: 512, greedy: 4, redundancy: 0 };
 
@@ -146,4 +150,77 @@ fn expert_that_gives_no_number_fails_the_step_and_is_named() {
         assert!(error.contains("the result of the routed expert of MoE layer"), "{dtype}: {error}");
     }
     std::fs::remove_dir_all(&dir).unwrap();
+}
+
+/// Within the second step, on a device that hangs in the midst of it.
+const KERNELS_BEFORE_IT_HANGS: u64 = 150;
+
+fn hanging() -> Platform {
+    let wait_max = Duration::from_millis(300);
+    let driver = Driver::emulated_until(KERNELS_BEFORE_IT_HANGS, wait_max).unwrap();
+    Platform::Cuda(Gpu::new(driver))
+}
+
+const HANGS: &str = "the emulated device has not finished within 0.3 s what it was given";
+
+#[test]
+fn kernel_that_never_ends_fails_the_step() {
+    let model = Model::open_for(&case("maverick-tiny"), Dtype::Bf16, hanging()).unwrap();
+    let options = Options { chunk: 7, ..PLAIN };
+    let error = run(&model, &prompt(&case("maverick-tiny")), options).unwrap_err();
+    assert!(format!("{error:#}").contains(HANGS), "{error:#}");
+    assert!(model.platform.failure().unwrap().starts_with(HANGS));
+}
+
+/// A worker alone notices it at the end of a step, others where they read rows for each other.
+#[tokio::test(flavor = "multi_thread")]
+async fn kernel_that_never_ends_ends_the_worker() {
+    for workers in [1, 2] {
+        let ends = ends_of_hanging(workers).await;
+        assert_eq!(ends.len(), usize::from(workers));
+        for end in ends {
+            assert!(matches!(&end, Ended::Failed(reason) if reason.starts_with(HANGS)), "{end:?}");
+        }
+    }
+}
+
+async fn ends_of_hanging(workers: u16) -> Vec<Ended> {
+    let model = Model::open_for(&case("maverick-tiny"), Dtype::Bf16, hanging()).unwrap();
+    let kv = KvBlocks::plan(&model.config, model.dtype, 1 << 24, 4).unwrap();
+    let config = Config {
+        model: Arc::new(model),
+        threads: 1,
+        settings: control::Settings {
+            workers_expected: workers,
+            assemble_max: Duration::from_secs(60),
+            adopt_max: Duration::ZERO,
+            redundancy: 0,
+            spare: 0,
+            repair_after: Duration::from_secs(1),
+            rebalance_every: None,
+        },
+        kv,
+        step_tokens: 16,
+        sequences_max: 4,
+        queue_max: 4,
+        step_deadline: Duration::from_secs(20),
+        address: "none".into(),
+    };
+    let mut cluster = Cluster::start(config).await.unwrap();
+    let request = Generate {
+        prompt: prompt(&case("maverick-tiny")),
+        tokens_max: 8,
+        sampling: Sampling::greedy(),
+        stop_tokens: Vec::new(),
+        group: 1,
+    };
+    let until_ready = async {
+        while !cluster.engine.is_ready() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), until_ready).await.unwrap();
+    let _stream = cluster.engine.submit(request).await.unwrap();
+    let ended = futures::future::join_all(cluster.workers.iter_mut().map(worker::Worker::ended));
+    tokio::time::timeout(Duration::from_secs(60), ended).await.unwrap()
 }

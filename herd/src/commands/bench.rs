@@ -122,7 +122,7 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
 }
 
 fn engine(args: &EngineArgs, print: &mut dyn FnMut(&serde_json::Value)) -> anyhow::Result<()> {
-    let platform = args.device.open(None)?;
+    let platform = args.device.open()?;
     let model = Arc::new(worker::Model::open_for(&args.model, args.dtype.into(), platform)?);
     let options = bench::Options {
         workers: args.workers,

@@ -43,7 +43,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let platform = args.device.open(None)?;
+    let platform = args.device.open()?;
     let model = worker::Model::open_for(&args.model, args.dtype.into(), platform)?;
     if args.verify {
         model.checkpoint().verify(&|_, _| {})?;

@@ -1,6 +1,6 @@
 //! What several commands share: flags of a role, signals, output.
 
-use super::{BadInput, DEFAULT_LISTEN, DEFAULT_MODEL, DeviceArg, DtypeArg};
+use super::{BadInput, DEFAULT_GPU_LIMIT_S, DEFAULT_LISTEN, DEFAULT_MODEL, DeviceArg, DtypeArg};
 use anyhow::{Context, ensure};
 use control::Settings;
 use std::io::Write;
@@ -61,6 +61,11 @@ pub(crate) struct ComputeArgs {
     /// takes some ten seconds. With --processes one that lives as long is the default.
     #[arg(long, env = "HERD_KERNEL_CACHE")]
     pub(crate) kernel_cache: Option<PathBuf>,
+    /// Longest that a GPU may take for what it was given, in seconds; then it hangs, and the worker's process ends to be
+    /// started again. Less than --step-max-s of the router.
+    #[arg(long, default_value_t = DEFAULT_GPU_LIMIT_S, env = "HERD_GPU_LIMIT_S",
+          value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) gpu_limit_s: u64,
     /// Memory for weights and KV cache of a worker, in MiB; by default the workers of this command share
     /// nine tenths of what is free. How many experts a worker holds depends on it.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
@@ -100,11 +105,9 @@ impl ComputeArgs {
 
     /// The model, for workers on the device.
     pub(crate) fn model(&self, dir: &Path) -> anyhow::Result<Model> {
-        Ok(Model::open_for(
-            dir,
-            self.dtype.into(),
-            self.device.open(self.kernel_cache.as_deref())?,
-        )?)
+        let wait_max = Duration::from_secs(self.gpu_limit_s);
+        let platform = self.device.open_with(self.kernel_cache.as_deref(), wait_max)?;
+        Ok(Model::open_for(dir, self.dtype.into(), platform)?)
     }
 
     /// The KV cache of a worker with this memory.

@@ -384,6 +384,7 @@ fn worker(
     if compute.device != DeviceArg::Cpu {
         let cache = compute.kernel_cache.clone().unwrap_or_else(|| data.join("kernels"));
         role.args.extend(["--kernel-cache".into(), cache.into_os_string()]);
+        role.args.extend(["--gpu-limit-s".into(), compute.gpu_limit_s.to_string().into()]);
     }
     role
 }

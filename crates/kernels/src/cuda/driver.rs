@@ -6,6 +6,7 @@ use super::emulated::Emulated;
 use super::image_cache::ImageCache;
 use super::real::Gpu;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 /// Why a GPU cannot be used.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -53,9 +54,24 @@ pub enum CudaError {
     /// The memory is used up.
     #[error("no device memory for the {what}: {bytes} bytes asked for, {free} of {total} are free")]
     Memory { what: &'static str, bytes: usize, free: usize, total: usize },
+    /// The device does not come to an end.
+    #[error(
+        "{device} has not finished within {limit_s} s what it was given: a kernel hangs, or the GPU does; start this process \
+         again, and if that does not help reset the GPU (nvidia-smi --gpu-reset); --gpu-limit-s gives steps more time"
+    )]
+    Hangs { device: String, limit_s: f64 },
     /// CUDA failed. Most failures of a kernel spoil the context for good.
     #[error("CUDA: {what}: {error}")]
     Failed { what: &'static str, error: String },
+}
+
+/// How a device is opened.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where compiled kernels are kept, if they are.
+    pub cache: Option<ImageCache>,
+    /// Longest that whoever waits for the device waits.
+    pub wait_max: Duration,
 }
 
 /// A device and its stream.
@@ -77,8 +93,8 @@ impl Driver {
     /// # Errors
     ///
     /// [`CudaError`] with what is missing and what to do about it.
-    pub fn open(ordinal: u32, cache: Option<&ImageCache>) -> Result<Self, CudaError> {
-        Ok(Self { kind: Kind::Gpu(Gpu::open(ordinal, cache)?), failed: OnceLock::new() })
+    pub fn open(ordinal: u32, options: &Options) -> Result<Self, CudaError> {
+        Ok(Self { kind: Kind::Gpu(Gpu::open(ordinal, options)?), failed: OnceLock::new() })
     }
 
     /// A device without a GPU: the kernels run on the CPU, slowly.
@@ -89,6 +105,18 @@ impl Driver {
     #[cfg(feature = "emulated")]
     pub fn emulated() -> Result<Self, CudaError> {
         Ok(Self { kind: Kind::Emulated(Emulated::open()?), failed: OnceLock::new() })
+    }
+
+    /// The same, but the kernel after so many never ends, and those behind it never begin; whoever waits for them
+    /// waits for `wait_max`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Driver::emulated`].
+    #[cfg(feature = "emulated")]
+    pub fn emulated_until(kernels: u64, wait_max: Duration) -> Result<Self, CudaError> {
+        let emulated = Emulated::open()?.hanging_after(kernels, wait_max);
+        Ok(Self { kind: Kind::Emulated(emulated), failed: OnceLock::new() })
     }
 
     /// What the device is, for people and for numeric profiles: its architecture, and its name.
@@ -130,37 +158,40 @@ impl Driver {
         }
     }
 
-    /// Frees what `allocate` gave.
+    /// A device that hangs has failed, whoever noticed it.
+    fn noted<T>(&self, result: Result<T, CudaError>) -> Result<T, CudaError> {
+        if let Err(error @ CudaError::Hangs { .. }) = &result {
+            self.fail(error.clone());
+        }
+        result
+    }
+
+    /// Frees what `allocate` gave. On a device that hangs it stays.
     pub(crate) fn free(&self, address: u64) {
-        match &self.kind {
+        // A context that has failed has freed everything.
+        let _failed = self.noted(match &self.kind {
             Kind::Gpu(gpu) => gpu.free(address),
             #[cfg(feature = "emulated")]
             Kind::Emulated(emulated) => emulated.free(address),
-        }
+        });
     }
 
     /// Copies to the device. `content` may change once this returns.
     pub(crate) fn write(&self, address: u64, content: &[u8]) -> Result<(), CudaError> {
-        match &self.kind {
+        self.noted(match &self.kind {
             Kind::Gpu(gpu) => gpu.write(address, content),
             #[cfg(feature = "emulated")]
-            Kind::Emulated(emulated) => {
-                emulated.write(address, content);
-                Ok(())
-            }
-        }
+            Kind::Emulated(emulated) => emulated.write(address, content),
+        })
     }
 
     /// Waits for all that was enqueued, and copies to the host.
     pub(crate) fn read(&self, address: u64, out: &mut [u8]) -> Result<(), CudaError> {
-        match &self.kind {
+        self.noted(match &self.kind {
             Kind::Gpu(gpu) => gpu.read(address, out),
             #[cfg(feature = "emulated")]
-            Kind::Emulated(emulated) => {
-                emulated.read(address, out);
-                Ok(())
-            }
-        }
+            Kind::Emulated(emulated) => emulated.read(address, out),
+        })
     }
 
     /// Enqueues a kernel.
@@ -179,15 +210,12 @@ impl Driver {
             // Nothing to do, and an error in CUDA.
             return Ok(());
         }
-        match &self.kind {
+        self.noted(match &self.kind {
             // SAFETY: the caller's promise.
             Kind::Gpu(gpu) => unsafe { gpu.launch(launch, args) },
             #[cfg(feature = "emulated")]
-            Kind::Emulated(emulated) => {
-                // SAFETY: the caller's promise.
-                unsafe { emulated.launch(launch, args) };
-                Ok(())
-            }
-        }
+            // SAFETY: the caller's promise.
+            Kind::Emulated(emulated) => unsafe { emulated.launch(launch, args) },
+        })
     }
 }

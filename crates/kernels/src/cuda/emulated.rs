@@ -5,15 +5,21 @@
 use super::args::Launch;
 use super::driver::CudaError;
 use super::sources::SOURCES;
+use super::wait::Patience;
 use libloading::Library;
 use std::collections::BTreeMap;
 use std::ffi::{CString, c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 /// Buffers are aligned to this, so up to so many bytes past an end go unnoticed.
 const ALIGNMENT: usize = 16;
+
+/// What the device is called in messages.
+const NAME: &str = "the emulated device";
 
 type Run = unsafe extern "C" fn(
     name: *const c_char,
@@ -28,6 +34,9 @@ pub(super) struct Emulated {
     run: Run,
     /// Mappings, by the address of their buffer: start and length.
     memory: Mutex<BTreeMap<u64, (usize, usize)>>,
+    /// Kernels up to and with the one that never ends.
+    kernels_left: AtomicU64,
+    patience: Patience,
 }
 
 impl Emulated {
@@ -40,7 +49,20 @@ impl Emulated {
         Ok(Self {
             run: *run.map_err(|error| failed(&error.to_string()))?,
             memory: Mutex::default(),
+            kernels_left: AtomicU64::new(u64::MAX),
+            patience: Patience::new(NAME.into(), Duration::MAX),
         })
+    }
+
+    /// It hangs after so many kernels; whoever waits for it then gives up after `wait_max`.
+    pub(super) fn hanging_after(self, kernels: u64, wait_max: Duration) -> Self {
+        let patience = Patience::new(NAME.into(), wait_max);
+        Self { kernels_left: AtomicU64::new(kernels.saturating_add(1)), patience, ..self }
+    }
+
+    /// Waits for what was enqueued: all of it has run, or will never do.
+    fn wait(&self) -> Result<(), CudaError> {
+        self.patience.wait(|| Ok(0 < self.kernels_left.load(Ordering::Relaxed)))
     }
 
     pub(super) fn allocate(&self, what: &'static str, bytes: usize) -> Result<u64, CudaError> {
@@ -64,27 +86,33 @@ impl Emulated {
         Ok(address as u64)
     }
 
-    pub(super) fn free(&self, address: u64) {
+    pub(super) fn free(&self, address: u64) -> Result<(), CudaError> {
+        self.wait()?;
         let (start, length) = self.lock().remove(&address).expect("freed once");
         // SAFETY: the mapping of this buffer, which nobody has any more.
         unsafe { libc::munmap(std::ptr::with_exposed_provenance_mut(start), length) };
+        Ok(())
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, (usize, usize)>> {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn write(&self, address: u64, content: &[u8]) {
+    pub(super) fn write(&self, address: u64, content: &[u8]) -> Result<(), CudaError> {
+        self.patience.check()?;
         let to =
             std::ptr::with_exposed_provenance_mut(usize::try_from(address).expect("an address"));
         // SAFETY: `Buffer` has checked that this lies within; kernels run while `launch` is called, not now.
         unsafe { std::ptr::copy_nonoverlapping(content.as_ptr(), to, content.len()) };
+        Ok(())
     }
 
-    pub(super) fn read(&self, address: u64, out: &mut [u8]) {
+    pub(super) fn read(&self, address: u64, out: &mut [u8]) -> Result<(), CudaError> {
+        self.wait()?;
         let from = std::ptr::with_exposed_provenance(usize::try_from(address).expect("an address"));
         // SAFETY: as for `write`.
         unsafe { std::ptr::copy_nonoverlapping(from, out.as_mut_ptr(), out.len()) };
+        Ok(())
     }
 
     /// Runs a kernel to its end.
@@ -92,7 +120,13 @@ impl Emulated {
     /// # Safety
     ///
     /// As for `Driver::launch`.
-    pub(super) unsafe fn launch(&self, launch: Launch, args: &[u64]) {
+    pub(super) unsafe fn launch(&self, launch: Launch, args: &[u64]) -> Result<(), CudaError> {
+        self.patience.check()?;
+        let one_less = |left: u64| (left != u64::MAX).then(|| left.saturating_sub(1));
+        let left = self.kernels_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less);
+        if matches!(left, Ok(0 | 1)) {
+            return Ok(());
+        }
         let mut pointers: Vec<*mut c_void> =
             args.iter().map(|arg| std::ptr::from_ref(arg).cast_mut().cast()).collect();
         let name = CString::new(launch.kernel).expect("a name");
@@ -108,6 +142,7 @@ impl Emulated {
             )
         };
         assert_eq!(code, 0, "no kernel {}", launch.kernel);
+        Ok(())
     }
 }
 

@@ -2,14 +2,16 @@
 
 use super::args::Launch;
 use super::compile::{self, compile};
-use super::driver::CudaError;
+use super::driver::{CudaError, Options};
 use super::image_cache::{ImageCache, Key};
+use super::queue::Queue;
 use super::sources::{SOURCES, Source};
+use super::wait::Patience;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use std::collections::BTreeMap;
 use std::ffi::{CString, c_void};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 /// CUDA 13.0: the kernels' compiler makes nothing that older drivers load.
 const VERSION_MIN: i32 = 13_000;
@@ -22,14 +24,11 @@ const SHARED_FREE: u32 = 48 * 1024;
 
 /// An open device.
 pub(super) struct Gpu {
-    device: sys::CUdevice,
-    context: sys::CUcontext,
-    stream: sys::CUstream,
+    queue: Queue,
     kernels: BTreeMap<&'static str, sys::CUfunction>,
-    /// What `herd status` shows.
-    name: String,
-    arch: String,
-    shared_max: u32,
+    patience: Arc<Patience>,
+    // Dropped last.
+    attached: Attached,
 }
 
 // SAFETY: CUDA's handles may be used from any thread, as long as the context is current there: every method sees
@@ -38,20 +37,18 @@ unsafe impl Send for Gpu {}
 // SAFETY: as above; the driver locks what it needs to.
 unsafe impl Sync for Gpu {}
 
-impl Gpu {
-    /// Opens a device and loads the kernels.
-    pub(super) fn open(ordinal: u32, cache: Option<&ImageCache>) -> Result<Self, CudaError> {
-        let mut gpu = Self::attach(ordinal)?;
-        compile::version()?;
-        gpu.enter()?;
-        gpu.stream = result::stream::create(result::stream::StreamKind::NonBlocking)
-            .map_err(failed("cuStreamCreate"))?;
-        gpu.load(cache)?;
-        Ok(gpu)
-    }
+/// A device that will do, without kernels and stream.
+struct Attached {
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    /// What `herd status` shows.
+    name: String,
+    arch: String,
+    shared_max: u32,
+}
 
-    /// A device without kernels and stream.
-    fn attach(ordinal: u32) -> Result<Self, CudaError> {
+impl Attached {
+    fn new(ordinal: u32) -> Result<Self, CudaError> {
         probe()?;
         let count = result::device::get_count().map_err(failed("cuDeviceGetCount"))?;
         let index = i32::try_from(ordinal).ok().filter(|index| *index < count);
@@ -67,34 +64,53 @@ impl Gpu {
             let (shared, needed) = (shared_max, SHARED_NEEDED);
             return Err(CudaError::SmallDevice { ordinal, shared, needed });
         }
-        // SAFETY: the device exists; the context is released when this is dropped.
+        let name = result::device::get_name(device).map_err(failed("cuDeviceGetName"))?;
+        // SAFETY: the device exists; the context is released in `release`.
         let context = unsafe { result::primary_ctx::retain(device) }
             .map_err(failed("cuDevicePrimaryCtxRetain"))?;
-        Ok(Self {
-            device,
-            context,
-            stream: std::ptr::null_mut(),
-            kernels: BTreeMap::new(),
-            name: result::device::get_name(device).map_err(failed("cuDeviceGetName"))?,
-            arch: arch(major, minor),
-            shared_max,
-        })
+        Ok(Self { device, context, name, arch: arch(major, minor), shared_max })
+    }
+
+    /// Makes the context current in this thread.
+    fn enter(&self) -> Result<(), CudaError> {
+        // SAFETY: the context is retained until `release`.
+        unsafe { result::ctx::set_current(self.context) }.map_err(failed("cuCtxSetCurrent"))
+    }
+
+    /// Gives the context back. That waits for all that runs there, without a limit.
+    fn release(&self) {
+        // SAFETY: retained in `new`, and nobody uses it any more. What fails here has failed before.
+        let _failed = unsafe { result::primary_ctx::release(self.device) };
+    }
+}
+
+impl Gpu {
+    /// Opens a device and loads the kernels.
+    pub(super) fn open(ordinal: u32, options: &Options) -> Result<Self, CudaError> {
+        let attached = Attached::new(ordinal)?;
+        compile::version()?;
+        attached.enter()?;
+        let patience = Arc::new(Patience::new(format!("cuda:{ordinal}"), options.wait_max));
+        let queue = Queue::new(Arc::clone(&patience))?;
+        let mut gpu = Self { queue, kernels: BTreeMap::new(), patience, attached };
+        gpu.load(options.cache.as_ref())?;
+        Ok(gpu)
     }
 
     /// As NVIDIA names it.
     #[must_use]
     pub(super) fn name(&self) -> &str {
-        &self.name
+        &self.attached.name
     }
 
     /// What the kernels were compiled for.
     #[must_use]
     pub(super) fn arch(&self) -> &str {
-        &self.arch
+        &self.attached.arch
     }
 
     pub(super) fn shared_max(&self) -> u32 {
-        self.shared_max
+        self.attached.shared_max
     }
 
     /// Loads the kernels; compiles those that are not in the cache.
@@ -118,7 +134,8 @@ impl Gpu {
         source: Source,
         cache: Option<&ImageCache>,
     ) -> Result<sys::CUmodule, CudaError> {
-        let (text, arch, compiler) = (source.text(), &self.arch, compile::version()?);
+        let (text, arch) = (source.text(), &self.attached.arch);
+        let compiler = compile::version()?;
         let key = Key { name: source.name, text: &text, arch, compiler };
         let load = |image: &[u8]| {
             // SAFETY: the image was made by the compiler for this device, or kept by whoever owns the cache; the
@@ -135,14 +152,9 @@ impl Gpu {
         load(&compiled.image).map_err(failed("cuModuleLoadData"))
     }
 
-    /// Makes the context current in this thread.
-    fn enter(&self) -> Result<(), CudaError> {
-        // SAFETY: the context is retained until this is dropped.
-        unsafe { result::ctx::set_current(self.context) }.map_err(failed("cuCtxSetCurrent"))
-    }
-
     pub(super) fn allocate(&self, what: &'static str, bytes: usize) -> Result<u64, CudaError> {
-        self.enter()?;
+        self.patience.check()?;
+        self.attached.enter()?;
         // SAFETY: the memory has no content, and nobody reads it before something is written.
         match unsafe { result::malloc_sync(bytes) } {
             Ok(address) => Ok(address),
@@ -154,35 +166,25 @@ impl Gpu {
         }
     }
 
-    pub(super) fn free(&self, address: u64) {
-        // A context that has failed has freed everything.
-        let _failed = self.enter();
-        // SAFETY: the stream was made in `open`, or is the default one. Kernels that were enqueued may use the memory.
-        let _failed = unsafe { result::stream::synchronize(self.stream) };
-        // SAFETY: `allocate` gave it, and the buffer that had it is gone.
-        let _failed = unsafe { result::free_sync(address) };
+    /// Frees what `allocate` gave, once the device is through with what was enqueued.
+    pub(super) fn free(&self, address: u64) -> Result<(), CudaError> {
+        self.attached.enter()?;
+        self.queue.wait()?;
+        // SAFETY: `allocate` gave it, the buffer that had it is gone, and no kernel uses it any more.
+        unsafe { result::free_sync(address) }.map_err(failed("cuMemFree"))
     }
 
     pub(super) fn write(&self, address: u64, content: &[u8]) -> Result<(), CudaError> {
         if content.is_empty() {
             return Ok(());
         }
-        self.enter()?;
-        // SAFETY: the buffer is large enough; pageable memory is read before the call returns.
-        unsafe { result::memcpy_htod_async(address, content, self.stream) }
-            .map_err(failed("cuMemcpyHtoD"))
+        self.attached.enter()?;
+        self.queue.write(address, content)
     }
 
     pub(super) fn read(&self, address: u64, out: &mut [u8]) -> Result<(), CudaError> {
-        self.enter()?;
-        // SAFETY: the buffer is large enough, and `out` is borrowed until the stream has been waited for.
-        unsafe {
-            if !out.is_empty() {
-                result::memcpy_dtoh_async(out, address, self.stream)
-                    .map_err(failed("cuMemcpyDtoH"))?;
-            }
-            result::stream::synchronize(self.stream).map_err(failed("a kernel"))
-        }
+        self.attached.enter()?;
+        self.queue.read(address, out)
     }
 
     /// Enqueues a kernel.
@@ -193,7 +195,8 @@ impl Gpu {
     pub(super) unsafe fn launch(&self, launch: Launch, args: &[u64]) -> Result<(), CudaError> {
         let Launch { kernel, grid, block, shared } = launch;
         let function = *self.kernels.get(kernel).expect("every kernel was loaded");
-        self.enter()?;
+        self.patience.check()?;
+        self.attached.enter()?;
         let mut pointers: Vec<*mut c_void> =
             args.iter().map(|arg| std::ptr::from_ref(arg).cast_mut().cast()).collect();
         let ([x, y, z], attribute) =
@@ -210,24 +213,22 @@ impl Gpu {
                 (x, y, z),
                 (block, 1, 1),
                 shared,
-                self.stream,
+                self.queue.stream(),
                 &mut pointers,
             )
-            .map_err(failed(kernel))
+            .map_err(failed(kernel))?;
         }
+        self.queue.enqueued()
     }
 }
 
 impl Drop for Gpu {
     fn drop(&mut self) {
         // What fails here has failed before.
-        let _failed = self.enter();
-        // SAFETY: both were made in `open`, and nobody uses them any more.
-        unsafe {
-            if !self.stream.is_null() {
-                let _failed = result::stream::destroy(self.stream);
-            }
-            let _failed = result::primary_ctx::release(self.device);
+        let _failed = self.attached.enter();
+        self.queue.close();
+        if self.patience.check().is_ok() {
+            self.attached.release();
         }
     }
 }
@@ -245,9 +246,11 @@ pub struct Memory {
 ///
 /// [`CudaError`] with what is missing and what to do about it.
 pub fn memory(ordinal: u32) -> Result<Memory, CudaError> {
-    let gpu = Gpu::attach(ordinal)?;
-    gpu.enter()?;
-    let (free, total) = result::mem_get_info().map_err(failed("cuMemGetInfo"))?;
+    let attached = Attached::new(ordinal)?;
+    let asked =
+        attached.enter().and_then(|()| result::mem_get_info().map_err(failed("cuMemGetInfo")));
+    attached.release();
+    let (free, total) = asked?;
     Ok(Memory { free: free as u64, total: total as u64 })
 }
 
@@ -315,6 +318,7 @@ fn probe() -> Result<(), CudaError> {
     }
 }
 
-fn failed(what: &'static str) -> impl Fn(DriverError) -> CudaError {
+/// Names the call that failed.
+pub(super) fn failed(what: &'static str) -> impl Fn(DriverError) -> CudaError {
     move |error| CudaError::Failed { what, error: error.to_string() }
 }

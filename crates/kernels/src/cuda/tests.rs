@@ -1,7 +1,8 @@
 //! The kernels, emulated, against the CPU device.
 
-use super::driver::Driver;
+use super::driver::{Driver, Options};
 use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
 mod attention_bf16;
 mod attention_f32;
@@ -26,7 +27,10 @@ const REAL: &str = "HERD_TEST_GPU";
 fn driver() -> &'static Arc<Driver> {
     static DRIVER: LazyLock<Arc<Driver>> = LazyLock::new(|| {
         let driver = match std::env::var(REAL) {
-            Ok(number) => Driver::open(number.parse().unwrap(), None).unwrap(),
+            Ok(number) => {
+                let options = Options { cache: None, wait_max: Duration::from_secs(30) };
+                Driver::open(number.parse().unwrap(), &options).unwrap()
+            }
             Err(_) => Driver::emulated().unwrap(),
         };
         Arc::new(driver)
