@@ -63,7 +63,7 @@ pub fn run(model: &Model, options: Options, report: &mut dyn FnMut(&Value)) -> a
     let ranks = Ranks { model, placement: &placement, targets: &targets, threads, kv };
     cluster(&ranks, |run_step| {
         let pools = pools(kv.pools(&model.config));
-        let weights = Weights::of(model)?;
+        let weights = Weights::of(model);
         let mut bench = Bench { model, options, pools, run_step, weights, bandwidth };
         bench.prefill(report)?;
         for streams in [1, 8, 32] {
@@ -82,14 +82,10 @@ struct Weights {
 }
 
 impl Weights {
-    fn of(model: &Model) -> anyhow::Result<Self> {
-        let layers = model.config.moe_layers().len();
-        let mut first = vec![Vec::new(); layers];
-        first.iter_mut().take(1).for_each(|experts| experts.push(0));
-        let experts = model.experts(&first, &|| true)?;
-        let expert = experts.first().and_then(|layer| layer.slots.first());
-        let bytes = expert.map_or(0, |expert| expert.gate_up.bytes() + expert.down.bytes());
-        Ok(Self { dense: model.dense()?.step_bytes() as u64, expert: bytes as u64 })
+    fn of(model: &Model) -> Self {
+        let footprint = model.footprint();
+        let layers = (model.config.moe_layers().len() as u64).max(1);
+        Self { dense: footprint.read, expert: footprint.expert / layers }
     }
 }
 

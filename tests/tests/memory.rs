@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that fails should say where")]
 
 use kernels::Dtype;
+use kernels::cuda::Driver;
 use proto::pb;
 use proto::pb::coordinator_client::CoordinatorClient;
 use std::path::Path;
@@ -10,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tonic::transport::Channel;
-use worker::{Exchange, KvBlocks, Model, Processes, WithinHost, Worker};
+use worker::{Exchange, Gpu, KvBlocks, Model, Platform, Processes, WithinHost, Worker};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -18,6 +19,13 @@ const PATIENCE: Duration = Duration::from_secs(60);
 fn toy() -> Arc<Model> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     Arc::new(Model::open(&root.join("models/toy-maverick"), Dtype::F32).unwrap())
+}
+
+/// With FP8 experts, on an emulated GPU of its own.
+fn fp8_on_gpu(dtype: Dtype) -> Arc<Model> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/fp8-tiny");
+    let platform = Platform::Cuda(Gpu::new(Driver::emulated().unwrap()));
+    Arc::new(Model::open_for(&dir, dtype, platform).unwrap())
 }
 
 async fn coordinator(redundancy: u16) -> (coordinator::Handle, String) {
@@ -76,13 +84,6 @@ async fn view(coordinator: &str, wanted: impl Fn(&pb::View) -> bool) -> pb::View
     tokio::time::timeout(PATIENCE, found).await.expect("the view comes")
 }
 
-/// Bytes of the checkpoint that a worker reads which loads no experts.
-fn dense_bytes() -> u64 {
-    let model = toy();
-    model.dense().unwrap();
-    model.checkpoint().bytes_read()
-}
-
 fn copies(view: &pb::View) -> usize {
     let of_layer = |layer: &pb::LayerPlacement| -> usize {
         layer.experts.iter().map(|expert| expert.ranks.len()).sum()
@@ -90,19 +91,35 @@ fn copies(view: &pb::View) -> usize {
     view.placement.iter().map(of_layer).sum()
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn newcomer_takes_its_experts_out_of_a_peers_memory() {
+/// Two processes with a model of `open` each.
+async fn newcomer_takes_from_memory(open: impl Fn() -> Arc<Model>) {
     let (_handle, coordinator) = coordinator(0).await;
-    let (first, second) = (toy(), toy());
+    let (first, second) = (open(), open());
     let _first = join(&first, &coordinator).await;
     let alone = view(&coordinator, |view| view.members.len() == 1).await;
-    let read_by_first = first.checkpoint().bytes_read();
-    assert!(dense_bytes() < read_by_first, "nobody had its experts");
+    let read = |model: &Model| model.checkpoint().bytes_read();
+    let (read_by_first, all) = (read(&first), first.checkpoint().bytes());
+    assert_eq!(read_by_first, all, "nobody had its experts");
     let _second = join(&second, &coordinator).await;
     let both = view(&coordinator, |view| view.members.len() == 2).await;
     assert_eq!(copies(&both), copies(&alone), "one copy of each");
-    assert_eq!(second.checkpoint().bytes_read(), dense_bytes());
-    assert_eq!(first.checkpoint().bytes_read(), read_by_first);
+    let routed = |name: &str| name.contains(".experts.");
+    let tensors = second.checkpoint().tensors();
+    let dense: u64 = tensors.filter(|t| !routed(&t.name)).map(|t| t.bytes).sum();
+    assert!(dense < all);
+    assert_eq!(read(&second), dense, "no expert came from its files");
+    assert_eq!(read(&first), read_by_first);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn newcomer_takes_its_experts_out_of_a_peers_memory() {
+    newcomer_takes_from_memory(toy).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn newcomer_takes_its_experts_out_of_a_peers_gpu() {
+    newcomer_takes_from_memory(|| fp8_on_gpu(Dtype::Bf16)).await;
+    newcomer_takes_from_memory(|| fp8_on_gpu(Dtype::F32)).await;
 }
 
 /// Goal: a loss reads nothing while the streams wait; the copies are made afterwards, and out of memory.

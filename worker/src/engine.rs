@@ -107,7 +107,7 @@ impl Seat {
         let routes = Routes::new(shard.rank, model.config.experts, shard.held, shard.targets)?;
         let own = shard.held.iter().map(|ranks| ranks[shard.rank.index()].clone());
         Ok(Self {
-            experts: model.platform.place(model.experts(&local, still_wanted)?, model.dtype)?,
+            experts: model.experts(&local, still_wanted)?,
             local: own.collect(),
             view: View {
                 epoch: shard.epoch,

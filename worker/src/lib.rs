@@ -8,6 +8,8 @@ mod engine;
 mod exchange;
 mod fence;
 mod finite;
+mod gpu;
+mod held;
 mod inject;
 mod joined;
 mod kv;
@@ -31,11 +33,12 @@ use tokio::sync::watch;
 pub use chaos::Chaos;
 pub use engine::{Engine, EngineError, Seat, Shard};
 pub use finite::{NonFinite, Place};
+pub use gpu::Gpu;
 pub use joined::{Exchange, Processes, WithinHost};
 pub use kv::{KvBlocks, KvTooSmall};
 pub use memory::{MemoryPlan, MemoryTooSmall};
 pub use observe::Observer;
-pub use platform::{Gpu, Platform};
+pub use platform::Platform;
 pub use weights::{Model, ModelError};
 
 /// What a worker runs with.

@@ -67,8 +67,9 @@ impl fmt::Display for Size<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kernels::Dtype;
+    use kernels::{Cpu, Dtype};
     use model::footprint::Footprint;
+    use model::weights::{FeedForward, Layer, Mlp};
     use std::path::Path;
 
     fn toy() -> (Model, KvBlocks) {
@@ -83,13 +84,23 @@ mod tests {
         let (model, _) = toy();
         let footprint = model.footprint();
         let expert: usize = (0..model.config.moe_layers().len())
-            .map(|layer| model.empty_expert(layer).unwrap())
-            .map(|expert| expert.gate_up.bytes() + expert.down.bytes())
+            .map(|layer| model.blank_expert(layer).unwrap())
+            .map(|expert| expert.part_bytes().iter().sum::<usize>())
             .sum();
         assert_eq!(footprint.expert, expert as u64);
-        let read = model.dense().unwrap().step_bytes() as u64;
+        let dense = model.dense().unwrap();
+        let mlp = |mlp: &Mlp<Cpu>| mlp.gate_up.bytes() + mlp.down.bytes();
+        let layer = |layer: &Layer<Cpu>| {
+            let feed_forward = match &layer.feed_forward {
+                FeedForward::Dense(dense) => mlp(dense),
+                FeedForward::Moe { router, shared } => router.bytes() + mlp(shared),
+            };
+            layer.qkv.bytes() + layer.output.bytes() + feed_forward
+        };
+        let read = dense.layers.iter().map(layer).sum::<usize>() + dense.lm_head.bytes();
+        assert_eq!(footprint.read, read as u64);
         let embedding = 2 * (model.config.vocab * model.config.hidden) as u64;
-        let others = footprint.dense - read - embedding;
+        let others = footprint.dense - footprint.read - embedding;
         assert!(others < footprint.dense / 50, "norms: {others} of {}", footprint.dense);
     }
 

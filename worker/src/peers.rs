@@ -5,10 +5,10 @@
 //! them, and takes it from all of them at once. Every piece carries a checksum. Sizes and places are
 //! those that this worker's own checkpoint says; a peer that says otherwise is not listened to.
 
+use crate::held::{Blank, Held};
 use crate::weights::{Key, Model, ModelError};
-use bytes::Bytes;
 use ids::Rank;
-use kernels::ExpertWeights;
+use kernels::DeviceError;
 use pb::experts_client::ExpertsClient;
 use pb::experts_server::ExpertsServer;
 use placement::View;
@@ -240,10 +240,10 @@ async fn take_from(
             }
         };
         taken.bytes += piece.bytes.len();
-        match coming.put(&piece, |layer| model.empty_expert(layer)) {
+        match coming.put(&piece, |layer| model.blank_expert(layer)) {
             Ok(None) => {}
-            Ok(Some((key, weights))) => {
-                model.keep(key, Arc::new(weights));
+            Ok(Some((key, expert))) => {
+                model.keep(key, expert);
                 taken.experts += 1;
             }
             Err(error) => {
@@ -275,7 +275,7 @@ struct Coming {
 }
 
 struct Partial {
-    weights: ExpertWeights,
+    expert: Blank,
     part: usize,
     at: usize,
 }
@@ -289,8 +289,8 @@ impl Coming {
     fn put(
         &mut self,
         piece: &pb::ExpertPiece,
-        empty: impl FnOnce(usize) -> Result<ExpertWeights, ModelError>,
-    ) -> Result<Option<(Key, ExpertWeights)>, PieceError> {
+        blank: impl FnOnce(usize) -> Result<Blank, ModelError>,
+    ) -> Result<Option<(Key, Held)>, PieceError> {
         let key = (piece.moe_layer as usize, piece.expert as usize);
         if self.share.front() != Some(&key) {
             return Err(PieceError::Unasked(piece.moe_layer, piece.expert));
@@ -300,21 +300,23 @@ impl Coming {
         }
         let mut current = match self.current.take() {
             Some(current) => current,
-            None => Partial { weights: empty(key.0)?, part: 0, at: 0 },
+            None => Partial { expert: blank(key.0)?, part: 0, at: 0 },
         };
         let out_of_order = || PieceError::OutOfOrder { part: piece.part, at: piece.at };
-        let parts = current.weights.image_mut();
+        let parts = current.expert.part_bytes();
         if (piece.part as usize, piece.at) != (current.part, current.at as u64)
             || piece.bytes.is_empty()
         {
             return Err(out_of_order());
         }
         let end = current.at + piece.bytes.len();
-        let room = parts[current.part].get_mut(current.at..end).ok_or_else(out_of_order)?;
-        room.copy_from_slice(&piece.bytes);
+        if parts[current.part] < end {
+            return Err(out_of_order());
+        }
+        current.expert.put(current.part, current.at, &piece.bytes).map_err(ModelError::from)?;
         current.at = end;
         // Scales that there are not have no bytes.
-        while current.part < parts.len() && current.at == parts[current.part].len() {
+        while current.part < parts.len() && current.at == parts[current.part] {
             (current.part, current.at) = (current.part + 1, 0);
         }
         if current.part < parts.len() {
@@ -322,7 +324,7 @@ impl Coming {
             return Ok(None);
         }
         self.share.pop_front();
-        Ok(Some((key, current.weights)))
+        Ok(Some((key, current.expert.complete())))
     }
 }
 
@@ -333,25 +335,33 @@ async fn send(
     piece: mpsc::Sender<Result<pb::ExpertPiece, Status>>,
 ) {
     for key in keys(layers) {
-        let Some(weights) = model.expert(key) else { return };
-        for wire in pieces(key, &weights) {
-            if piece.send(Ok(wire)).await.is_err() {
+        let Some(expert) = model.expert(key) else { return };
+        for wire in pieces(key, &expert) {
+            let wire = wire.map_err(|error| Status::unavailable(error.to_string()));
+            if piece.send(wire).await.is_err() {
                 return;
             }
         }
     }
 }
 
-fn pieces((layer, expert): Key, weights: &ExpertWeights) -> impl Iterator<Item = pb::ExpertPiece> {
+fn pieces(
+    (layer, expert): Key,
+    held: &Held,
+) -> impl Iterator<Item = Result<pb::ExpertPiece, DeviceError>> {
     let number = |n: usize| u32::try_from(n).expect("layers and experts are few");
-    (0..).zip(weights.image()).flat_map(move |(part, image)| {
-        image.chunks(PIECE_BYTES).enumerate().map(move |(index, bytes)| pb::ExpertPiece {
-            moe_layer: number(layer),
-            expert: number(expert),
-            part,
-            at: (index * PIECE_BYTES) as u64,
-            crc32c: crc_fast::crc32_iscsi(bytes),
-            bytes: Bytes::copy_from_slice(bytes),
+    held.part_bytes().into_iter().enumerate().flat_map(move |(part, all)| {
+        (0..all).step_by(PIECE_BYTES).map(move |at| {
+            let mut bytes = vec![0; PIECE_BYTES.min(all - at)];
+            held.read(part, at, &mut bytes)?;
+            Ok(pb::ExpertPiece {
+                moe_layer: number(layer),
+                expert: number(expert),
+                part: number(part),
+                at: at as u64,
+                crc32c: crc_fast::crc32_iscsi(&bytes),
+                bytes: bytes.into(),
+            })
         })
     })
 }
@@ -375,7 +385,8 @@ fn keys(layers: Vec<pb::ExpertIds>) -> impl Iterator<Item = Key> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kernels::{Matrix, Storage};
+    use bytes::Bytes;
+    use kernels::{ExpertWeights, Matrix, Storage};
 
     /// 40 inputs and 24 outputs, with scales if `fp8`; every weight differs.
     fn expert(fill: impl Fn(usize) -> f32, scale: Option<f32>) -> ExpertWeights {
@@ -396,35 +407,41 @@ mod tests {
         ExpertWeights { gate_up: matrix(24, 40), down: matrix(40, 12) }
     }
 
-    fn empty(scale: Option<f32>) -> ExpertWeights {
-        expert(|_| 0.0, scale.map(|_| 0.0))
+    fn blank(scale: Option<f32>) -> Blank {
+        Blank::Cpu(expert(|_| 0.0, scale.map(|_| 0.0)))
+    }
+
+    fn all_pieces(key: Key, held: &Held) -> Vec<pb::ExpertPiece> {
+        pieces(key, held).collect::<Result<_, _>>().unwrap()
     }
 
     #[test]
     fn pieces_make_the_same_expert_again() {
         for scale in [None, Some(0.5)] {
-            let sent = expert(|i| i as f32 * 0.25, scale);
+            let weights = Arc::new(expert(|i| i as f32 * 0.25, scale));
+            let sent = Held::Cpu(Arc::clone(&weights));
             let mut coming = Coming::new(vec![(1, 2), (0, 5)]);
             let mut got = Vec::new();
-            for piece in pieces((1, 2), &sent).chain(pieces((0, 5), &sent)) {
-                got.extend(coming.put(&piece, |_| Ok(empty(scale))).unwrap());
+            for piece in [all_pieces((1, 2), &sent), all_pieces((0, 5), &sent)].concat() {
+                got.extend(coming.put(&piece, |_| Ok(blank(scale))).unwrap());
             }
             assert_eq!(got.iter().map(|(key, _)| *key).collect::<Vec<_>>(), [(1, 2), (0, 5)]);
             for (_, expert) in got {
-                assert_eq!(expert.image(), sent.image());
-                assert_eq!(expert.gate_up.get(23, 39), sent.gate_up.get(23, 39));
+                let Held::Cpu(expert) = expert else { panic!("on another platform") };
+                assert_eq!(expert.image(), weights.image());
+                assert_eq!(expert.gate_up.get(23, 39), weights.gate_up.get(23, 39));
             }
         }
     }
 
     #[test]
     fn pieces_that_do_not_fit_are_refused() {
-        let sent = expert(|i| i as f32, None);
-        let whole: Vec<pb::ExpertPiece> = pieces((0, 1), &sent).collect();
+        let sent = Held::Cpu(Arc::new(expert(|i| i as f32, None)));
+        let whole = all_pieces((0, 1), &sent);
         let refuse = |change: &dyn Fn(&mut pb::ExpertPiece)| {
             let mut piece = whole[0].clone();
             change(&mut piece);
-            let result = Coming::new(vec![(0, 1)]).put(&piece, |_| Ok(empty(None)));
+            let result = Coming::new(vec![(0, 1)]).put(&piece, |_| Ok(blank(None)));
             result.err().expect("it is refused").to_string()
         };
         let sum = |piece: &mut pb::ExpertPiece| piece.crc32c = crc_fast::crc32_iscsi(&piece.bytes);

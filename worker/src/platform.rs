@@ -1,20 +1,18 @@
 //! What a worker computes on, and how its weights get there.
 //!
-//! Experts are read and kept in the CPU's form: that is also what other workers take out of this one's memory. A GPU
-//! gets its form made of them before it takes a seat.
+//! On a CPU weights are packed for its vectors, on a GPU they are tiled in its own memory; either way a process holds
+//! them once, for all of its ranks.
 
 use crate::engine::EngineError;
+use crate::gpu::Gpu;
 use crate::weights::Model;
-use kernels::cuda::weights::{ExpertOnDevice, Loader};
-use kernels::cuda::{CacheOnDevice, Cuda, CudaError, Driver, ExpertsOnDevice};
+use kernels::cuda::{CacheOnDevice, Cuda, ExpertsOnDevice};
 use kernels::{
-    Cache, Cpu, DeviceError, Dtype, ExpertWeights, Experts, Level, Pool, RowMemory, Staged,
-    Temperature,
+    Cache, Cpu, DeviceError, Dtype, Experts, Level, Pool, RowMemory, Staged, Temperature,
 };
 use model::forward::{pools, shape};
-use model::weights::{Dense, FeedForward, Layer, Mlp};
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use model::weights::Dense;
+use std::sync::Arc;
 
 /// The kind of device that all workers of a process have.
 #[derive(Clone, Default)]
@@ -56,115 +54,12 @@ impl Platform {
             Self::Cuda(gpu) => gpu.driver.failure().map(ToString::to_string),
         }
     }
-
-    /// Experts in this platform's form.
-    pub(crate) fn place(&self, experts: Vec<Experts>, dtype: Dtype) -> Result<Placed, DeviceError> {
-        match self {
-            Self::Cpu => Ok(Placed::Cpu(experts)),
-            Self::Cuda(gpu) => Ok(Placed::Cuda(gpu.place(experts, dtype)?)),
-        }
-    }
 }
 
 /// Experts in the form of their platform, `[moe layers]`.
 pub(crate) enum Placed {
     Cpu(Vec<Experts>),
     Cuda(Vec<ExpertsOnDevice>),
-}
-
-/// A GPU and the weights on it.
-#[derive(Clone)]
-pub struct Gpu {
-    driver: Arc<Driver>,
-    weights: Arc<OnGpu>,
-}
-
-#[derive(Default)]
-struct OnGpu {
-    dense: Mutex<Option<Arc<Dense<Cuda>>>>,
-    /// What a rank uses, by the address of what it was made of, which lives as long.
-    experts: Mutex<BTreeMap<usize, Weak<ExpertOnDevice>>>,
-}
-
-impl Gpu {
-    /// Ranks on this device.
-    #[must_use]
-    pub fn new(driver: Driver) -> Self {
-        Self { driver: Arc::new(driver), weights: Arc::default() }
-    }
-
-    fn place(
-        &self,
-        experts: Vec<Experts>,
-        dtype: Dtype,
-    ) -> Result<Vec<ExpertsOnDevice>, CudaError> {
-        let loader = Loader::new(&self.driver, dtype);
-        let of_layer = |layer: Experts| {
-            let placed = layer.slots.into_iter().map(|expert| self.place_expert(&loader, expert));
-            ExpertsOnDevice::new(&self.driver, placed.collect::<Result<_, CudaError>>()?)
-        };
-        experts.into_iter().map(of_layer).collect()
-    }
-
-    fn place_expert(
-        &self,
-        loader: &Loader,
-        original: Arc<ExpertWeights>,
-    ) -> Result<Arc<ExpertOnDevice>, CudaError> {
-        let key = Arc::as_ptr(&original).addr();
-        let mut known = lock(&self.weights.experts);
-        known.retain(|_, placed| 0 < placed.strong_count());
-        if let Some(placed) = known.get(&key).and_then(Weak::upgrade) {
-            return Ok(placed);
-        }
-        let placed = Arc::new(loader.expert(original)?);
-        known.insert(key, Arc::downgrade(&placed));
-        Ok(placed)
-    }
-
-    /// The dense weights; the first caller brings them there. Nobody needs the originals afterwards.
-    fn dense(&self, model: &Model) -> Result<Arc<Dense<Cuda>>, EngineError> {
-        let mut known = lock(&self.weights.dense);
-        if let Some(dense) = &*known {
-            return Ok(Arc::clone(dense));
-        }
-        let loader = Loader::new(&self.driver, model.dtype);
-        let placed = Arc::new(place_dense(&loader, &*model.dense()?).map_err(DeviceError::Cuda)?);
-        model.forget_dense();
-        *known = Some(Arc::clone(&placed));
-        Ok(placed)
-    }
-}
-
-fn place_dense(loader: &Loader, dense: &Dense<Cpu>) -> Result<Dense<Cuda>, CudaError> {
-    let mlp = |mlp: &Mlp<Cpu>| -> Result<Mlp<Cuda>, CudaError> {
-        Ok(Mlp { gate_up: loader.matrix(&mlp.gate_up)?, down: loader.matrix(&mlp.down)? })
-    };
-    let layer = |layer: &Layer<Cpu>| -> Result<Layer<Cuda>, CudaError> {
-        Ok(Layer {
-            input_norm: loader.norm(&layer.input_norm)?,
-            qkv: loader.matrix(&layer.qkv)?,
-            output: loader.matrix(&layer.output)?,
-            post_attention_norm: loader.norm(&layer.post_attention_norm)?,
-            feed_forward: match &layer.feed_forward {
-                FeedForward::Dense(dense) => FeedForward::Dense(mlp(dense)?),
-                FeedForward::Moe { router, shared } => {
-                    FeedForward::Moe { router: loader.matrix(router)?, shared: mlp(shared)? }
-                }
-            },
-        })
-    };
-    Ok(Dense {
-        embed: loader.embedding(&dense.embed)?,
-        layers: dense.layers.iter().map(layer).collect::<Result<_, _>>()?,
-        final_norm: loader.norm(&dense.final_norm)?,
-        lm_head: loader.matrix(&dense.lm_head)?,
-    })
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    // What they guard is put and taken whole.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A device that can be a rank.
@@ -224,7 +119,7 @@ impl Backend for Cuda {
     }
 
     fn dense(model: &Model) -> Result<Arc<Dense<Self>>, EngineError> {
-        gpu(model).dense(model)
+        Ok(gpu(model).dense(model)?)
     }
 
     fn new_cache(

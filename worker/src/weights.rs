@@ -1,13 +1,16 @@
 //! The weights of this process: opened once, loaded once, shared by the workers that live in it.
 
-use crate::platform::Platform;
-use kernels::{Cpu, Dtype, ExpertWeights, Experts};
+use crate::held::{Blank, Held};
+use crate::platform::{Placed, Platform};
+use kernels::cuda::CudaError;
+use kernels::{Cpu, DeviceError, Dtype, Experts};
 use model::checkpoint::{Checkpoint, CheckpointError};
 use model::config::{Config, ConfigError};
 use model::footprint::{Footprint, Fp8};
 use model::load::{LoadError, Loader};
-use model::weights::{Dense, ExpertMap};
-use std::collections::BTreeSet;
+use model::synth::{self, SynthOptions};
+use model::weights::Dense;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -27,8 +30,16 @@ pub enum ModelError {
     Checkpoint { dir: PathBuf, source: CheckpointError },
     #[error(transparent)]
     Load(#[from] LoadError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     #[error("a later view is being prepared")]
     Superseded,
+}
+
+impl From<CudaError> for ModelError {
+    fn from(error: CudaError) -> Self {
+        Self::Device(DeviceError::Cuda(error))
+    }
 }
 
 /// A routed expert: its MoE layer, and its number in it.
@@ -41,9 +52,10 @@ pub struct Model {
     /// What its workers compute on.
     pub platform: Platform,
     checkpoint: Checkpoint,
+    /// On a CPU.
     dense: Mutex<Option<Arc<Dense<Cpu>>>>,
     /// Never locked while something is loaded: who needs nothing does not wait.
-    experts: Mutex<ExpertMap>,
+    experts: Mutex<BTreeMap<Key, Held>>,
     /// Threads that load; they give way to the steps. `None` if there are none to be had.
     loaders: Option<rayon::ThreadPool>,
     /// Held by whoever reads experts, lest two workers of a process read the same.
@@ -69,7 +81,23 @@ impl Model {
         let config = Config::load(dir)?;
         let checkpoint = Checkpoint::open(dir, &config)
             .map_err(|source| ModelError::Checkpoint { dir: dir.to_owned(), source })?;
-        Ok(Self {
+        Ok(Self::new(config, checkpoint, dtype, platform))
+    }
+
+    /// One with random weights that no file holds: for measurements.
+    #[must_use]
+    pub fn random(
+        config: Config,
+        options: &SynthOptions,
+        dtype: Dtype,
+        platform: Platform,
+    ) -> Self {
+        let checkpoint = synth::checkpoint(&config, options);
+        Self::new(config, checkpoint, dtype, platform)
+    }
+
+    fn new(config: Config, checkpoint: Checkpoint, dtype: Dtype, platform: Platform) -> Self {
+        Self {
             config,
             dtype,
             platform,
@@ -78,7 +106,7 @@ impl Model {
             experts: Mutex::default(),
             loaders: loaders(),
             reading: Mutex::default(),
-        })
+        }
     }
 
     /// The open files.
@@ -97,7 +125,7 @@ impl Model {
         self.loader().footprint(fp8)
     }
 
-    /// The dense part; the first caller loads it.
+    /// The dense part for a CPU; the first caller loads it.
     ///
     /// # Errors
     ///
@@ -107,8 +135,7 @@ impl Model {
         if let Some(dense) = &*loaded {
             return Ok(Arc::clone(dense));
         }
-        let load = || Ok(Arc::new(self.loader().dense()?));
-        let dense = self.with_progress("dense weights", load)?;
+        let dense = self.loading("dense weights", |loader| Ok(Arc::new(loader.dense()?)))?;
         *loaded = Some(Arc::clone(&dense));
         Ok(dense)
     }
@@ -118,40 +145,70 @@ impl Model {
     ///
     /// # Errors
     ///
-    /// [`ModelError::Load`]; [`ModelError::Superseded`] if they are wanted no more.
-    pub fn experts(
+    /// [`ModelError::Load`] or [`ModelError::Device`]; [`ModelError::Superseded`] if they are wanted no more.
+    pub(crate) fn experts(
         &self,
         wanted: &[Vec<usize>],
         still_wanted: &(dyn Fn() -> bool + Sync),
-    ) -> Result<Vec<Experts>, ModelError> {
+    ) -> Result<Placed, ModelError> {
         use rayon::prelude::*;
         let layers = self.config.moe_layers();
-        let load = |&(layer, expert): &Key| {
+        let load = |loader: &Loader<'_>, &(layer, expert): &Key| {
             if !still_wanted() {
                 return Err(ModelError::Superseded);
             }
-            self.keep((layer, expert), self.loader().expert(layers[layer], expert)?);
+            let held = match &self.platform {
+                Platform::Cpu => Held::Cpu(loader.expert(layers[layer], expert)?),
+                Platform::Cuda(gpu) => {
+                    Held::Cuda(Arc::new(gpu.expert(loader, (layers[layer], expert))?))
+                }
+            };
+            self.keep((layer, expert), held);
             Ok(())
         };
         loop {
             // Another worker of this process may have forgotten what was just read for this one.
             if let Some(found) = self.find(wanted) {
-                return Ok(found);
+                return self.placed(found);
             }
             let _reading = lock(&self.reading);
             let missing = self.missing(wanted);
-            self.with_progress("experts", || missing.par_iter().try_for_each(load))?;
+            self.loading("experts", |loader| {
+                missing.par_iter().try_for_each(|key| load(loader, key))
+            })?;
         }
     }
 
-    /// The experts, if this process has them all.
-    fn find(&self, wanted: &[Vec<usize>]) -> Option<Vec<Experts>> {
+    /// The experts, `[moe layers][slots]`, if this process has them all.
+    fn find(&self, wanted: &[Vec<usize>]) -> Option<Vec<Vec<Held>>> {
         let loaded = lock(&self.experts);
         let layer_of = |(layer, experts): (usize, &Vec<usize>)| {
-            let slots = experts.iter().map(|&expert| loaded.get(&(layer, expert)).cloned());
-            Some(Experts { slots: slots.collect::<Option<_>>()? })
+            experts.iter().map(|&expert| loaded.get(&(layer, expert)).cloned()).collect()
         };
         wanted.iter().enumerate().map(layer_of).collect()
+    }
+
+    /// Experts as the ranks of this platform use them.
+    fn placed(&self, layers: Vec<Vec<Held>>) -> Result<Placed, ModelError> {
+        const ONE: &str = "a process has one platform";
+        match &self.platform {
+            Platform::Cpu => {
+                let cpu = |held: Held| match held {
+                    Held::Cpu(weights) => weights,
+                    Held::Cuda(_) => unreachable!("{ONE}"),
+                };
+                let slots = |layer: Vec<Held>| layer.into_iter().map(cpu).collect();
+                Ok(Placed::Cpu(layers.into_iter().map(|l| Experts { slots: slots(l) }).collect()))
+            }
+            Platform::Cuda(gpu) => {
+                let on_device = |held: Held| match held {
+                    Held::Cuda(expert) => expert,
+                    Held::Cpu(_) => unreachable!("{ONE}"),
+                };
+                let slots = |layer: Vec<Held>| layer.into_iter().map(on_device).collect();
+                Ok(Placed::Cuda(gpu.layers(layers.into_iter().map(slots).collect())?))
+            }
+        }
     }
 
     /// Which of the experts this process does not have.
@@ -168,42 +225,41 @@ impl Model {
     }
 
     /// One of them.
-    pub(crate) fn expert(&self, key: Key) -> Option<Arc<ExpertWeights>> {
+    pub(crate) fn expert(&self, key: Key) -> Option<Held> {
         lock(&self.experts).get(&key).cloned()
     }
 
     /// One in the shape of the layer's, to be filled.
-    pub(crate) fn empty_expert(&self, layer: usize) -> Result<ExpertWeights, ModelError> {
-        Ok(self.loader().empty_expert(self.config.moe_layers()[layer])?)
+    pub(crate) fn blank_expert(&self, layer: usize) -> Result<Blank, ModelError> {
+        let layer = self.config.moe_layers()[layer];
+        Ok(match &self.platform {
+            Platform::Cpu => Blank::Cpu(self.loader().empty_expert(layer)?),
+            Platform::Cuda(gpu) => Blank::Cuda(gpu.blank_expert(&self.loader(), layer)?),
+        })
     }
 
     /// Takes one in.
-    pub(crate) fn keep(&self, key: Key, weights: Arc<ExpertWeights>) {
-        lock(&self.experts).insert(key, weights);
+    pub(crate) fn keep(&self, key: Key, expert: Held) {
+        lock(&self.experts).insert(key, expert);
     }
 
     /// Drops the experts that no worker of this process uses any more, but those that are wanted.
     pub fn forget_unused(&self, wanted: &[Vec<usize>]) {
         let wanted: BTreeSet<Key> = keys(wanted).collect();
-        lock(&self.experts)
-            .retain(|key, weights| Arc::strong_count(weights) > 1 || wanted.contains(key));
-    }
-
-    /// Drops the dense weights, once their users have others.
-    pub(crate) fn forget_dense(&self) {
-        *lock(&self.dense) = None;
+        lock(&self.experts).retain(|key, held| held.is_used() || wanted.contains(key));
     }
 
     fn loader(&self) -> Loader<'_> {
         Loader { checkpoint: &self.checkpoint, config: &self.config, dtype: self.dtype }
     }
 
-    /// Runs `load` and logs what it read, each second while it takes longer than that.
-    fn with_progress<T: Send>(
+    /// Runs `load` on the threads that load, and logs what it read, each second while it takes longer than that.
+    pub(crate) fn loading<T: Send>(
         &self,
         what: &'static str,
-        load: impl FnOnce() -> Result<T, ModelError> + Send,
+        load: impl FnOnce(&Loader<'_>) -> Result<T, ModelError> + Send,
     ) -> Result<T, ModelError> {
+        let load = || load(&self.loader());
         let (before, start) = (self.checkpoint.bytes_read(), Instant::now());
         let report = |event: &'static str| {
             let read = self.checkpoint.bytes_read() - before;

@@ -86,12 +86,31 @@ pub struct TensorInfo {
 /// A checkpoint whose headers have been checked against the configuration.
 #[derive(Debug)]
 pub struct Checkpoint {
-    shards: Vec<Shard>,
+    source: Source,
     tensors: BTreeMap<String, TensorInfo>,
     /// `[layers]`; `None` on dense layers.
     experts: Vec<Option<ExpertFormat>>,
     bytes_read: AtomicU64,
 }
+
+/// Where the bytes come from.
+enum Source {
+    Files(Vec<Shard>),
+    /// They are made when somebody wants them.
+    Made(Make),
+}
+
+impl std::fmt::Debug for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Files(shards) => f.debug_tuple("Files").field(shards).finish(),
+            Self::Made(_) => f.write_str("Made"),
+        }
+    }
+}
+
+/// Makes the bytes of a tensor from an offset on.
+pub(crate) type Make = Box<dyn Fn(&TensorInfo, u64, &mut [u8]) + Send + Sync>;
 
 impl Checkpoint {
     /// Opens `model.safetensors`, or `model.safetensors.index.json` with its shards.
@@ -126,7 +145,17 @@ impl Checkpoint {
         if !problems.is_empty() {
             return Err(CheckpointError::Problems(problems));
         }
-        Ok(Self { shards, tensors, experts, bytes_read: AtomicU64::new(0) })
+        Ok(Self { source: Source::Files(shards), tensors, experts, bytes_read: AtomicU64::new(0) })
+    }
+
+    /// One without files. `experts` is how those of each layer are stored.
+    pub(crate) fn made(
+        tensors: impl Iterator<Item = TensorInfo>,
+        experts: Vec<Option<ExpertFormat>>,
+        make: Make,
+    ) -> Self {
+        let tensors = tensors.map(|info| (info.name.clone(), info)).collect();
+        Self { source: Source::Made(make), tensors, experts, bytes_read: AtomicU64::new(0) }
     }
 
     /// The tensor with this logical name (see [`names`]).
@@ -146,10 +175,12 @@ impl Checkpoint {
         self.experts[layer]
     }
 
-    /// Path of one of the checkpoint's files, for messages.
-    #[must_use]
-    pub fn file(&self, file: usize) -> &Path {
-        &self.shards[file].path
+    /// Name of the file that holds a tensor, for messages.
+    fn file_name(&self, tensor: &TensorInfo) -> String {
+        match &self.source {
+            Source::Files(shards) => shards[tensor.file].name.clone(),
+            Source::Made(_) => "no file".to_owned(),
+        }
     }
 
     /// Bytes of the text model's tensors.
@@ -182,9 +213,14 @@ impl Checkpoint {
         let length = out.len() as u64;
         let end = byte_offset.checked_add(length).expect("a tensor is shorter than 2^64 bytes");
         assert!(end <= tensor.bytes, "{}: read to {end} of {} bytes", tensor.name, tensor.bytes);
-        let shard = &self.shards[tensor.file];
-        let read = shard.file.read_exact_at(out, tensor.offset + byte_offset);
-        read.map_err(|source| CheckpointError::Io { path: shard.path.clone(), source })?;
+        match &self.source {
+            Source::Files(shards) => {
+                let shard = &shards[tensor.file];
+                let read = shard.file.read_exact_at(out, tensor.offset + byte_offset);
+                read.map_err(|source| CheckpointError::Io { path: shard.path.clone(), source })?;
+            }
+            Source::Made(make) => make(tensor, byte_offset, out),
+        }
         self.bytes_read.fetch_add(length, Ordering::Relaxed);
         Ok(())
     }

@@ -10,6 +10,8 @@ use kernels::Storage;
 pub struct Footprint {
     /// All that every rank holds: everything but the routed experts.
     pub dense: u64,
+    /// Of these, the matrices that a step reads however few its rows: all but the embedding.
+    pub read: u64,
     /// One routed expert of every MoE layer.
     pub expert: u64,
     /// Routed experts of a layer.
@@ -31,7 +33,7 @@ impl Loader<'_> {
     pub fn footprint(&self, fp8: Fp8) -> Footprint {
         // It is only asked for MoE layers.
         let format = |layer| self.checkpoint.expert_format(layer).unwrap_or(ExpertFormat::Fused);
-        let (mut dense, mut routed) = (0, 0);
+        let (mut dense, mut read, mut routed) = (0, 0, 0);
         for tensor in names::required(self.config, format) {
             let elements: u64 = tensor.shape.iter().map(|&size| size as u64).product();
             let width = match tensor.kind {
@@ -46,9 +48,13 @@ impl Loader<'_> {
                 routed += elements * width;
             } else {
                 dense += elements * width;
+                let is_table = tensor.name == names::EMBED && !self.config.tied_embeddings;
+                if tensor.kind == Kind::Weight && !is_table {
+                    read += elements * width;
+                }
             }
         }
         let experts = self.config.experts;
-        Footprint { dense, expert: routed / (experts as u64).max(1), experts }
+        Footprint { dense, read, expert: routed / (experts as u64).max(1), experts }
     }
 }

@@ -1,4 +1,4 @@
-//! From checkpoint bytes to packed matrices of the CPU device.
+//! From checkpoint bytes to a device's weights: packed matrices of the CPU, rows for others.
 //!
 //! A rank reads the bytes of its own shard and no others: dense tensors by runs of output rows, a
 //! fused expert tensor by the slices of the wanted experts. Many pieces are read at once, each with a
@@ -9,7 +9,7 @@ use crate::checkpoint::{Checkpoint, CheckpointError, Dtype as Stored, ExpertForm
 use crate::config::Config;
 use crate::weights::{Dense, FeedForward, Layer, Mlp};
 use half::{bf16, f16};
-use kernels::{Cpu, Dtype, Embedding, ExpertWeights, Matrix, MatrixError, Panel, Storage};
+use kernels::{Cpu, Device, Dtype, Embedding, ExpertWeights, Matrix, MatrixError, Panel, Storage};
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -35,6 +35,29 @@ pub struct Loader<'a> {
     pub dtype: Dtype,
 }
 
+/// Makes a device's dense weights of a checkpoint's tensors.
+pub trait Make<D: Device> {
+    /// Why a weight could not be made.
+    type Error;
+
+    /// A matrix of `[out, in]` tensors, one below the other.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read, or the device refuses it.
+    fn matrix(&self, tensors: &[&TensorInfo]) -> Result<D::Matrix, Self::Error>;
+
+    /// # Errors
+    ///
+    /// As for [`Make::matrix`].
+    fn norm(&self, tensor: &TensorInfo) -> Result<D::Norm, Self::Error>;
+
+    /// # Errors
+    ///
+    /// As for [`Make::matrix`].
+    fn embedding(&self, tensor: &TensorInfo) -> Result<D::Embedding, Self::Error>;
+}
+
 impl Loader<'_> {
     /// The dense part.
     ///
@@ -42,39 +65,53 @@ impl Loader<'_> {
     ///
     /// [`LoadError`] if a file cannot be read or the memory is refused.
     pub fn dense(&self) -> Result<Dense<Cpu>, LoadError> {
-        let layers =
-            (0..self.config.layers).map(|layer| self.layer(layer)).collect::<Result<_, _>>()?;
+        self.dense_by(self)
+    }
+
+    /// The dense part of a device.
+    ///
+    /// # Errors
+    ///
+    /// Those of `make`.
+    pub fn dense_by<D: Device, M: Make<D>>(&self, make: &M) -> Result<Dense<D>, M::Error> {
+        let layers = (0..self.config.layers).map(|layer| self.layer(make, layer));
+        let layers = layers.collect::<Result<_, _>>()?;
         let head = if self.config.tied_embeddings { names::EMBED } else { names::LM_HEAD };
         Ok(Dense {
-            embed: self.embedding()?,
+            embed: make.embedding(self.tensor(names::EMBED))?,
             layers,
-            final_norm: self.vector(names::NORM)?,
-            lm_head: self.stacked(&[head.to_owned()])?,
+            final_norm: make.norm(self.tensor(names::NORM))?,
+            lm_head: make.matrix(&[self.tensor(head)])?,
         })
     }
 
-    fn layer(&self, layer: usize) -> Result<Layer<Cpu>, LoadError> {
-        let qkv = [Attention::Query, Attention::Key, Attention::Value];
-        let mlp = |name: fn(usize, names::Mlp) -> String| -> Result<Mlp<Cpu>, LoadError> {
+    fn layer<D: Device, M: Make<D>>(&self, make: &M, layer: usize) -> Result<Layer<D>, M::Error> {
+        let matrix = |names: &[String]| {
+            let tensors: Vec<&TensorInfo> = names.iter().map(|name| self.tensor(name)).collect();
+            make.matrix(&tensors)
+        };
+        let norm = |name: String| make.norm(self.tensor(&name));
+        let mlp = |name: fn(usize, names::Mlp) -> String| -> Result<Mlp<D>, M::Error> {
+            use names::Mlp::{Down, Gate, Up};
             Ok(Mlp {
-                gate_up: self
-                    .stacked(&[name(layer, names::Mlp::Gate), name(layer, names::Mlp::Up)])?,
-                down: self.stacked(&[name(layer, names::Mlp::Down)])?,
+                gate_up: matrix(&[name(layer, Gate), name(layer, Up)])?,
+                down: matrix(&[name(layer, Down)])?,
             })
         };
         let feed_forward = if self.config.moe[layer] {
             FeedForward::Moe {
-                router: self.stacked(&[names::router(layer)])?,
+                router: matrix(&[names::router(layer)])?,
                 shared: mlp(names::shared_expert)?,
             }
         } else {
             FeedForward::Dense(mlp(names::dense)?)
         };
+        let qkv = [Attention::Query, Attention::Key, Attention::Value];
         Ok(Layer {
-            input_norm: self.vector(&names::input_norm(layer))?,
-            qkv: self.stacked(&qkv.map(|part| names::attention(layer, part)))?,
-            output: self.stacked(&[names::attention(layer, Attention::Output)])?,
-            post_attention_norm: self.vector(&names::post_attention_norm(layer))?,
+            input_norm: norm(names::input_norm(layer))?,
+            qkv: matrix(&qkv.map(|part| names::attention(layer, part)))?,
+            output: matrix(&[names::attention(layer, Attention::Output)])?,
+            post_attention_norm: norm(names::post_attention_norm(layer))?,
             feed_forward,
         })
     }
@@ -128,12 +165,19 @@ impl Loader<'_> {
         }
     }
 
-    pub(crate) fn tensor(&self, name: &str) -> &TensorInfo {
+    /// A tensor of the text model.
+    ///
+    /// # Panics
+    ///
+    /// If the checkpoint has none of this name.
+    #[must_use]
+    pub fn tensor(&self, name: &str) -> &TensorInfo {
         self.checkpoint.tensor(name).expect("`Checkpoint::open` found every tensor of the config")
     }
 
     /// bf16 and FP8 weights are exact in bf16; f32 and f16 keep f32 unless the profile is bf16.
-    pub(crate) fn storage(&self, stored: Stored) -> Storage {
+    #[must_use]
+    pub fn storage(&self, stored: Stored) -> Storage {
         match (self.dtype, stored) {
             (Dtype::Bf16, _) | (Dtype::F32, Stored::Bf16 | Stored::F8E4M3) => Storage::Bf16,
             (Dtype::F32, Stored::F32 | Stored::F16) => Storage::F32,
@@ -147,51 +191,53 @@ impl Loader<'_> {
     }
 
     /// A whole tensor, widened.
-    fn vector(&self, name: &str) -> Result<Vec<f32>, LoadError> {
-        let tensor = self.tensor(name);
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError::Checkpoint`].
+    pub fn values(&self, tensor: &TensorInfo) -> Result<Vec<f32>, LoadError> {
         let bytes = self.bytes(tensor, 0, length(tensor.bytes))?;
         Ok((0..bytes.len() / tensor.dtype.bytes()).map(widener(tensor.dtype, &bytes)).collect())
     }
 
-    fn embedding(&self) -> Result<Embedding, LoadError> {
-        let tensor = self.tensor(names::EMBED);
-        let dtype = match self.storage(tensor.dtype) {
-            Storage::F32 => Dtype::F32,
-            Storage::Bf16 => Dtype::Bf16,
-        };
-        let mut table = Embedding::zeroed(dtype, self.config.vocab, self.config.hidden)
-            .map_err(|source| LoadError::Matrix { tensor: tensor.name.clone(), source })?;
-        let piece = PIECE_BYTES / dtype.bytes();
-        let fill = |(index, out): (usize, &mut [u8])| -> Result<(), LoadError> {
-            let count = out.len() / dtype.bytes();
-            let width = tensor.dtype.bytes();
-            let bytes = self.bytes(tensor, (index * piece * width) as u64, count * width)?;
-            let value = widener(tensor.dtype, &bytes);
-            match dtype {
-                Dtype::F32 => out.chunks_exact_mut(4).enumerate().for_each(|(i, out)| {
-                    out.copy_from_slice(&value(i).to_le_bytes());
-                }),
-                Dtype::Bf16 => out.chunks_exact_mut(2).enumerate().for_each(|(i, out)| {
-                    out.copy_from_slice(&bf16::from_f32(value(i)).to_le_bytes());
-                }),
+    /// The output rows `rows` of several `[out, in]` tensors, one below the other, in bf16: what the bf16 profile
+    /// makes of them.
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError::Checkpoint`].
+    ///
+    /// # Panics
+    ///
+    /// If `out` has not just the size of these rows.
+    pub fn bf16_rows(
+        &self,
+        tensors: &[&TensorInfo],
+        rows: std::ops::Range<usize>,
+        out: &mut [u8],
+    ) -> Result<(), LoadError> {
+        let row_bytes = tensors[0].shape[1] * 2;
+        assert_eq!(out.len(), rows.len() * row_bytes, "room for the rows");
+        let mut above = 0;
+        for tensor in tensors {
+            let (from, to) = (rows.start.max(above), rows.end.min(above + tensor.shape[0]));
+            if from < to {
+                let out = &mut out[(from - rows.start) * row_bytes..(to - rows.start) * row_bytes];
+                let stored = tensor.shape[1] * tensor.dtype.bytes();
+                let at = ((from - above) * stored) as u64;
+                if tensor.dtype == Stored::Bf16 {
+                    self.checkpoint.read_at(tensor, at, out)?;
+                } else {
+                    let bytes = self.bytes(tensor, at, (to - from) * stored)?;
+                    let value = widener(tensor.dtype, &bytes);
+                    for (i, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
+                        *out = bf16::from_f32(value(i)).to_le_bytes();
+                    }
+                }
             }
-            Ok(())
-        };
-        table.bytes_mut().par_chunks_mut(piece * dtype.bytes()).enumerate().try_for_each(fill)?;
-        Ok(table)
-    }
-
-    /// One matrix of several `[out, in]` tensors, one below the other.
-    fn stacked(&self, tensors: &[String]) -> Result<Matrix, LoadError> {
-        let tensors: Vec<&TensorInfo> = tensors.iter().map(|name| self.tensor(name)).collect();
-        let mut matrix = self.zeroed_stack(&tensors)?;
-        let outputs = matrix.outputs();
-        let mut panels: Vec<(usize, Panel<'_>)> = matrix.panels_mut().enumerate().collect();
-        panels.par_iter_mut().try_for_each(|(index, panel)| {
-            let rows = *index * PANEL..((*index + 1) * PANEL).min(outputs);
-            self.fill_rows(&tensors, rows, panel)
-        })?;
-        Ok(matrix)
+            above += tensor.shape[0];
+        }
+        Ok(())
     }
 
     /// The matrix of several tensors, one below the other, before it is filled.
@@ -246,12 +292,13 @@ impl Loader<'_> {
         expert: usize,
         parts: &[names::Mlp],
     ) -> Result<Matrix, LoadError> {
-        let weights: Vec<String> =
-            parts.iter().map(|&part| names::expert(layer, expert, part)).collect();
-        let mut matrix = self.stacked(&weights)?;
+        let weights: Vec<&TensorInfo> =
+            parts.iter().map(|&part| self.tensor(&names::expert(layer, expert, part))).collect();
+        let mut matrix = self.matrix(&weights)?;
         let mut scales = Vec::new();
         for &part in parts {
-            scales.extend(self.vector(&names::expert_scale(layer, expert, part))?);
+            let tensor = self.tensor(&names::expert_scale(layer, expert, part));
+            scales.extend(self.values(tensor)?);
         }
         matrix.set_scales(scales);
         Ok(matrix)
@@ -281,6 +328,52 @@ impl Loader<'_> {
             }
         }
         Ok(matrix)
+    }
+}
+
+impl Make<Cpu> for Loader<'_> {
+    type Error = LoadError;
+
+    fn matrix(&self, tensors: &[&TensorInfo]) -> Result<Matrix, LoadError> {
+        let mut matrix = self.zeroed_stack(tensors)?;
+        let outputs = matrix.outputs();
+        let mut panels: Vec<(usize, Panel<'_>)> = matrix.panels_mut().enumerate().collect();
+        panels.par_iter_mut().try_for_each(|(index, panel)| {
+            let rows = *index * PANEL..((*index + 1) * PANEL).min(outputs);
+            self.fill_rows(tensors, rows, panel)
+        })?;
+        Ok(matrix)
+    }
+
+    fn norm(&self, tensor: &TensorInfo) -> Result<Vec<f32>, LoadError> {
+        self.values(tensor)
+    }
+
+    fn embedding(&self, tensor: &TensorInfo) -> Result<Embedding, LoadError> {
+        let dtype = match self.storage(tensor.dtype) {
+            Storage::F32 => Dtype::F32,
+            Storage::Bf16 => Dtype::Bf16,
+        };
+        let mut table = Embedding::zeroed(dtype, tensor.shape[0], tensor.shape[1])
+            .map_err(|source| LoadError::Matrix { tensor: tensor.name.clone(), source })?;
+        let piece = PIECE_BYTES / dtype.bytes();
+        let fill = |(index, out): (usize, &mut [u8])| -> Result<(), LoadError> {
+            let count = out.len() / dtype.bytes();
+            let width = tensor.dtype.bytes();
+            let bytes = self.bytes(tensor, (index * piece * width) as u64, count * width)?;
+            let value = widener(tensor.dtype, &bytes);
+            match dtype {
+                Dtype::F32 => out.chunks_exact_mut(4).enumerate().for_each(|(i, out)| {
+                    out.copy_from_slice(&value(i).to_le_bytes());
+                }),
+                Dtype::Bf16 => out.chunks_exact_mut(2).enumerate().for_each(|(i, out)| {
+                    out.copy_from_slice(&bf16::from_f32(value(i)).to_le_bytes());
+                }),
+            }
+            Ok(())
+        };
+        table.bytes_mut().par_chunks_mut(piece * dtype.bytes()).enumerate().try_for_each(fill)?;
+        Ok(table)
     }
 }
 

@@ -11,12 +11,13 @@ mod tokenizer;
 
 pub use tokenizer::TokenizerOrigin;
 
-use crate::checkpoint::ExpertFormat;
 use crate::checkpoint::names::{self, Required};
+use crate::checkpoint::{Checkpoint, ExpertFormat, TensorInfo};
 use crate::config::{Config, ConfigError};
 use numbers::{Filler, Stored};
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -118,6 +119,33 @@ pub fn write(
     })
 }
 
+/// The checkpoint that [`write`] would write, without its files: weights are made when they are read.
+///
+/// * `options`: what concerns files and the tokenizer has no effect
+#[must_use]
+pub fn checkpoint(config: &Config, options: &SynthOptions) -> Checkpoint {
+    let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
+    for shard in plan(config, options) {
+        tensors.extend(shard.tensors.into_iter().map(|t| (t.required.name.clone(), t)));
+    }
+    let info = |tensor: &Tensor| TensorInfo {
+        name: tensor.required.name.clone(),
+        dtype: tensor.stored.dtype(),
+        shape: tensor.required.shape.clone(),
+        file: 0,
+        offset: 0,
+        bytes: tensor.bytes,
+    };
+    let infos: Vec<TensorInfo> = tensors.values().map(info).collect();
+    let format = format(options.experts);
+    let experts = config.moe.iter().map(|is_moe| is_moe.then_some(format)).collect();
+    let filler = Filler::new(options.seed);
+    let make = move |info: &TensorInfo, at: u64, out: &mut [u8]| {
+        tensors[&info.name].make(&filler, at, out);
+    };
+    Checkpoint::made(infos.into_iter(), experts, Box::new(make))
+}
+
 struct Shard {
     name: String,
     tensors: Vec<Tensor>,
@@ -130,12 +158,24 @@ struct Tensor {
     bytes: u64,
 }
 
-/// Deals the tensors out to files in the order of the forward pass, as the published files have it.
-fn plan(config: &Config, options: &SynthOptions) -> Vec<Shard> {
-    let format = match options.experts {
+fn format(experts: SynthExperts) -> ExpertFormat {
+    match experts {
         SynthExperts::Fused => ExpertFormat::Fused,
         SynthExperts::Fp8 => ExpertFormat::PerExpertFp8,
-    };
+    }
+}
+
+impl Tensor {
+    /// Makes its bytes from `at` on.
+    fn make(&self, filler: &Filler, at: u64, out: &mut [u8]) {
+        assert!(at.is_multiple_of(self.stored.bytes()), "nobody reads parts of elements");
+        filler.fill(&self.required, self.stored, at / self.stored.bytes(), out);
+    }
+}
+
+/// Deals the tensors out to files in the order of the forward pass, as the published files have it.
+fn plan(config: &Config, options: &SynthOptions) -> Vec<Shard> {
+    let format = format(options.experts);
     let mut files: Vec<Vec<Tensor>> = vec![Vec::new()];
     let mut filled = 0;
     for required in names::required(config, |_| format) {
@@ -189,7 +229,9 @@ impl Shard {
         }
         let filler = Filler::new(seed);
         pieces.par_iter().try_for_each_init(Vec::new, |buffer, (tensor, range, at)| {
-            filler.fill(&tensor.required, tensor.stored, range.clone(), buffer);
+            let bytes = (range.end - range.start) * tensor.stored.bytes();
+            buffer.resize(usize::try_from(bytes).expect("a piece fits in memory"), 0);
+            filler.fill(&tensor.required, tensor.stored, range.start, buffer);
             file.write_all_at(buffer, *at).map_err(io(&path))?;
             progress(buffer.len() as u64);
             Ok(())

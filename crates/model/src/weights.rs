@@ -3,9 +3,7 @@
 //! An attention rank holds the dense part ([`Dense`]); an expert rank holds some experts of every MoE
 //! layer. Both kinds are reference-counted, so that ranks which are threads of one process share them.
 
-use kernels::{Cpu, Device, ExpertWeights};
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use kernels::Device;
 
 /// Everything but the routed experts.
 pub struct Dense<D: Device> {
@@ -43,24 +41,3 @@ pub enum FeedForward<D: Device> {
         shared: Mlp<D>,
     },
 }
-
-impl Dense<Cpu> {
-    /// Bytes of weights that every step reads, however few its rows: all but the embedding, of which
-    /// a step reads one row per token.
-    #[must_use]
-    pub fn step_bytes(&self) -> usize {
-        let layers = self.layers.iter().map(|layer| {
-            let feed_forward = match &layer.feed_forward {
-                FeedForward::Dense(mlp) => mlp.gate_up.bytes() + mlp.down.bytes(),
-                FeedForward::Moe { router, shared } => {
-                    router.bytes() + shared.gate_up.bytes() + shared.down.bytes()
-                }
-            };
-            layer.qkv.bytes() + layer.output.bytes() + feed_forward
-        });
-        layers.sum::<usize>() + self.lm_head.bytes()
-    }
-}
-
-/// The routed experts of a process, by (MoE layer, expert). Loaded once, shared by its ranks.
-pub type ExpertMap = BTreeMap<(usize, usize), Arc<ExpertWeights>>;

@@ -50,6 +50,27 @@ impl Buffer {
         self.driver.write(self.address + at as u64, content)
     }
 
+    /// Copies `content` to byte `at` beside the steps, and waits until it is there. Nobody else uses these bytes.
+    ///
+    /// # Panics
+    ///
+    /// If it does not fit.
+    pub(crate) fn bring(&self, at: usize, content: &[u8]) -> Result<(), CudaError> {
+        assert!(at + content.len() <= self.bytes, "outside the buffer");
+        self.driver.bring(self.address + at as u64, content)
+    }
+
+    /// Copies the bytes from `at` on to the host beside the steps. They were brought here, or a step that is over
+    /// made them.
+    ///
+    /// # Panics
+    ///
+    /// If the buffer ends before.
+    pub(crate) fn fetch(&self, at: usize, out: &mut [u8]) -> Result<(), CudaError> {
+        assert!(at + out.len() <= self.bytes, "outside the buffer");
+        self.driver.fetch(self.address + at as u64, out)
+    }
+
     /// Puts `content` at the start; grows if it must, and loses what was behind.
     pub(crate) fn put(&mut self, what: &'static str, content: &[u8]) -> Result<(), CudaError> {
         if self.bytes < content.len() {

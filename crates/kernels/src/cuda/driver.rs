@@ -194,6 +194,24 @@ impl Driver {
         })
     }
 
+    /// Copies to the device beside what is enqueued, and waits until it is there.
+    pub(crate) fn bring(&self, address: u64, content: &[u8]) -> Result<(), CudaError> {
+        self.noted(match &self.kind {
+            Kind::Gpu(gpu) => gpu.bring(address, content),
+            #[cfg(feature = "emulated")]
+            Kind::Emulated(emulated) => emulated.write(address, content),
+        })
+    }
+
+    /// Copies to the host beside what is enqueued.
+    pub(crate) fn fetch(&self, address: u64, out: &mut [u8]) -> Result<(), CudaError> {
+        self.noted(match &self.kind {
+            Kind::Gpu(gpu) => gpu.fetch(address, out),
+            #[cfg(feature = "emulated")]
+            Kind::Emulated(emulated) => emulated.fetch(address, out),
+        })
+    }
+
     /// Enqueues a kernel.
     ///
     /// # Panics

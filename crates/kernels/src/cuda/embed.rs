@@ -28,9 +28,9 @@ impl Embedding {
         Ok(Self { buffer, dtype, vocab, hidden })
     }
 
-    /// Copies rows in little-endian f32 or bf16 to byte `at` of the table.
-    pub(super) fn fill(&self, at: usize, content: &[u8]) -> Result<(), CudaError> {
-        self.buffer.fill(at, content)
+    /// Copies all rows, in little-endian f32 or bf16.
+    pub(super) fn bring(&self, content: &[u8]) -> Result<(), CudaError> {
+        self.buffer.bring(0, content)
     }
 }
 

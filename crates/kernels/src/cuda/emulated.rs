@@ -109,6 +109,12 @@ impl Emulated {
 
     pub(super) fn read(&self, address: u64, out: &mut [u8]) -> Result<(), CudaError> {
         self.wait()?;
+        self.fetch(address, out)
+    }
+
+    /// Reads without waiting for kernels.
+    pub(super) fn fetch(&self, address: u64, out: &mut [u8]) -> Result<(), CudaError> {
+        self.patience.check()?;
         let from = std::ptr::with_exposed_provenance(usize::try_from(address).expect("an address"));
         // SAFETY: as for `write`.
         unsafe { std::ptr::copy_nonoverlapping(from, out.as_mut_ptr(), out.len()) };

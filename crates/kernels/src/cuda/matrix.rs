@@ -48,9 +48,9 @@ impl Matrix {
         Ok(Self { weights, scales: None, storage, shape })
     }
 
-    /// Copies weights, little-endian, to byte `at`.
-    pub(super) fn fill(&self, at: usize, content: &[u8]) -> Result<(), CudaError> {
-        self.weights.fill(at, content)
+    /// Copies all weights, little-endian.
+    pub(super) fn bring(&self, content: &[u8]) -> Result<(), CudaError> {
+        self.weights.bring(0, content)
     }
 
     /// Sets the factors of the finished sums.

@@ -11,7 +11,7 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use std::collections::BTreeMap;
 use std::ffi::{CString, c_void};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// CUDA 13.0: the kernels' compiler makes nothing that older drivers load.
 const VERSION_MIN: i32 = 13_000;
@@ -24,7 +24,10 @@ const SHARED_FREE: u32 = 48 * 1024;
 
 /// An open device.
 pub(super) struct Gpu {
+    /// The steps'.
     queue: Queue,
+    /// Queues for copies beside the steps, as far as nobody has taken them.
+    lanes: Mutex<Vec<Queue>>,
     kernels: BTreeMap<&'static str, sys::CUfunction>,
     patience: Arc<Patience>,
     // Dropped last.
@@ -92,7 +95,8 @@ impl Gpu {
         attached.enter()?;
         let patience = Arc::new(Patience::new(format!("cuda:{ordinal}"), options.wait_max));
         let queue = Queue::new(Arc::clone(&patience))?;
-        let mut gpu = Self { queue, kernels: BTreeMap::new(), patience, attached };
+        let (kernels, lanes) = (BTreeMap::new(), Mutex::default());
+        let mut gpu = Self { queue, lanes, kernels, patience, attached };
         gpu.load(options.cache.as_ref())?;
         Ok(gpu)
     }
@@ -187,6 +191,33 @@ impl Gpu {
         self.queue.read(address, out)
     }
 
+    /// Copies to the device beside the steps, and waits until it is there.
+    pub(super) fn bring(&self, address: u64, content: &[u8]) -> Result<(), CudaError> {
+        self.on_a_lane(|lane| {
+            lane.write(address, content)?;
+            lane.wait()
+        })
+    }
+
+    /// Copies to the host beside the steps.
+    pub(super) fn fetch(&self, address: u64, out: &mut [u8]) -> Result<(), CudaError> {
+        self.on_a_lane(|lane| lane.read(address, out))
+    }
+
+    /// There are as many lanes as there ever were copies at once: those who load are few.
+    fn on_a_lane(
+        &self,
+        copy: impl FnOnce(&Queue) -> Result<(), CudaError>,
+    ) -> Result<(), CudaError> {
+        self.attached.enter()?;
+        let idle = || self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        let spare = idle().pop();
+        let lane = spare.map_or_else(|| Queue::new(Arc::clone(&self.patience)), Ok)?;
+        let result = copy(&lane);
+        idle().push(lane);
+        result
+    }
+
     /// Enqueues a kernel.
     ///
     /// # Safety
@@ -227,6 +258,8 @@ impl Drop for Gpu {
         // What fails here has failed before.
         let _failed = self.attached.enter();
         self.queue.close();
+        let lanes = self.lanes.get_mut().unwrap_or_else(PoisonError::into_inner);
+        lanes.iter().for_each(Queue::close);
         if self.patience.check().is_ok() {
             self.attached.release();
         }

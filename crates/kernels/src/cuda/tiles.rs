@@ -10,6 +10,8 @@
 use super::args::Parameter;
 use super::buffer::Buffer;
 use super::driver::{CudaError, Driver};
+use rayon::prelude::*;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Outputs of a tile.
@@ -84,23 +86,13 @@ impl TileShape {
         self.down() * self.band_bytes()
     }
 
-    /// Tiles a run of outputs: `rows` are theirs, row-major, and `to` has room for whole tiles.
-    ///
-    /// # Panics
-    ///
-    /// If `rows` is not whole rows, or `to` has not the size that their tiles have.
-    pub(super) fn tile(self, rows: &[u8], to: &mut [u8]) {
-        let row_bytes = self.inputs * self.storage.bytes();
-        let count = rows.len() / row_bytes;
-        assert_eq!(count * row_bytes, rows.len(), "whole rows");
-        assert_eq!(count.div_ceil(TILE_OUTPUTS) * self.band_bytes(), to.len(), "whole tiles");
+    /// Tiles up to 16 outputs: `rows` are theirs, row-major, and `to` has room for one tile next to the other.
+    fn tile(self, rows: &[u8], to: &mut [u8]) {
         to.fill(0);
-        for (index, row) in rows.chunks_exact(row_bytes).enumerate() {
-            let band = &mut to[index / TILE_OUTPUTS * self.band_bytes()..][..self.band_bytes()];
-            let output = index % TILE_OUTPUTS;
+        for (output, row) in rows.chunks_exact(self.inputs * self.storage.bytes()).enumerate() {
             // Where lane 4 g of the output's piece begins.
             let at = output / 8 * PIECE_BYTES + output % 8 * 64;
-            for (tile, run) in band.chunks_exact_mut(TILE_BYTES).zip(row.chunks(64)) {
+            for (tile, run) in to.chunks_exact_mut(TILE_BYTES).zip(row.chunks(64)) {
                 self.put(run, output, &mut tile[at..at + 64]);
             }
         }
@@ -134,26 +126,13 @@ fn fp8_word(weights: [u8; 4]) -> u32 {
     placed(a) | in_gaps(c) | (placed(b) | in_gaps(d)) << 16
 }
 
-/// Which tiles a run of outputs becomes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Placement {
-    /// One after the other.
-    Run,
-    /// Every second one from 0: the gates of a fused `[gate | up]`.
-    Gate,
-    /// Every second one from 1.
-    Up,
-}
+/// Outputs that are read and tiled at once: a few megabytes.
+const OUTPUTS_AT_ONCE: usize = 128;
 
-impl Placement {
-    fn tile(self, index: usize) -> usize {
-        match self {
-            Self::Run => index,
-            Self::Gate => 2 * index,
-            Self::Up => 2 * index + 1,
-        }
-    }
-}
+/// Reads output rows of one of the matrices that a tiled one holds: which, which of its outputs, and where they go,
+/// row-major.
+pub(super) type ReadRows<'a, E> =
+    dyn Fn(usize, Range<usize>, &mut [u8]) -> Result<(), E> + Sync + 'a;
 
 /// A tiled weight matrix `[outputs, inputs]` in device memory.
 pub(super) struct TiledMatrix {
@@ -164,7 +143,7 @@ pub(super) struct TiledMatrix {
 }
 
 impl TiledMatrix {
-    /// A matrix whose weights are still to be [`put`](Self::put), and its scales if it has any.
+    /// A matrix whose weights and scales, if it has any, are still to come.
     ///
     /// # Errors
     ///
@@ -179,35 +158,54 @@ impl TiledMatrix {
         Ok(Self { shape, tiles: Buffer::new(driver, "weights", shape.bytes())?, scales })
     }
 
-    /// Writes the outputs from `16 * first` on; `rows` are row-major, whole tiles but for the matrix's last outputs.
+    /// Brings the weights of `matrices` matrices, each of as many outputs, to the device: tiles of all of them take
+    /// turns. Several threads of the current pool read, tile and copy, each a part.
     ///
     /// # Errors
     ///
-    /// [`CudaError`] if CUDA fails.
+    /// Those of `read`; [`CudaError`] if an FP8 weight is no number, or CUDA fails.
     ///
     /// # Panics
     ///
-    /// If they lie outside the matrix.
-    pub(super) fn put(
+    /// If their tiles are not just those of this matrix.
+    pub(super) fn bring<E: From<CudaError> + Send>(
         &self,
-        placement: Placement,
-        first: usize,
-        rows: &[u8],
-    ) -> Result<(), CudaError> {
-        let count = rows.len() / (self.shape.inputs * self.shape.storage.bytes());
+        (matrices, outputs): (usize, usize),
+        read: &ReadRows<'_, E>,
+    ) -> Result<(), E> {
+        assert_eq!(matrices * outputs.div_ceil(TILE_OUTPUTS), self.shape.down(), "all tiles");
         let band = self.shape.band_bytes();
-        let mut tiles = vec![0; count.div_ceil(TILE_OUTPUTS) * band];
-        self.shape.tile(rows, &mut tiles);
-        if placement == Placement::Run {
-            return self.tiles.fill(first * band, &tiles);
-        }
-        for (index, tile) in tiles.chunks_exact(band).enumerate() {
-            self.tiles.fill(placement.tile(first + index) * band, tile)?;
-        }
-        Ok(())
+        let row_bytes = self.shape.inputs * self.shape.storage.bytes();
+        (0..outputs.div_ceil(OUTPUTS_AT_ONCE)).into_par_iter().try_for_each_init(
+            || (Vec::new(), Vec::new()),
+            |(rows, tiles), part| {
+                let first = part * OUTPUTS_AT_ONCE;
+                let some = first..outputs.min(first + OUTPUTS_AT_ONCE);
+                rows.resize(some.len() * row_bytes, 0);
+                tiles.resize(matrices * some.len().div_ceil(TILE_OUTPUTS) * band, 0);
+                for matrix in 0..matrices {
+                    read(matrix, some.clone(), rows)?;
+                    self.check(rows)?;
+                    let bands = tiles.chunks_exact_mut(band).skip(matrix).step_by(matrices);
+                    for (rows, band) in rows.chunks(TILE_OUTPUTS * row_bytes).zip(bands) {
+                        self.shape.tile(rows, band);
+                    }
+                }
+                Ok(self.tiles.bring(first / TILE_OUTPUTS * matrices * band, tiles)?)
+            },
+        )
     }
 
-    /// Writes the scales of the outputs from `16 * first` on.
+    /// Kernels widen FP8 weights by their bits and know no NaN.
+    fn check(&self, rows: &[u8]) -> Result<(), CudaError> {
+        let is_nan = |byte: &u8| byte & 0x7f == 0x7f;
+        match self.shape.storage {
+            TileStorage::Fp8 if rows.iter().any(is_nan) => Err(CudaError::NotFinite),
+            TileStorage::Fp8 | TileStorage::Bf16 => Ok(()),
+        }
+    }
+
+    /// Writes the scales of as many matrices as were brought.
     ///
     /// # Errors
     ///
@@ -215,19 +213,18 @@ impl TiledMatrix {
     ///
     /// # Panics
     ///
-    /// If they lie outside the matrix, or it has none.
-    pub(super) fn put_scales(
-        &self,
-        placement: Placement,
-        first: usize,
-        scales: &[f32],
-    ) -> Result<(), CudaError> {
+    /// If they are not just those of this matrix, or it has none.
+    pub(super) fn set_scales(&self, of_matrices: &[&[f32]]) -> Result<(), CudaError> {
         let to = self.scales.as_ref().expect("a matrix with scales");
-        for (index, scales) in scales.chunks(TILE_OUTPUTS).enumerate() {
-            let at = placement.tile(first + index) * TILE_OUTPUTS * 4;
-            to.fill(at, bytemuck::cast_slice(scales))?;
+        let mut all = vec![0.0; to.bytes() / 4];
+        for (matrix, scales) in of_matrices.iter().enumerate() {
+            let bands = all.chunks_exact_mut(TILE_OUTPUTS).skip(matrix).step_by(of_matrices.len());
+            assert_eq!(scales.len().div_ceil(TILE_OUTPUTS), bands.len(), "a scale per output");
+            for (scales, band) in scales.chunks(TILE_OUTPUTS).zip(bands) {
+                band[..scales.len()].copy_from_slice(scales);
+            }
         }
-        Ok(())
+        to.bring(0, bytemuck::cast_slice(&all))
     }
 
     /// Its shape; two matrices of the same shape are interchangeable.
@@ -287,7 +284,10 @@ mod tests {
         let shape = TileShape { storage: TileStorage::Bf16, outputs: 17, inputs: 40 };
         let rows: Vec<u16> = (0..17 * 40).collect();
         let mut tiles = vec![0xff; shape.bytes()];
-        shape.tile(bytemuck::cast_slice(&rows), &mut tiles);
+        let bands = tiles.chunks_exact_mut(shape.band_bytes());
+        for (rows, band) in rows.chunks(16 * 40).zip(bands) {
+            shape.tile(bytemuck::cast_slice(rows), band);
+        }
         let tiles: Vec<u16> = bytemuck::pod_collect_to_vec(&tiles);
         for (at, &got) in tiles.iter().enumerate() {
             let (tile, piece, lane, i) = (at / 512, at / 256 % 2, at / 8 % 32, at % 8);

@@ -1,4 +1,4 @@
-//! Weights in the device's form, made of the CPU's.
+//! Weights in the device's form, made of rows as they are read.
 
 use super::buffer::Buffer;
 use super::driver::{CudaError, Driver};
@@ -6,13 +6,11 @@ use super::embed::Embedding;
 use super::experts::{ExpertShape, TiledExpert};
 use super::experts_f32::{PlainExpert, PlainShape};
 use super::matrix::{self, MatrixShape};
-use super::tiles::{Placement, TileShape, TileStorage, TiledMatrix};
+use super::tiles::{TileShape, TileStorage, TiledMatrix};
 use crate::level::Dtype;
 use crate::matrix::{Matrix, Storage};
+use std::ops::Range;
 use std::sync::Arc;
-
-/// Outputs that are converted at once: a few megabytes on the host.
-const OUTPUTS_AT_ONCE: usize = 256;
 
 /// A weight matrix `[outputs, inputs]`, as the products of its profile take it.
 pub struct Weights(pub(super) Stored);
@@ -33,8 +31,6 @@ pub struct EmbeddingTable(pub(super) Embedding);
 /// One routed expert.
 pub struct ExpertOnDevice {
     pub(super) expert: Expert,
-    /// What it was made of, kept for other workers that want a copy.
-    _original: Arc<crate::ExpertWeights>,
 }
 
 pub(super) enum Expert {
@@ -42,7 +38,45 @@ pub(super) enum Expert {
     Tiled(Arc<TiledExpert>, ExpertShape),
 }
 
-/// Makes weights of the CPU's.
+/// Sizes of a routed expert.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ExpertSizes {
+    /// Columns of what goes in and of what comes out.
+    pub hidden: usize,
+    /// Columns in between.
+    pub width: usize,
+    pub storage: ExpertStorage,
+}
+
+/// How the weights of routed experts are stored.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ExpertStorage {
+    /// Numbers of 2 bytes.
+    Bf16,
+    /// Numbers of 4 bytes, in the f32 profile only.
+    F32,
+    /// e4m3 with a scale per output, in the bf16 profile only.
+    Fp8,
+    /// FP8 that was widened to bf16, with the scales: in the f32 profile only.
+    Widened,
+}
+
+/// A matrix of a routed expert.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ExpertPart {
+    Gate,
+    Up,
+    Down,
+}
+
+/// Reads rows of a matrix: which of its outputs, and where they go.
+pub type ReadRows<'a, E> = dyn Fn(Range<usize>, &mut [u8]) -> Result<(), E> + Sync + 'a;
+
+/// Reads rows of a matrix of an expert.
+pub type ReadExpert<'a, E> =
+    dyn Fn(ExpertPart, Range<usize>, &mut [u8]) -> Result<(), E> + Sync + 'a;
+
+/// Makes a device's weights.
 #[derive(Clone)]
 pub struct Loader {
     pub(super) driver: Arc<Driver>,
@@ -68,169 +102,205 @@ impl Loader {
     /// As for [`Loader::norm`].
     pub fn embedding(&self, table: &crate::Embedding) -> Result<EmbeddingTable, CudaError> {
         let device = Embedding::new(&self.driver, table.dtype(), table.shape())?;
-        device.fill(0, table.content())?;
+        device.bring(table.content())?;
         Ok(EmbeddingTable(device))
     }
 
+    /// A matrix of the f32 profile.
+    ///
     /// # Errors
     ///
     /// As for [`Loader::norm`].
     pub fn matrix(&self, weights: &Matrix) -> Result<Weights, CudaError> {
-        match self.dtype {
-            Dtype::F32 => Ok(Weights(Stored::Plain(self.plain(weights)?))),
-            Dtype::Bf16 => {
-                let (outputs, inputs) = (weights.outputs(), weights.inputs());
-                let shape = TileShape { storage: tile_storage(weights), outputs, inputs };
-                let tiled = TiledMatrix::new(&self.driver, shape)?;
-                put(&tiled, (weights, 0..outputs), Placement::Run)?;
-                Ok(Weights(Stored::Tiled(tiled)))
-            }
-        }
-    }
-
-    /// # Errors
-    ///
-    /// As for [`Loader::norm`].
-    pub fn expert(&self, weights: Arc<crate::ExpertWeights>) -> Result<ExpertOnDevice, CudaError> {
-        let crate::ExpertWeights { gate_up, down } = &*weights;
-        let expert = match self.dtype {
-            Dtype::F32 => {
-                let scales = |matrix: &Matrix| -> Result<Option<Buffer>, CudaError> {
-                    let scales = matrix.scales.as_deref().map(bytemuck::cast_slice);
-                    scales.map(|scales| Buffer::of(&self.driver, "scales", scales)).transpose()
-                };
-                let rows = |matrix: &Matrix| {
-                    Buffer::of(&self.driver, "weights", &matrix.rows(0..matrix.outputs()))
-                };
-                let dtype = match gate_up.storage {
-                    Storage::F32 => Dtype::F32,
-                    Storage::Bf16 => Dtype::Bf16,
-                };
-                let shape = PlainShape { dtype, hidden: gate_up.inputs(), width: down.inputs() };
-                let plain = PlainExpert {
-                    gate_up: rows(gate_up)?,
-                    gate_up_scales: scales(gate_up)?,
-                    down: rows(down)?,
-                    down_scales: scales(down)?,
-                };
-                Expert::Plain(Arc::new(plain), shape)
-            }
-            Dtype::Bf16 => {
-                let (hidden, width) = (gate_up.inputs(), down.inputs());
-                let shape = ExpertShape { storage: tile_storage(gate_up), hidden, width };
-                let tiled = TiledExpert {
-                    gate_up: TiledMatrix::new(&self.driver, shape.gate_up())?,
-                    down: TiledMatrix::new(&self.driver, shape.down())?,
-                };
-                put(&tiled.gate_up, (gate_up, 0..width), Placement::Gate)?;
-                put(&tiled.gate_up, (gate_up, width..2 * width), Placement::Up)?;
-                put(&tiled.down, (down, 0..hidden), Placement::Run)?;
-                Expert::Tiled(Arc::new(tiled), shape)
-            }
-        };
-        Ok(ExpertOnDevice { expert, _original: weights })
-    }
-
-    fn plain(&self, weights: &Matrix) -> Result<matrix::Matrix, CudaError> {
-        let (outputs, inputs) = (weights.outputs(), weights.inputs());
+        let shape = MatrixShape { outputs: weights.outputs(), inputs: weights.inputs() };
         let storage = match weights.storage {
             Storage::F32 => matrix::Storage::F32,
             Storage::Bf16 => matrix::Storage::Bf16,
         };
-        let mut device =
-            matrix::Matrix::new(&self.driver, storage, MatrixShape { outputs, inputs })?;
-        let mut at = 0;
-        for first in (0..outputs).step_by(OUTPUTS_AT_ONCE) {
-            let rows = weights.rows(first..outputs.min(first + OUTPUTS_AT_ONCE));
-            device.fill(at, &rows)?;
-            at += rows.len();
-        }
+        let mut device = matrix::Matrix::new(&self.driver, storage, shape)?;
+        device.bring(&weights.rows(0..weights.outputs()))?;
         if let Some(scales) = &weights.scales {
             device.set_scales(&self.driver, scales)?;
         }
-        Ok(device)
+        Ok(Weights(Stored::Plain(device)))
     }
-}
 
-/// FP8 stays FP8: only matrices of that packaging have scales.
-fn tile_storage(weights: &Matrix) -> TileStorage {
-    if weights.scales.is_some() { TileStorage::Fp8 } else { TileStorage::Bf16 }
-}
+    /// A matrix `[outputs, inputs]` of the bf16 profile. Several threads of the current pool read.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Loader::norm`], and those of `read`.
+    pub fn bf16_matrix<E: From<CudaError> + Send>(
+        &self,
+        (outputs, inputs): (usize, usize),
+        read: &ReadRows<'_, E>,
+    ) -> Result<Weights, E> {
+        let shape = TileShape { storage: TileStorage::Bf16, outputs, inputs };
+        let tiled = TiledMatrix::new(&self.driver, shape)?;
+        tiled.bring((1, outputs), &|_, some, rows| read(some, rows))?;
+        Ok(Weights(Stored::Tiled(tiled)))
+    }
 
-/// Tiles some of a matrix's outputs into `to`, from its first tile of that placement on.
-fn put(
-    to: &TiledMatrix,
-    (weights, outputs): (&Matrix, std::ops::Range<usize>),
-    placement: Placement,
-) -> Result<(), CudaError> {
-    for first in outputs.clone().step_by(OUTPUTS_AT_ONCE) {
-        let some = first..outputs.end.min(first + OUTPUTS_AT_ONCE);
-        let tile = (first - outputs.start) / super::tiles::TILE_OUTPUTS;
-        let rows = weights.rows(some.clone());
-        let bits: Vec<u16> = match weights.storage {
-            Storage::Bf16 => bytemuck::pod_collect_to_vec(&rows),
-            Storage::F32 => rows
-                .as_chunks()
-                .0
-                .iter()
-                .map(|b| crate::math::bf16_bits(f32::from_le_bytes(*b)))
-                .collect(),
+    /// An expert of the bf16 profile. Several threads of the current pool read.
+    ///
+    /// * `scales`: of FP8 weights, those of gate, up and down
+    ///
+    /// # Errors
+    ///
+    /// As for [`Loader::norm`], and those of `read`; [`CudaError::NotFinite`] if an FP8 weight is no number.
+    ///
+    /// # Panics
+    ///
+    /// If FP8 weights have no scales.
+    pub fn tiled_expert<E: From<CudaError> + Send>(
+        &self,
+        sizes: ExpertSizes,
+        scales: Option<[&[f32]; 3]>,
+        read: &ReadExpert<'_, E>,
+    ) -> Result<ExpertOnDevice, E> {
+        let expert = self.empty_expert(sizes)?;
+        let Expert::Tiled(tiled, shape) = &expert.expert else {
+            unreachable!("experts of the bf16 profile are tiled")
         };
-        match to.shape().storage {
-            TileStorage::Bf16 => to.put(placement, tile, bytemuck::cast_slice(&bits))?,
-            TileStorage::Fp8 => {
-                let bytes: Option<Vec<u8>> = bits.into_iter().map(e4m3).collect();
-                let bytes = bytes.ok_or(CudaError::NotFinite)?;
-                to.put(placement, tile, &bytes)?;
+        tiled.gate_up.bring((2, shape.width), &|matrix, some, rows| {
+            read(if matrix == 0 { ExpertPart::Gate } else { ExpertPart::Up }, some, rows)
+        })?;
+        tiled.down.bring((1, shape.hidden), &|_, some, rows| read(ExpertPart::Down, some, rows))?;
+        if shape.storage == TileStorage::Fp8 {
+            let [gate, up, down] = scales.expect("FP8 weights have scales");
+            tiled.gate_up.set_scales(&[gate, up])?;
+            tiled.down.set_scales(&[down])?;
+        }
+        Ok(expert)
+    }
+
+    /// An expert of the f32 profile, made of the CPU's.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Loader::norm`].
+    pub fn plain_expert(
+        &self,
+        weights: &crate::ExpertWeights,
+    ) -> Result<ExpertOnDevice, CudaError> {
+        let crate::ExpertWeights { gate_up, down } = weights;
+        let storage = match (gate_up.storage, &gate_up.scales) {
+            (Storage::F32, _) => ExpertStorage::F32,
+            (Storage::Bf16, None) => ExpertStorage::Bf16,
+            (Storage::Bf16, Some(_)) => ExpertStorage::Widened,
+        };
+        let sizes = ExpertSizes { hidden: gate_up.inputs(), width: down.inputs(), storage };
+        let expert = self.empty_expert(sizes)?;
+        for (part, matrix) in [(0, gate_up), (2, down)] {
+            expert.put(part, 0, &matrix.rows(0..matrix.outputs()))?;
+            if let Some(scales) = &matrix.scales {
+                expert.put(part + 1, 0, bytemuck::cast_slice(scales))?;
             }
         }
-        if let Some(scales) = &weights.scales {
-            to.put_scales(placement, tile, &scales[some])?;
-        }
+        Ok(expert)
     }
-    Ok(())
+
+    /// An expert whose content is still to be put there.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError`] if memory is refused.
+    ///
+    /// # Panics
+    ///
+    /// If the profile has no such storage.
+    pub fn empty_expert(&self, sizes: ExpertSizes) -> Result<ExpertOnDevice, CudaError> {
+        let ExpertSizes { hidden, width, storage } = sizes;
+        let driver = &self.driver;
+        let expert = match (self.dtype, storage) {
+            (Dtype::Bf16, ExpertStorage::Bf16 | ExpertStorage::Fp8) => {
+                let is_fp8 = storage == ExpertStorage::Fp8;
+                let storage = if is_fp8 { TileStorage::Fp8 } else { TileStorage::Bf16 };
+                let shape = ExpertShape { storage, hidden, width };
+                let tiled = TiledExpert {
+                    gate_up: TiledMatrix::new(driver, shape.gate_up())?,
+                    down: TiledMatrix::new(driver, shape.down())?,
+                };
+                Expert::Tiled(Arc::new(tiled), shape)
+            }
+            (Dtype::F32, ExpertStorage::F32 | ExpertStorage::Bf16 | ExpertStorage::Widened) => {
+                let dtype = if storage == ExpertStorage::F32 { Dtype::F32 } else { Dtype::Bf16 };
+                let weights = |count: usize| Buffer::new(driver, "weights", count * dtype.bytes());
+                let scales = |count: usize| {
+                    let is_scaled = storage == ExpertStorage::Widened;
+                    is_scaled.then(|| Buffer::new(driver, "scales", count * 4)).transpose()
+                };
+                let plain = PlainExpert {
+                    gate_up: weights(2 * width * hidden)?,
+                    gate_up_scales: scales(2 * width)?,
+                    down: weights(hidden * width)?,
+                    down_scales: scales(hidden)?,
+                };
+                Expert::Plain(Arc::new(plain), PlainShape { dtype, hidden, width })
+            }
+            (Dtype::Bf16, ExpertStorage::F32 | ExpertStorage::Widened)
+            | (Dtype::F32, ExpertStorage::Fp8) => {
+                panic!("no {storage:?} experts in the {} profile", self.dtype)
+            }
+        };
+        Ok(ExpertOnDevice { expert })
+    }
 }
 
-/// The e4m3fn byte of a bf16 that is one: what was widened when it was loaded. `None` for what is no number.
-fn e4m3(bits: u16) -> Option<u8> {
-    let [low, high] = bits.to_le_bytes();
-    let sign = high & 0x80;
-    let exponent = i32::from(bits >> 7 & 0xff) - 127;
-    let mantissa = low & 0x7f;
-    if exponent < -9 {
-        return Some(sign);
+/// What it is made of, in memory: weights and scales of gate and up, then those of down. Equal on all processes that hold
+/// this expert in this profile.
+impl ExpertOnDevice {
+    fn parts(&self) -> [Option<&Buffer>; 4] {
+        match &self.expert {
+            Expert::Plain(plain, _) => [
+                Some(&plain.gate_up),
+                plain.gate_up_scales.as_ref(),
+                Some(&plain.down),
+                plain.down_scales.as_ref(),
+            ],
+            Expert::Tiled(tiled, _) => {
+                let TiledExpert { gate_up, down } = &**tiled;
+                [Some(gate_up.tiles()), gate_up.scales(), Some(down.tiles()), down.scales()]
+            }
+        }
     }
-    if exponent < -6 {
-        // Subnormal: a multiple of 2^-9.
-        let whole = 0x80 | mantissa;
-        return Some(sign | whole >> (7 - (exponent + 9)));
+
+    /// Bytes of the parts.
+    #[must_use]
+    pub fn part_bytes(&self) -> [usize; 4] {
+        self.parts().map(|part| part.map_or(0, Buffer::bytes))
     }
-    let exponent = u8::try_from(exponent + 7).ok().filter(|exponent| *exponent <= 15)?;
-    Some(sign | exponent << 3 | mantissa >> 4)
+
+    /// Copies what is at byte `at` of a part to the host, beside the steps.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError`] if CUDA fails.
+    ///
+    /// # Panics
+    ///
+    /// If that lies outside.
+    pub fn fetch(&self, part: usize, at: usize, out: &mut [u8]) -> Result<(), CudaError> {
+        self.parts()[part].expect("a part that is there").fetch(at, out)
+    }
+
+    /// Copies to byte `at` of a part, beside the steps. Nobody uses the expert before all of it is there.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError`] if CUDA fails.
+    ///
+    /// # Panics
+    ///
+    /// If that lies outside.
+    pub fn put(&self, part: usize, at: usize, content: &[u8]) -> Result<(), CudaError> {
+        self.parts()[part].expect("a part that is there").bring(at, content)
+    }
 }
 
 impl NormWeights {
     /// For kernels.
     pub(super) fn buffer(&self) -> &Buffer {
         &self.0
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_e4m3_comes_back() {
-        for byte in (0..=u8::MAX).filter(|byte| byte & 0x7f != 0x7f) {
-            let (exponent, mantissa) = (i32::from(byte >> 3 & 15), f32::from(byte & 7));
-            let magnitude = match exponent {
-                0 => mantissa * 2.0_f32.powi(-9),
-                _ => (8.0 + mantissa) * 2.0_f32.powi(exponent - 10),
-            };
-            let value = if byte & 0x80 == 0 { magnitude } else { -magnitude };
-            assert_eq!(e4m3(crate::math::bf16_bits(value)), Some(byte), "{value}");
-        }
-        assert_eq!(e4m3(crate::math::bf16_bits(f32::NAN)), None);
     }
 }

@@ -56,7 +56,7 @@ impl Checkpoint {
         let merged = bad.chunk_by(|a, b| a.0 == b.0).map(|pieces| {
             let (tensor, first, _) = pieces[0];
             NonFinite {
-                file: self.shards[tensors[tensor].file].name.clone(),
+                file: self.file_name(tensors[tensor]),
                 tensor: tensors[tensor].name.clone(),
                 count: pieces.iter().map(|piece| piece.2).sum(),
                 first,

@@ -8,7 +8,6 @@ use super::WeightType;
 use crate::checkpoint::Dtype;
 use crate::checkpoint::names::{Kind, Required};
 use half::bf16;
-use std::ops::Range;
 
 /// Of the sum of four uniforms on `0..=65535`.
 const MEAN: f32 = 131_070.0;
@@ -66,26 +65,27 @@ impl Filler {
         Self { seed, fp8: (0..=u16::MAX).map(byte).collect() }
     }
 
-    /// Replaces `out` by the bytes of the elements in `range`.
-    pub(super) fn fill(
-        &self,
-        tensor: &Required,
-        stored: Stored,
-        range: Range<u64>,
-        out: &mut Vec<u8>,
-    ) {
+    /// Overwrites `out` with the bytes of the elements from `first` on; a part of an element at the end is left out.
+    pub(super) fn fill(&self, tensor: &Required, stored: Stored, first: u64, out: &mut [u8]) {
         let key = mix(self.seed ^ name_hash(&tensor.name));
         let (offset, deviation) = distribution(tensor);
         let factor = deviation / DEVIATION;
         let value = |index: u64| (as_f32(sum(key, index)) - MEAN).mul_add(factor, offset);
-        out.clear();
         match stored {
-            Stored::F32 => out.extend(range.flat_map(|index| value(index).to_le_bytes())),
+            Stored::F32 => {
+                for (out, index) in out.as_chunks_mut().0.iter_mut().zip(first..) {
+                    *out = value(index).to_le_bytes();
+                }
+            }
             Stored::Bf16 => {
-                out.extend(range.flat_map(|index| bf16::from_f32(value(index)).to_le_bytes()));
+                for (out, index) in out.as_chunks_mut().0.iter_mut().zip(first..) {
+                    *out = bf16::from_f32(value(index)).to_le_bytes();
+                }
             }
             Stored::Fp8 => {
-                out.extend(range.map(|index| self.fp8[(sum(key, index) >> 2) as usize]));
+                for (out, index) in out.iter_mut().zip(first..) {
+                    *out = self.fp8[(sum(key, index) >> 2) as usize];
+                }
             }
         }
     }

@@ -65,6 +65,35 @@ fn read(checkpoint: &Checkpoint, name: &str) -> Vec<u8> {
 }
 
 #[test]
+fn without_files_the_weights_are_the_same() {
+    for (name, experts) in [("maverick-tiny", SynthExperts::Fused), ("fp8-tiny", SynthExperts::Fp8)]
+    {
+        let options = SynthOptions { dtype: WeightType::Bf16, experts, ..options() };
+        let (_folder, written, _) = check(&format!("made-{name}"), &golden_config(name), &options);
+        let config = Config::parse(&golden_config(name)).unwrap();
+        let made = checkpoint(&config, &options);
+        assert!(
+            made.tensors()
+                .map(|t| (&t.name, &t.shape, t.dtype))
+                .eq(written.tensors().map(|t| (&t.name, &t.shape, t.dtype)))
+        );
+        for tensor in written.tensors() {
+            assert_eq!(read(&made, &tensor.name), read(&written, &tensor.name), "{}", tensor.name);
+            let mut part = [0; 8];
+            made.read_at(tensor, tensor.bytes - 8, &mut part).unwrap();
+            assert_eq!(part, read(&written, &tensor.name)[usize_of(tensor.bytes) - 8..]);
+        }
+        for layer in 0..config.layers {
+            assert_eq!(made.expert_format(layer), written.expert_format(layer));
+        }
+    }
+}
+
+fn usize_of(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap()
+}
+
+#[test]
 fn every_packaging_opens_again() {
     for (name, dtype, experts) in [
         ("maverick-tiny", WeightType::F32, SynthExperts::Fused),

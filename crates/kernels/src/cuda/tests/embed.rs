@@ -29,7 +29,7 @@ fn check(table: &[f32], hidden: usize, tokens: &[u32], dtype: Dtype) {
         }
     };
     let on_device = Embedding::new(driver(), dtype, (table.len() / hidden, hidden)).unwrap();
-    on_device.fill(0, &bytes).unwrap();
+    on_device.bring(&bytes).unwrap();
     let mut x = Tensor::new(driver(), Dtype::F32, (0, hidden)).unwrap();
     let batch = upload(&of_tokens(tokens), &rope(4), LIMITS);
     embed(driver(), &batch, &on_device, &mut x).unwrap();

@@ -5,8 +5,8 @@ use super::super::dispatch::{Arrivals, RouteTable, RouteTableParts, Source, Sour
 use super::super::experts::{ExpertShape, ExpertTable, SlotLoad, TiledExpert, experts};
 use super::super::linear_bf16::linear_bf16;
 use super::super::tensor::Tensor;
-use super::super::tiles::{Placement, TileShape, TileStorage, TiledMatrix};
-use super::linear_bf16::{random, weights};
+use super::super::tiles::{TileShape, TileStorage, TiledMatrix};
+use super::linear_bf16::{bring, random, weights};
 use super::{assert_same, driver, noise};
 use crate::level::{Dtype, Level};
 use crate::math::{bf16_bits, bf16_to_f32, round_bf16};
@@ -21,11 +21,9 @@ fn expert(shape: ExpertShape, seed: u32) -> (Arc<TiledExpert>, TiledMatrix) {
     let (bytes, _) = random(plain_shape, seed);
     let gate_up = TiledMatrix::new(driver(), shape.gate_up()).unwrap();
     let (gates, ups) = bytes.split_at(bytes.len() / 2);
-    gate_up.put(Placement::Gate, 0, gates).unwrap();
-    gate_up.put(Placement::Up, 0, ups).unwrap();
+    bring(&gate_up, &[gates, ups]);
     if storage == TileStorage::Fp8 {
-        gate_up.put_scales(Placement::Gate, 0, &scales[..width]).unwrap();
-        gate_up.put_scales(Placement::Up, 0, &scales[width..]).unwrap();
+        gate_up.set_scales(&[&scales[..width], &scales[width..]]).unwrap();
     }
     let (down, _, _) = weights(shape.down(), seed + 100);
     (Arc::new(TiledExpert { gate_up, down }), plain)

@@ -1,23 +1,36 @@
 //! Products on tensor cores: close to the exact value, and the same bits for any number of rows.
 
+use super::super::driver::CudaError;
 use super::super::linear_bf16::linear_bf16;
 use super::super::tensor::Tensor;
-use super::super::tiles::{Placement, TileShape, TileStorage, TiledMatrix};
+use super::super::tiles::{TileShape, TileStorage, TiledMatrix};
 use super::{assert_same, driver, noise};
 use crate::level::Dtype;
 use crate::math::{bf16_bits, round_bf16};
+
+/// Brings whole matrices, row-major, that take turns.
+pub(super) fn bring(to: &TiledMatrix, matrices: &[&[u8]]) {
+    let shape = to.shape();
+    let row_bytes = shape.inputs * shape.storage.bytes();
+    let read = |matrix: usize, some: std::ops::Range<usize>, rows: &mut [u8]| {
+        let matrix: &[u8] = matrices[matrix];
+        rows.copy_from_slice(&matrix[some.start * row_bytes..some.end * row_bytes]);
+        Ok::<_, CudaError>(())
+    };
+    to.bring((matrices.len(), matrices[0].len() / row_bytes), &read).unwrap();
+}
 
 /// Random weights: the matrix on the device, and the values without their scales.
 pub(super) fn weights(shape: TileShape, seed: u32) -> (TiledMatrix, Vec<f32>, Vec<f32>) {
     let matrix = TiledMatrix::new(driver(), shape).unwrap();
     let (bytes, values) = random(shape, seed);
-    matrix.put(Placement::Run, 0, &bytes).unwrap();
+    bring(&matrix, &[&bytes]);
     let scales = match shape.storage {
         TileStorage::Bf16 => vec![1.0; shape.outputs],
         TileStorage::Fp8 => {
             let scales: Vec<f32> =
                 noise(shape.outputs, seed + 1, 0.5).iter().map(|x| x + 1.0).collect();
-            matrix.put_scales(Placement::Run, 0, &scales).unwrap();
+            matrix.set_scales(&[&scales]).unwrap();
             scales
         }
     };
@@ -102,5 +115,26 @@ fn many_rows_have_the_bits_of_few() {
             let some = product(&x[row * shape.inputs..][..shape.inputs], &w);
             assert_same(&all[row * shape.outputs..][..shape.outputs], &some, &format!("{row}"));
         }
+    }
+}
+
+/// The kernels take an FP8 weight apart by its bits: one that is no number would become a large one.
+#[test]
+fn fp8_weights_that_are_no_numbers_are_refused() {
+    let shape = TileShape { storage: TileStorage::Fp8, outputs: 20, inputs: 64 };
+    let matrix = TiledMatrix::new(driver(), shape).unwrap();
+    let brought = |bad: u8| {
+        let read = |_: usize, some: std::ops::Range<usize>, rows: &mut [u8]| {
+            rows.fill(0x38);
+            if some.contains(&19) {
+                rows[(19 - some.start) * 64 + 63] = bad;
+            }
+            Ok::<_, CudaError>(())
+        };
+        matrix.bring((1, 20), &read)
+    };
+    brought(0x7e).unwrap();
+    for bad in [0x7f, 0xff] {
+        assert!(matches!(brought(bad), Err(CudaError::NotFinite)), "{bad:#x}");
     }
 }

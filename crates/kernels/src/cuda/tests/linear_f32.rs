@@ -33,7 +33,7 @@ fn check(rows: usize, MatrixShape { outputs, inputs }: MatrixShape, storage: Sto
         Storage::F32 => bytemuck::cast_slice(&w).to_vec(),
         Storage::Bf16 => w.iter().flat_map(|x| bf16_bits(*x).to_le_bytes()).collect(),
     };
-    matrix.fill(0, &bytes).unwrap();
+    matrix.bring(&bytes).unwrap();
     if let Some(scales) = scales {
         matrix.set_scales(driver(), &scales).unwrap();
         packed.set_scales(scales);
