@@ -4,23 +4,30 @@
 //! Tokens are a fixed scattered sequence, the same for every engine that is compared, so that all of
 //! them visit the same number of experts; they are fed whatever the model would have said.
 
-use crate::ranks::{RankStep, Ranks, RunStep, Wanted, batch, cluster};
+use crate::ranks::{Look, RankStep, Ranks, RunStep, Wanted, batch, cluster};
 use anyhow::ensure;
 use ids::{SeqId, StepId};
 use kernels::Sampling;
 use placement::Shape;
-use scheduler::{KvPools, NewSequence, Plan, Scheduler};
+use scheduler::{KvPools, NewSequence, Plan, Scheduler, Slice};
 use serde_json::{Value, json};
-use std::collections::BTreeSet;
 use std::time::Instant;
-use worker::{KvBlocks, Model};
+use worker::{KvBlocks, Model, Platform};
 
 /// How to measure.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Options {
     pub workers: u16,
     /// Threads of every worker.
     pub threads: usize,
+    /// Sequences that decode at once, a case each.
+    pub streams: Vec<u32>,
+    /// Positions that every sequence holds when decoding is measured.
+    pub context: u32,
+    /// Whether every kernel of a GPU is measured, too.
+    pub kernels: Kernels,
+    /// Bytes per second that the device reads: [`measure_bandwidth`].
+    pub bandwidth: f64,
     /// Tokens of the prefill case.
     pub prompt: u32,
     /// Steps of the decode case with one sequence.
@@ -29,48 +36,95 @@ pub struct Options {
     pub chunk: u32,
 }
 
-/// Positions that every sequence holds when decoding is measured.
-const CONTEXT: u32 = 16;
+/// What is said of a GPU's kernels.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kernels {
+    Nothing,
+    /// What each of them takes.
+    Times,
+}
+
 /// Steps before the clock starts.
 const WARM_STEPS: u32 = 2;
+/// Steps of the decode cases with several sequences, at least.
+const STEPS_MIN: u32 = 8;
 /// Ids that no ordinary token has, at the end of the vocabulary.
 const SPECIAL_TOKENS: usize = 64;
+
+/// How fast so many threads, or the GPU, read weights, in bytes per second; tells `report`.
+///
+/// # Errors
+///
+/// If memory or threads are refused, or the device fails.
+pub fn measure_bandwidth(
+    platform: &Platform,
+    threads: usize,
+    report: &mut dyn FnMut(&Value),
+) -> anyhow::Result<f64> {
+    let bandwidth = platform.read_bandwidth(threads)?;
+    let (device, gb_per_s) = (platform.describe(threads), round(bandwidth / 1e9));
+    report(
+        &json!({ "case": "memory", "device": device, "threads": threads, "gb_per_s": gb_per_s }),
+    );
+    Ok(bandwidth)
+}
 
 /// Runs every case and hands each figure to `report` as one JSON object.
 ///
 /// # Errors
 ///
 /// If the model is too small for the cases, cannot be loaded, or a step fails.
-pub fn run(model: &Model, options: Options, report: &mut dyn FnMut(&Value)) -> anyhow::Result<()> {
+pub fn run(model: &Model, options: &Options, report: &mut dyn FnMut(&Value)) -> anyhow::Result<()> {
     let context = model.config.context_tokens;
-    let longest = options.prompt.max(CONTEXT + WARM_STEPS + options.decode) + 1;
+    let longest = options.longest();
     ensure!(
         longest <= context,
         "the longest case has {longest} tokens, the model's context {context}; \
-         give a smaller --prompt or --decode"
+         give a smaller --prompt, --context or --decode"
     );
     ensure!(SPECIAL_TOKENS < model.config.vocab, "the vocabulary is too small for the cases");
-    let threads = options.threads * usize::from(options.workers);
-    let bandwidth = kernels::read_bandwidth(threads)?;
-    report(&json!({ "case": "memory", "threads": threads, "gb_per_s": round(bandwidth / 1e9) }));
-
     let shape =
         Shape { moe_layers: model.config.moe_layers().len(), experts: model.config.experts };
     let placement = placement::plan(shape, options.workers, 0)?;
-    let kv = KvBlocks::plan(&model.config, model.dtype, u64::MAX, 32)?;
+    let kv = KvBlocks::holding(&model.config, options.streams_max(), longest);
     let targets = |layer, expert, source| placement.targets(layer, expert, source);
-    let threads = options.threads;
-    let ranks = Ranks { model, placement: &placement, targets: &targets, threads, kv };
+    let (threads, look) = (options.threads, Look::AtTheEnd);
+    let ranks = Ranks { model, placement: &placement, targets: &targets, threads, kv, look };
     cluster(&ranks, |run_step| {
         let pools = pools(kv.pools(&model.config));
         let weights = Weights::of(model);
-        let mut bench = Bench { model, options, pools, run_step, weights, bandwidth };
+        let mut bench = Bench { model, options, pools, run_step, weights };
         bench.prefill(report)?;
-        for streams in [1, 8, 32] {
-            bench.decode(streams, report)?;
-        }
-        Ok(())
+        options.streams.iter().try_for_each(|&streams| bench.decode(streams, report))
     })
+}
+
+impl Options {
+    /// Tokens of the longest sequence of all cases.
+    fn longest(&self) -> u32 {
+        self.prompt.max(self.context + self.sampled_max()) + 1
+    }
+
+    /// Steps that are measured.
+    fn steps(&self, streams: u32) -> u32 {
+        if streams == 1 { self.decode } else { (self.decode / streams).max(STEPS_MIN) }
+    }
+
+    /// Token budget of a step: twice as much at least as decoding takes.
+    fn step_tokens(&self) -> u32 {
+        self.chunk.max(2 * self.streams_max())
+    }
+
+    /// Tokens that a sequence samples at most: while others are prefilled, in every step, and where kernels are measured.
+    fn sampled_max(&self) -> u32 {
+        let (streams, prompts) = (self.streams_max(), self.streams_max() * self.context);
+        let prefill = prompts.div_ceil(self.step_tokens() - streams) + streams;
+        prefill + WARM_STEPS + self.decode.max(STEPS_MIN) + 1
+    }
+
+    fn streams_max(&self) -> u32 {
+        self.streams.iter().copied().max().unwrap_or(1)
+    }
 }
 
 /// Bytes that a step reads.
@@ -91,12 +145,10 @@ impl Weights {
 
 struct Bench<'a> {
     model: &'a Model,
-    options: Options,
+    options: &'a Options,
     pools: KvPools,
     run_step: &'a mut RunStep<'a>,
     weights: Weights,
-    /// Bytes per second.
-    bandwidth: f64,
 }
 
 /// What the steps of a case took together.
@@ -105,7 +157,13 @@ struct Sum {
     steps: u32,
     tokens: u64,
     seconds: f64,
+    /// Of dense weights and of experts that had rows.
     weight_bytes: u64,
+    expert_bytes: u64,
+    /// KV cache of the positions that the rows attend to.
+    kv_bytes: u64,
+    /// Sequences that only decoded in the last step.
+    slices_of_one: u32,
 }
 
 impl Bench<'_> {
@@ -121,21 +179,20 @@ impl Bench<'_> {
                 self.step(&mut scheduler, &mut plan, &mut sum, 0)?;
             }
         }
-        self.report("prefill".into(), 1, &sum, report);
+        self.report("prefill".into(), 1, (&sum, None), report);
         Ok(())
     }
 
     fn decode(&mut self, streams: u32, report: &mut dyn FnMut(&Value)) -> anyhow::Result<()> {
-        let steps =
-            if streams == 1 { self.options.decode } else { (self.options.decode / streams).max(8) };
+        let steps = self.options.steps(streams);
         let mut scheduler = self.scheduler()?;
         for stream in 0..streams {
-            scheduler.submit(self.sequence(stream, CONTEXT))?;
+            scheduler.submit(self.sequence(stream, self.options.context))?;
         }
         let mut plan = Plan::new();
-        let prompts = u64::from(streams * CONTEXT);
         let mut before = Sum::default();
-        while before.tokens < prompts {
+        // Those that are prefilled first decode meanwhile.
+        while before.slices_of_one != streams {
             self.step(&mut scheduler, &mut plan, &mut before, 0)?;
         }
         for number in 0..WARM_STEPS {
@@ -145,10 +202,37 @@ impl Bench<'_> {
         for number in WARM_STEPS..WARM_STEPS + steps {
             self.step(&mut scheduler, &mut plan, &mut sum, number)?;
         }
+        let times = self.kernel_times(|bench| {
+            let mut measured = Sum::default();
+            let last = WARM_STEPS + steps;
+            bench.step(&mut scheduler, &mut plan, &mut measured, last)?;
+            Ok(measured)
+        })?;
         ensure!(sum.tokens == u64::from(steps * streams), "every step decodes all streams");
         let case = if streams == 1 { "decode".into() } else { format!("decode-{streams}") };
-        self.report(case, streams, &sum, report);
+        self.report(case, streams, (&sum, times), report);
         Ok(())
+    }
+
+    /// What the kernels of some steps take, if anybody wants to know.
+    fn kernel_times(
+        &mut self,
+        steps: impl FnOnce(&mut Self) -> anyhow::Result<Sum>,
+    ) -> anyhow::Result<Option<Value>> {
+        let wanted = self.options.kernels == Kernels::Times;
+        let Some(gpu) = self.model.platform.gpu().filter(|_| wanted) else { return Ok(None) };
+        gpu.driver().time_kernels();
+        let sum = steps(self)?;
+        let steps = f64::from(sum.steps);
+        let of = |time: &kernels::cuda::KernelTime| {
+            let launches = f64::from(time.launches) / steps;
+            let ms = time.seconds * 1e3 / steps;
+            json!({ "kernel": time.kernel, "launches_per_step": launches, "ms_per_step": round(ms) })
+        };
+        let times: Vec<Value> = gpu.driver().kernel_times()?.iter().map(of).collect();
+        Ok(Some(
+            json!({ "expert_bytes_per_step": sum.expert_bytes / u64::from(sum.steps), "times": times }),
+        ))
     }
 
     /// Plans, runs and commits one step; every sampling sequence is given its fixed next token.
@@ -168,7 +252,12 @@ impl Bench<'_> {
         sum.steps += 1;
         let slices = plan.ranks.iter().flatten();
         let busy = plan.ranks.iter().filter(|slices| !slices.is_empty()).count() as u64;
-        sum.weight_bytes += busy * self.weights.dense + experts_read(&done) * self.weights.expert;
+        let experts = experts_read(&done) * self.weights.expert;
+        sum.expert_bytes += experts;
+        sum.weight_bytes += busy * self.weights.dense + experts;
+        sum.kv_bytes += slices.clone().map(|slice| self.kv_bytes(slice)).sum::<u64>();
+        let decoding = slices.clone().filter(|slice| slice.tokens.len() == 1);
+        sum.slices_of_one = u32::try_from(decoding.count())?;
         sum.tokens += slices.clone().map(|slice| slice.tokens.len() as u64).sum::<u64>();
         let next = |id: SeqId| self.token(u64::from(number), 29 + 1009 * id.0);
         let sampled: Vec<(SeqId, u32)> = slices
@@ -182,9 +271,9 @@ impl Bench<'_> {
     fn scheduler(&self) -> anyhow::Result<Scheduler> {
         Ok(Scheduler::new(scheduler::Config {
             pools: vec![self.pools; usize::from(self.options.workers)],
-            step_tokens: self.options.chunk.max(32),
-            sequences_max: 32,
-            queue_max: 32,
+            step_tokens: self.options.step_tokens(),
+            sequences_max: self.options.streams_max(),
+            queue_max: self.options.streams_max(),
             context_tokens: self.model.config.context_tokens,
         })?)
     }
@@ -194,7 +283,7 @@ impl Bench<'_> {
         NewSequence {
             id: SeqId(u64::from(stream)),
             prompt: (0..u64::from(tokens)).map(|i| self.token(i, salt)).collect(),
-            tokens_max: self.options.decode + WARM_STEPS + 2,
+            tokens_max: self.options.sampled_max(),
             group: None,
         }
     }
@@ -205,33 +294,53 @@ impl Bench<'_> {
         u32::try_from((index * 7919 + salt) % ordinary).expect("a vocabulary has 32-bit ids")
     }
 
-    fn report(&self, case: String, streams: u32, sum: &Sum, report: &mut dyn FnMut(&Value)) {
-        let bytes_per_s = sum.weight_bytes as f64 / sum.seconds;
-        report(&json!({
+    /// Bytes of the KV cache that a slice reads, each of its positions once.
+    fn kv_bytes(&self, slice: &Slice) -> u64 {
+        let blocks = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        let read = KvBlocks {
+            full: blocks(slice.full_blocks.len()),
+            chunked: blocks(slice.chunked_blocks.len()),
+        };
+        read.bytes(&self.model.config, self.model.dtype)
+    }
+
+    fn report(
+        &self,
+        case: String,
+        streams: u32,
+        (sum, times): (&Sum, Option<Value>),
+        report: &mut dyn FnMut(&Value),
+    ) {
+        let bytes_per_s = |bytes: u64| bytes as f64 / sum.seconds;
+        let mut line = json!({
             "engine": "herd",
             "case": case,
             "workers": self.options.workers,
             "threads": self.options.threads,
             "dtype": self.model.dtype.to_string(),
             "streams": streams,
+            "context": self.options.context,
             "tokens": sum.tokens,
             "seconds": round(sum.seconds),
             "tokens_per_s": round(sum.tokens as f64 / sum.seconds),
             "ms_per_step": round(sum.seconds / f64::from(sum.steps) * 1e3),
             "weight_bytes_per_step": sum.weight_bytes / u64::from(sum.steps),
-            "bandwidth_share": round(bytes_per_s / self.bandwidth),
-        }));
+            "kv_bytes_per_step": sum.kv_bytes / u64::from(sum.steps),
+            "bandwidth_share": round(bytes_per_s(sum.weight_bytes) / self.options.bandwidth),
+            "bandwidth_share_with_kv":
+                round(bytes_per_s(sum.weight_bytes + sum.kv_bytes) / self.options.bandwidth),
+        });
+        if let Some(times) = times {
+            line["kernels"] = times;
+        }
+        report(&line);
     }
 }
 
-/// Experts of all layers that had rows of any rank.
+/// Copies of experts, of all layers and ranks, that had rows.
 fn experts_read(done: &[RankStep]) -> u64 {
-    let layers = done.iter().map(|rank| rank.experts.len()).max().unwrap_or(0);
-    let of_layer = |layer: usize| {
-        let chosen = done.iter().filter_map(|rank| rank.experts.get(layer)).flatten();
-        chosen.collect::<BTreeSet<_>>().len() as u64
-    };
-    (0..layers).map(of_layer).sum()
+    let rows = done.iter().flat_map(|rank| rank.served.iter().flatten());
+    rows.filter(|&&rows| 0 < rows).count() as u64
 }
 
 fn round(value: f64) -> f64 {

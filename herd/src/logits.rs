@@ -4,7 +4,7 @@
 //! The scheduler cuts the prompt into chunks and places it on a rank as in service; the other ranks
 //! serve their experts.
 
-use crate::ranks::{Ranks, RunStep, Wanted, batch, cluster};
+use crate::ranks::{Look, Ranks, RunStep, Wanted, batch, cluster};
 use anyhow::{Context, bail, ensure};
 use half::bf16;
 use ids::{SeqId, StepId};
@@ -154,6 +154,7 @@ pub fn run(model: &Model, prompt: &[u32], options: Options) -> anyhow::Result<Ou
         targets: &|layer, expert, source| placement.targets(layer, expert, source),
         threads: options.threads,
         kv: KvBlocks { full: blocks, chunked: blocks },
+        look: Look::AtEverything,
     };
     cluster(&ranks, |step| {
         let mut outcome = Outcome {

@@ -22,6 +22,16 @@ pub struct Ranks<'a> {
     /// Of the device, per rank.
     pub threads: usize,
     pub kv: KvBlocks,
+    pub look: Look,
+}
+
+/// What is looked at in a step. On a GPU every look within a step waits for it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Look {
+    /// Tokens and expert load: what a step tells in service.
+    AtTheEnd,
+    /// Logits and choices of experts, too.
+    AtEverything,
 }
 
 /// What came of one rank's part of a step; also what its tool looks at.
@@ -33,6 +43,8 @@ pub struct RankStep {
     pub logits: Vec<f32>,
     /// `[moe layers][rows]`
     pub experts: Vec<Vec<u16>>,
+    /// Rows that this rank's copies of experts had, `[moe layers][experts]`; empty if none had any.
+    pub served: Vec<Vec<u64>>,
 }
 
 impl Observer for RankStep {
@@ -77,7 +89,7 @@ pub fn cluster<T>(
                 let (epoch, count) = (Epoch(1), placement.ranks());
                 let shard = Shard { epoch, rank, ranks: count, held, targets: &targets };
                 let engine = Engine::new(ranks.model, &shard, hub, ranks.threads, ranks.kv);
-                serve(engine, &todo, &answers);
+                serve(engine, ranks.look, &todo, &answers);
             });
             threads.push((jobs, done));
         }
@@ -98,6 +110,7 @@ pub fn cluster<T>(
 /// A rank's thread: steps until nobody asks for more.
 fn serve(
     engine: Result<Engine, worker::EngineError>,
+    look: Look,
     todo: &mpsc::Receiver<(StepId, StepBatch)>,
     answers: &mpsc::Sender<Answer>,
 ) {
@@ -111,8 +124,13 @@ fn serve(
     while let Ok((step, batch)) = todo.recv() {
         let mut done = RankStep::default();
         let deadline = Instant::now() + STEP_MAX;
-        let answer = engine.step(step, &batch, deadline, Some(&mut done));
-        let answer = answer.map(|sampled| RankStep { sampled, ..done });
+        let observer: Option<&mut dyn Observer> = match look {
+            Look::AtTheEnd => None,
+            Look::AtEverything => Some(&mut done),
+        };
+        let answer = engine.step(step, &batch, deadline, observer);
+        let served = engine.take_load().unwrap_or_default();
+        let answer = answer.map(|sampled| RankStep { sampled, served, ..done });
         if answers.send(answer).is_err() {
             return;
         }

@@ -7,6 +7,7 @@ use herd::cluster::{Cluster, Config};
 use herd::logits::{Options, Outcome, max_difference, run};
 use kernels::Dtype;
 use kernels::cuda::Driver;
+use model::synth::{SynthExperts, SynthOptions};
 use router::engine::{Generate, Sampling};
 use safetensors::SafeTensors;
 use std::path::{Path, PathBuf};
@@ -223,4 +224,43 @@ async fn ends_of_hanging(workers: u16) -> Vec<Ended> {
     let _stream = cluster.engine.submit(request).await.unwrap();
     let ended = futures::future::join_all(cluster.workers.iter_mut().map(worker::Worker::ended));
     tokio::time::timeout(Duration::from_secs(60), ended).await.unwrap()
+}
+
+/// Weights that no file holds, a context that is filled before decoding is measured, and the kernels' own times.
+#[test]
+fn bench_counts_what_a_step_reads() {
+    let text = std::fs::read_to_string(case("fp8-tiny").join("config.json")).unwrap();
+    let config = model::config::Config::parse(&text).unwrap();
+    let options = SynthOptions { experts: SynthExperts::Fp8, ..SynthOptions::default() };
+    let model = Model::random(config, &options, Dtype::Bf16, emulated());
+    let options = herd::bench::Options {
+        workers: 2,
+        threads: 1,
+        streams: vec![1, 3],
+        context: 20,
+        kernels: herd::bench::Kernels::Times,
+        bandwidth: 1e9,
+        prompt: 9,
+        decode: 2,
+        chunk: 8,
+    };
+    let mut lines = Vec::new();
+    herd::bench::run(&model, &options, &mut |line| lines.push(line.clone())).unwrap();
+    let cases: Vec<_> = lines.iter().map(|line| line["case"].as_str().unwrap()).collect();
+    assert_eq!(cases, ["prefill", "decode", "decode-3"]);
+    let footprint = model.footprint();
+    let layers = model.config.moe_layers().len() as u64;
+    let one = &lines[1];
+    // One rank has the only row, and each layer sends it to one expert.
+    assert_eq!(one["weight_bytes_per_step"], footprint.read + footprint.expert);
+    assert_eq!(one["kernels"]["expert_bytes_per_step"], footprint.expert);
+    let times = one["kernels"]["times"].as_array().unwrap();
+    let launches = |name: &str| -> f64 {
+        let of = times.iter().filter(|time| time["kernel"].as_str().unwrap().starts_with(name));
+        of.map(|time| time["launches_per_step"].as_f64().unwrap()).sum()
+    };
+    assert_eq!(launches("herd_gate"), layers as f64, "of the rank with the row");
+    // Two blocks of 16 positions, in the layers of either pool.
+    let kv = KvBlocks { full: 2, chunked: 2 }.bytes(&model.config, Dtype::Bf16);
+    assert_eq!(one["kv_bytes_per_step"], kv);
 }

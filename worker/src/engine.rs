@@ -211,6 +211,13 @@ impl Engine {
         on_device!(&self.0, rank => Arc::clone(&rank.tally))
     }
 
+    /// Rows that its experts had since the last call, `[moe layers][experts]`; `None` if none had any. Once a worker
+    /// serves with it, that worker asks.
+    #[must_use]
+    pub fn take_load(&self) -> Option<Vec<Vec<u64>>> {
+        self.tally().take()
+    }
+
     fn view(&self) -> Option<&View> {
         on_device!(&self.0, rank => rank.seated.as_ref().map(|seated| seated.joined.view()))
     }

@@ -29,6 +29,12 @@ impl Gpu {
         Self { driver: Arc::new(driver), dense: Arc::default() }
     }
 
+    /// What measures its kernels.
+    #[must_use]
+    pub fn driver(&self) -> &Driver {
+        &self.driver
+    }
+
     /// The dense weights; the first caller brings them there.
     pub(crate) fn dense(&self, model: &Model) -> Result<Arc<Dense<Cuda>>, ModelError> {
         let mut known = self.dense.lock().unwrap_or_else(PoisonError::into_inner);

@@ -58,6 +58,17 @@ impl KvBlocks {
         Ok(Self { full: count(full), chunked: count(chunked) })
     }
 
+    /// Enough for so many sequences of so many tokens.
+    #[must_use]
+    pub fn holding(config: &Config, sequences: u32, tokens: u32) -> Self {
+        let block = u32::try_from(BLOCK_TOKENS).unwrap_or(u32::MAX);
+        let blocks = |tokens: u32| tokens.div_ceil(block);
+        let full = blocks(tokens);
+        // One more than a chunk, so that a step may cross a chunk's border.
+        let chunked = chunk_tokens(config).map_or(0, |chunk| full.min(blocks(chunk) + 1));
+        Self { full: sequences.saturating_mul(full), chunked: sequences.saturating_mul(chunked) }
+    }
+
     /// Bytes it takes in memory, once all of it is used.
     #[must_use]
     pub fn bytes(self, config: &Config, dtype: Dtype) -> u64 {

@@ -46,6 +46,27 @@ impl Platform {
         }
     }
 
+    /// Bytes per second that it reads from memory of the kind that weights lie in; on CPUs with so many threads.
+    ///
+    /// # Errors
+    ///
+    /// [`DeviceError`] if memory or threads are refused, or the device fails.
+    pub fn read_bandwidth(&self, threads: usize) -> Result<f64, DeviceError> {
+        match self {
+            Self::Cpu => kernels::read_bandwidth(threads),
+            Self::Cuda(gpu) => Ok(kernels::cuda::read_bandwidth(&gpu.driver)?),
+        }
+    }
+
+    /// The GPU, if it is one.
+    #[must_use]
+    pub fn gpu(&self) -> Option<&Gpu> {
+        match self {
+            Self::Cpu => None,
+            Self::Cuda(gpu) => Some(gpu),
+        }
+    }
+
     /// What spoilt it, for all workers of the process.
     #[must_use]
     pub fn failure(&self) -> Option<String> {

@@ -54,6 +54,19 @@ pub struct SynthOptions {
     pub tokenizer_from: Option<PathBuf>,
 }
 
+impl Default for SynthOptions {
+    /// bf16, in files of the published size.
+    fn default() -> Self {
+        Self {
+            seed: 0,
+            dtype: WeightType::Bf16,
+            experts: SynthExperts::Fused,
+            shard_bytes_max: 5_000_000_000,
+            tokenizer_from: None,
+        }
+    }
+}
+
 /// What was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Summary {

@@ -1,11 +1,14 @@
 //! `herd bench`.
 
-use super::{DEFAULT_MODEL, DeviceArg, DtypeArg};
+use super::{BadInput, DEFAULT_MODEL, DeviceArg, DtypeArg};
+use anyhow::Context;
+use herd::bench::Kernels;
 use herd::exchange_bench::{self, Case, Transport};
 use herd::{bench, placement_bench};
+use model::config::Config;
+use model::synth::{SynthExperts, SynthOptions};
 use std::io::Write;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 #[derive(clap::Subcommand)]
 pub(crate) enum Command {
@@ -38,6 +41,12 @@ pub(crate) struct EngineArgs {
     /// Folder of the checkpoint.
     #[arg(long, default_value = DEFAULT_MODEL)]
     model: PathBuf,
+    /// Instead of a checkpoint: random weights of the shape of this config.json, which are made while they are loaded.
+    #[arg(long, conflicts_with = "model")]
+    random: Option<PathBuf>,
+    /// With --random: routed experts in FP8.
+    #[arg(long, requires = "random")]
+    fp8_experts: bool,
     /// Ranks that share the experts.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     workers: u16,
@@ -50,6 +59,15 @@ pub(crate) struct EngineArgs {
     /// What the ranks compute on: cpu, or cuda:N for a GPU, which they share.
     #[arg(long, default_value_t)]
     device: DeviceArg,
+    /// Sequences that decode at once, a case each.
+    #[arg(long, value_delimiter = ',', default_value = "1,8,32", value_parser = clap::value_parser!(u32).range(1..))]
+    streams: Vec<u32>,
+    /// Positions that every sequence holds when decoding is measured.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
+    context: u32,
+    /// Also what every kernel of a GPU takes in each case.
+    #[arg(long)]
+    kernels: bool,
     /// Tokens of the prefill case.
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
     prompt: u32,
@@ -122,16 +140,30 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
 }
 
 fn engine(args: &EngineArgs, print: &mut dyn FnMut(&serde_json::Value)) -> anyhow::Result<()> {
-    let platform = args.device.open()?;
-    let model = Arc::new(worker::Model::open_for(&args.model, args.dtype.into(), platform)?);
+    let (platform, dtype) = (args.device.open()?, args.dtype.into());
+    let model = match &args.random {
+        None => worker::Model::open_for(&args.model, dtype, platform)?,
+        Some(path) => {
+            let text = std::fs::read_to_string(path).with_context(|| path.display().to_string());
+            let text = text.context(BadInput("bad --random".into()))?;
+            let experts = if args.fp8_experts { SynthExperts::Fp8 } else { SynthExperts::Fused };
+            let options = SynthOptions { experts, ..SynthOptions::default() };
+            worker::Model::random(Config::parse(&text)?, &options, dtype, platform)
+        }
+    };
+    let threads = args.threads * usize::from(args.workers);
     let options = bench::Options {
+        bandwidth: bench::measure_bandwidth(&model.platform, threads, print)?,
         workers: args.workers,
         threads: args.threads,
+        streams: args.streams.clone(),
+        context: args.context,
+        kernels: if args.kernels { Kernels::Times } else { Kernels::Nothing },
         prompt: args.prompt,
         decode: args.decode,
         chunk: args.chunk,
     };
-    bench::run(&model, options, print)
+    bench::run(&model, &options, print)
 }
 
 fn exchange(args: &ExchangeArgs, print: &mut dyn FnMut(&serde_json::Value)) -> anyhow::Result<()> {

@@ -7,8 +7,6 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-/// Bytes of a weight file, as in the published checkpoints.
-const SHARD_BYTES_MAX: u64 = 5_000_000_000;
 /// How often progress is shown.
 const PROGRESS_EVERY: Duration = Duration::from_secs(5);
 
@@ -45,8 +43,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             DtypeArg::Bf16 => WeightType::Bf16,
         },
         experts: if args.fp8_experts { SynthExperts::Fp8 } else { SynthExperts::Fused },
-        shard_bytes_max: SHARD_BYTES_MAX,
         tokenizer_from: args.tokenizer.clone(),
+        ..SynthOptions::default()
     };
     let shown = Mutex::new(Instant::now());
     let summary = model::synth::write(&config, &args.out, &options, &|done, total| {

@@ -2,7 +2,7 @@
 //! sequence gets to hear.
 
 use crate::world::{Client, World};
-use herd::ranks::{RankStep, Ranks, RunStep, Wanted, batch, cluster};
+use herd::ranks::{Look, RankStep, Ranks, RunStep, Wanted, batch, cluster};
 use herd_tests::rng::Rng;
 use ids::{ExpertId, Rank, SeqId, StepId};
 use scheduler::{Plan, Scheduler, Slice};
@@ -98,6 +98,7 @@ pub(crate) fn serve(
         targets: &|layer, expert, source| world.targets(layer, expert, source),
         threads: world.threads,
         kv,
+        look: Look::AtEverything,
     };
     cluster(&ranks, |step| Ok(Service::new(model, world, clients, evidence).run(step))).unwrap()
 }

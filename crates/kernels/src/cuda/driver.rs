@@ -5,6 +5,7 @@ use super::args::Launch;
 use super::emulated::Emulated;
 use super::image_cache::ImageCache;
 use super::real::Gpu;
+use super::timing::KernelTime;
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -191,6 +192,29 @@ impl Driver {
             Kind::Gpu(gpu) => gpu.read(address, out),
             #[cfg(feature = "emulated")]
             Kind::Emulated(emulated) => emulated.read(address, out),
+        })
+    }
+
+    /// Measures all kernels from now on, until [`Driver::kernel_times`].
+    pub fn time_kernels(&self) {
+        match &self.kind {
+            Kind::Gpu(gpu) => gpu.time_kernels(),
+            #[cfg(feature = "emulated")]
+            Kind::Emulated(emulated) => emulated.time_kernels(),
+        }
+    }
+
+    /// What every kernel has taken since, the longest first; measures no more. Each was measured with what lies between
+    /// it and the next one on the device.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError`] if CUDA fails.
+    pub fn kernel_times(&self) -> Result<Vec<KernelTime>, CudaError> {
+        self.noted(match &self.kind {
+            Kind::Gpu(gpu) => gpu.kernel_times(),
+            #[cfg(feature = "emulated")]
+            Kind::Emulated(emulated) => Ok(emulated.kernel_times()),
         })
     }
 

@@ -5,6 +5,7 @@
 use super::args::Launch;
 use super::driver::CudaError;
 use super::sources::SOURCES;
+use super::timing::{KernelTime, summed};
 use super::wait::Patience;
 use libloading::Library;
 use std::collections::BTreeMap;
@@ -13,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Buffers are aligned to this, so up to so many bytes past an end go unnoticed.
 const ALIGNMENT: usize = 16;
@@ -37,6 +38,8 @@ pub(super) struct Emulated {
     /// Kernels up to and with the one that never ends.
     kernels_left: AtomicU64,
     patience: Patience,
+    /// What kernels took, while they are measured.
+    timed: Mutex<Option<Vec<(&'static str, f64)>>>,
 }
 
 impl Emulated {
@@ -51,6 +54,7 @@ impl Emulated {
             memory: Mutex::default(),
             kernels_left: AtomicU64::new(u64::MAX),
             patience: Patience::new(NAME.into(), Duration::MAX),
+            timed: Mutex::default(),
         })
     }
 
@@ -121,6 +125,15 @@ impl Emulated {
         Ok(())
     }
 
+    pub(super) fn time_kernels(&self) {
+        *self.timed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Vec::new());
+    }
+
+    pub(super) fn kernel_times(&self) -> Vec<KernelTime> {
+        let timed = self.timed.lock().unwrap_or_else(PoisonError::into_inner).take();
+        summed(timed.unwrap_or_default().into_iter())
+    }
+
     /// Runs a kernel to its end.
     ///
     /// # Safety
@@ -137,6 +150,7 @@ impl Emulated {
             args.iter().map(|arg| std::ptr::from_ref(arg).cast_mut().cast()).collect();
         let name = CString::new(launch.kernel).expect("a name");
         let block = [launch.block, 1, 1];
+        let started = Instant::now();
         // SAFETY: the caller's promise; the numbers live until the call returns.
         let code = unsafe {
             (self.run)(
@@ -148,6 +162,9 @@ impl Emulated {
             )
         };
         assert_eq!(code, 0, "no kernel {}", launch.kernel);
+        if let Some(timed) = &mut *self.timed.lock().unwrap_or_else(PoisonError::into_inner) {
+            timed.push((launch.kernel, started.elapsed().as_secs_f64()));
+        }
         Ok(())
     }
 }

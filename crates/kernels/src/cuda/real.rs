@@ -6,12 +6,13 @@ use super::driver::{CudaError, Options};
 use super::image_cache::{ImageCache, Key};
 use super::queue::Queue;
 use super::sources::{SOURCES, Source};
+use super::timing::{KernelTime, Timed};
 use super::wait::Patience;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use std::collections::BTreeMap;
 use std::ffi::{CString, c_void};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// CUDA 13.0: the kernels' compiler makes nothing that older drivers load.
 const VERSION_MIN: i32 = 13_000;
@@ -30,6 +31,8 @@ pub(super) struct Gpu {
     lanes: Mutex<Vec<Queue>>,
     kernels: BTreeMap<&'static str, sys::CUfunction>,
     patience: Arc<Patience>,
+    /// While kernels are measured.
+    timed: Mutex<Option<Timed>>,
     // Dropped last.
     attached: Attached,
 }
@@ -96,7 +99,8 @@ impl Gpu {
         let patience = Arc::new(Patience::new(format!("cuda:{ordinal}"), options.wait_max));
         let queue = Queue::new(Arc::clone(&patience))?;
         let (kernels, lanes) = (BTreeMap::new(), Mutex::default());
-        let mut gpu = Self { queue, lanes, kernels, patience, attached };
+        let timed = Mutex::default();
+        let mut gpu = Self { queue, lanes, kernels, patience, timed, attached };
         gpu.load(options.cache.as_ref())?;
         Ok(gpu)
     }
@@ -191,6 +195,17 @@ impl Gpu {
         self.queue.read(address, out)
     }
 
+    pub(super) fn time_kernels(&self) {
+        *lock(&self.timed) = Some(Timed::default());
+    }
+
+    pub(super) fn kernel_times(&self) -> Result<Vec<KernelTime>, CudaError> {
+        self.attached.enter()?;
+        let timed = lock(&self.timed).take();
+        self.queue.wait()?;
+        timed.map_or(Ok(Vec::new()), Timed::read)
+    }
+
     /// Copies to the device beside the steps, and waits until it is there.
     pub(super) fn bring(&self, address: u64, content: &[u8]) -> Result<(), CudaError> {
         self.on_a_lane(|lane| {
@@ -210,11 +225,10 @@ impl Gpu {
         copy: impl FnOnce(&Queue) -> Result<(), CudaError>,
     ) -> Result<(), CudaError> {
         self.attached.enter()?;
-        let idle = || self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
-        let spare = idle().pop();
+        let spare = lock(&self.lanes).pop();
         let lane = spare.map_or_else(|| Queue::new(Arc::clone(&self.patience)), Ok)?;
         let result = copy(&lane);
-        idle().push(lane);
+        lock(&self.lanes).push(lane);
         result
     }
 
@@ -232,6 +246,8 @@ impl Gpu {
             args.iter().map(|arg| std::ptr::from_ref(arg).cast_mut().cast()).collect();
         let ([x, y, z], attribute) =
             (grid, sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES);
+        let mut timed = lock(&self.timed);
+        let before = timed.as_ref().map(|_| Timed::event(self.queue.stream())).transpose()?;
         // SAFETY: the caller's promise; the driver copies the parameters before it returns.
         unsafe {
             if SHARED_FREE < shared {
@@ -249,6 +265,10 @@ impl Gpu {
             )
             .map_err(failed(kernel))?;
         }
+        if let Some((timed, before)) = timed.as_mut().zip(before) {
+            timed.note(kernel, [before, Timed::event(self.queue.stream())?]);
+        }
+        drop(timed);
         self.queue.enqueued()
     }
 }
@@ -349,6 +369,11 @@ fn probe() -> Result<(), CudaError> {
         }
         Found::Version(_) => Ok(()),
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What they guard is of one piece.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Names the call that failed.

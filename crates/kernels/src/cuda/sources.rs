@@ -31,6 +31,7 @@ pub const SOURCES: &[Source] = sources![
     "gate",
     "linear_f32",
     "positions",
+    "read",
     "rms_norm",
     "sample",
     "dispatch",
