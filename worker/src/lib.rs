@@ -33,7 +33,7 @@ pub use engine::{Engine, EngineError, Seat, Shard};
 pub use finite::{NonFinite, Place};
 pub use joined::{Exchange, Processes, WithinHost};
 pub use kv::{KvBlocks, KvTooSmall};
-pub use memory::{MemoryPlan, MemoryTooSmall};
+pub use memory::{MemoryError, MemoryPlan, Share};
 pub use observe::Observer;
 pub use platform::{Gpu, Platform};
 pub use weights::{Model, ModelError};
