@@ -21,9 +21,9 @@ pub(crate) mod worker;
 
 use ::worker::{Gpu, Platform};
 use anyhow::Context;
-use kernels::Dtype;
-use kernels::cuda::{Driver, ImageCache, Options};
-use std::path::Path;
+use kernels::cuda::{Driver, Options};
+use kernels::{Dtype, StepRoom};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// The small trained model of the repository.
@@ -84,30 +84,34 @@ impl std::fmt::Display for DeviceArg {
 }
 
 impl DeviceArg {
-    /// Opens the device for a tool.
+    /// Opens the device for a tool, which has one step after the other as large as it likes.
     pub(crate) fn open(self) -> anyhow::Result<Platform> {
-        self.open_with(None, Duration::from_secs(DEFAULT_GPU_LIMIT_S))
+        let wait_max = Duration::from_secs(DEFAULT_GPU_LIMIT_S);
+        self.open_with(Options { cache: None, wait_max }, None)
     }
 
     /// Opens the device; compiles the kernels of a GPU that are not in the cache.
     ///
-    /// * `wait_max`: longest that a GPU may take for what it was given
+    /// * `room`: steps that a GPU's workers take the memory for when they start
     pub(crate) fn open_with(
         self,
-        kernel_cache: Option<&Path>,
-        wait_max: Duration,
+        options: Options,
+        room: Option<StepRoom>,
     ) -> anyhow::Result<Platform> {
         match self {
             Self::Cpu => Ok(Platform::Cpu),
             Self::Cuda(number) => {
                 let start = Instant::now();
-                let options = Options { cache: kernel_cache.map(ImageCache::new), wait_max };
                 let driver = Driver::open(number, &options)
                     .with_context(|| BadInput(format!("--device {self} cannot be used")))?;
                 let (arch, name) = driver.identity();
                 let seconds = start.elapsed().as_secs_f64();
                 tracing::info!("{self} is {name} ({arch}); kernels loaded in {seconds:.1} s");
-                Ok(Platform::Cuda(Gpu::new(driver)))
+                let gpu = Gpu::new(Arc::new(driver));
+                Ok(Platform::Cuda(match room {
+                    Some(room) => gpu.with_room(room),
+                    None => gpu,
+                }))
             }
         }
     }

@@ -30,7 +30,7 @@ fn prompt(dir: &Path) -> Vec<u32> {
 }
 
 fn emulated() -> Platform {
-    Platform::Cuda(Gpu::new(Driver::emulated().unwrap()))
+    Platform::Cuda(Gpu::new(Arc::new(Driver::emulated().unwrap())))
 }
 
 fn outcome(dir: &Path, (dtype, platform): (Dtype, Platform), options: Options) -> Outcome {
@@ -159,7 +159,7 @@ const KERNELS_BEFORE_IT_HANGS: u64 = 150;
 fn hanging() -> Platform {
     let wait_max = Duration::from_millis(300);
     let driver = Driver::emulated_until(KERNELS_BEFORE_IT_HANGS, wait_max).unwrap();
-    Platform::Cuda(Gpu::new(driver))
+    Platform::Cuda(Gpu::new(Arc::new(driver)))
 }
 
 const HANGS: &str = "the emulated device has not finished within 0.3 s what it was given";

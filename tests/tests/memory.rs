@@ -24,7 +24,7 @@ fn toy() -> Arc<Model> {
 /// With FP8 experts, on an emulated GPU of its own.
 fn fp8_on_gpu(dtype: Dtype) -> Arc<Model> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/fp8-tiny");
-    let platform = Platform::Cuda(Gpu::new(Driver::emulated().unwrap()));
+    let platform = Platform::Cuda(Gpu::new(Arc::new(Driver::emulated().unwrap())));
     Arc::new(Model::open_for(&dir, dtype, platform).unwrap())
 }
 

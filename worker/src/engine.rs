@@ -285,15 +285,17 @@ impl<D: Backend> RankEngine<D> {
         kv: KvBlocks,
     ) -> Result<Self, EngineError> {
         let config = &model.config;
-        let device = D::open(model, threads, transport.row_memory())?;
+        let mut device = D::open(model, threads, transport.row_memory())?;
         let dense = D::dense(model)?;
         let blocks = |pool| match pool {
             Pool::Full => kv.full,
             Pool::Chunked(_) => kv.chunked,
         };
         let cache = device.new_cache(model, &blocks)?;
+        let mut forward = Forward::new(&device, config, 0, (kv.full, kv.chunked));
+        device.reserve_for(model, &mut forward)?;
         Ok(Self {
-            forward: Forward::new(&device, config, 0, (kv.full, kv.chunked)),
+            forward,
             row_bytes: device.row_bytes(config.hidden),
             results: device.wire(),
             device,
@@ -310,6 +312,7 @@ impl<D: Backend> RankEngine<D> {
     fn take(&mut self, seat: Seat) -> Result<(), EngineError> {
         let Seat { experts, local, view, peers } = seat;
         let experts = D::take(experts);
+        self.device.expect_rows(&experts, view.ranks, &mut self.results)?;
         let served = Served { tally: Arc::clone(&self.tally), local };
         match &mut self.seated {
             Some(seated) => {

@@ -7,7 +7,7 @@ use kernels::cuda::weights::{
     Weights,
 };
 use kernels::cuda::{Cuda, CudaError, Driver, ExpertsOnDevice};
-use kernels::{Dtype, Storage};
+use kernels::{Dtype, StepRoom, Storage};
 use model::checkpoint::names::{self, Fused, Mlp};
 use model::checkpoint::{ExpertFormat, TensorInfo};
 use model::load::{self, Make};
@@ -20,13 +20,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub struct Gpu {
     pub(crate) driver: Arc<Driver>,
     dense: Arc<Mutex<Option<Arc<Dense<Cuda>>>>>,
+    /// Steps that every rank takes the memory for when it starts. `None`: it takes it as steps come.
+    pub(crate) room: Option<StepRoom>,
 }
 
 impl Gpu {
-    /// Ranks on this device.
+    /// Ranks on this device, which take memory as their steps come.
     #[must_use]
-    pub fn new(driver: Driver) -> Self {
-        Self { driver: Arc::new(driver), dense: Arc::default() }
+    pub fn new(driver: Arc<Driver>) -> Self {
+        Self { driver, dense: Arc::default(), room: None }
+    }
+
+    /// The same, but each takes at its start what steps of this size need.
+    #[must_use]
+    pub fn with_room(self, room: StepRoom) -> Self {
+        Self { room: Some(room), ..self }
     }
 
     /// What measures its kernels.

@@ -36,7 +36,7 @@ pub use finite::{NonFinite, Place};
 pub use gpu::Gpu;
 pub use joined::{Exchange, Processes, WithinHost};
 pub use kv::{KvBlocks, KvTooSmall};
-pub use memory::{MemoryPlan, MemoryTooSmall};
+pub use memory::{MemoryError, MemoryPlan, Share};
 pub use observe::Observer;
 pub use platform::Platform;
 pub use weights::{Model, ModelError};

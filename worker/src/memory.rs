@@ -1,6 +1,7 @@
 //! How the memory of a worker is shared out, before anything of it is taken.
 
 use crate::{KvBlocks, Model};
+use kernels::DeviceError;
 use std::fmt;
 
 /// What a worker's memory is for, in bytes.
@@ -10,6 +11,8 @@ pub struct MemoryPlan {
     pub memory: u64,
     pub dense: u64,
     pub kv: u64,
+    /// Of steps, on a GPU: a CPU takes little, and as it goes.
+    pub workspace: u64,
     /// One routed expert of every MoE layer.
     pub expert: u64,
     /// Copies of experts per MoE layer that the rest holds, and how many experts there are.
@@ -17,40 +20,79 @@ pub struct MemoryPlan {
     pub experts: usize,
 }
 
-/// Not even one expert of each layer fits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{} for weights and KV cache are too few: the dense weights take {}, the KV cache {}, and one \
-     expert of each MoE layer {}; give the worker more (--memory-mib) or its KV cache less (--kv-mib)",
-    Size(&.0.memory), Size(&.0.dense), Size(&.0.kv), Size(&.0.expert)
-)]
-pub struct MemoryTooSmall(pub MemoryPlan);
+/// Why there is no plan.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// Not even one expert of each layer fits.
+    #[error(
+        "{} for weights and KV cache are too few: the dense weights take {}, the KV cache {}{}, and one \
+         expert of each MoE layer {}; give the worker more (--memory-mib) or its KV cache less (--kv-mib){}",
+        Size(&.0.memory), Size(&.0.dense), Size(&.0.kv), Workspace(", the workspace of steps ", .0.workspace),
+        Size(&.0.expert), Remedy(.0.workspace)
+    )]
+    TooSmall(MemoryPlan),
+    /// What steps take cannot be told.
+    #[error(transparent)]
+    Workspace(#[from] DeviceError),
+}
+
+/// What a worker has to share out, and among whom.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share {
+    /// Bytes that it may take.
+    pub memory: u64,
+    /// Workers of the cluster, whose rows may all come to this one.
+    pub ranks: u16,
+    /// Workers that take a KV cache and a workspace out of this memory, and share the weights.
+    pub workers: u16,
+}
 
 impl MemoryPlan {
-    /// Shares `memory` out; whatever dense weights and KV cache leave is for experts.
+    /// Shares memory out; whatever dense weights, KV cache and workspace leave is for experts.
     ///
     /// # Errors
     ///
-    /// [`MemoryTooSmall`] if that does not hold one expert of each layer.
-    pub fn new(model: &Model, kv: KvBlocks, memory: u64) -> Result<Self, MemoryTooSmall> {
+    /// [`MemoryError::TooSmall`] if that does not hold one expert of each layer.
+    pub fn new(model: &Model, kv: KvBlocks, share: Share) -> Result<Self, MemoryError> {
+        let Share { memory, ranks, workers } = share;
+        let workspace = model.platform.workspace(model, kv, ranks)? * u64::from(workers);
         let footprint = model.footprint();
         let (dense, expert, experts) = (footprint.dense, footprint.expert, footprint.experts);
-        let kv = kv.bytes(&model.config, model.dtype);
-        let left = memory.saturating_sub(dense).saturating_sub(kv);
+        let kv = kv.bytes(&model.config, model.dtype) * u64::from(workers);
+        let left = memory.saturating_sub(dense).saturating_sub(kv).saturating_sub(workspace);
         let fit = usize::try_from(left / expert.max(1)).unwrap_or(usize::MAX);
-        let plan = Self { memory, dense, kv, expert, places: fit.min(experts), experts };
-        if plan.places == 0 && 0 < experts { Err(MemoryTooSmall(plan)) } else { Ok(plan) }
+        let plan = Self { memory, dense, kv, workspace, expert, places: fit.min(experts), experts };
+        if plan.places == 0 && 0 < experts { Err(MemoryError::TooSmall(plan)) } else { Ok(plan) }
     }
 }
 
-/// `4.0 GiB of memory: dense weights 1.2 GiB, KV cache 0.5 GiB, experts 2.3 GiB (43 of 128 per MoE layer)`.
+/// `4.0 GiB of memory: dense weights 1.2 GiB, KV cache 0.5 GiB, up to 2.3 GiB of experts: 43 of 128 per MoE layer`.
 impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { memory, dense, kv, expert, places, experts } = self;
+        let Self { memory, dense, kv, workspace, expert, places, experts } = self;
         let held = Size(&(expert * *places as u64)).to_string();
         write!(f, "{} of memory: dense weights {}, ", Size(memory), Size(dense))?;
-        write!(f, "KV cache {}, up to {held} of experts: ", Size(kv))?;
+        let workspace = Workspace(", workspace of steps ", *workspace);
+        write!(f, "KV cache {}{workspace}, up to {held} of experts: ", Size(kv))?;
         write!(f, "{places} of {experts} per MoE layer")
+    }
+}
+
+/// What steps take, if that is told.
+struct Workspace(&'static str, u64);
+
+impl fmt::Display for Workspace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.1 == 0 { Ok(()) } else { write!(f, "{}{}", self.0, Size(&self.1)) }
+    }
+}
+
+/// How to make them smaller.
+struct Remedy(u64);
+
+impl fmt::Display for Remedy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0 == 0 { "" } else { ", or make steps smaller (--step-tokens)" })
     }
 }
 
@@ -77,6 +119,10 @@ mod tests {
         let model = Model::open(&root.join("models/toy-maverick"), Dtype::Bf16).unwrap();
         let kv = KvBlocks::plan(&model.config, model.dtype, 1 << 24, 4).unwrap();
         (model, kv)
+    }
+
+    fn alone(memory: u64) -> Share {
+        Share { memory, ranks: 1, workers: 1 }
     }
 
     #[test]
@@ -108,17 +154,21 @@ mod tests {
     fn experts_get_what_the_others_leave() {
         let (model, kv) = toy();
         let Footprint { dense, expert, .. } = model.footprint();
-        let fixed = dense + kv.bytes(&model.config, model.dtype);
-        let places = |memory| MemoryPlan::new(&model, kv, memory).unwrap().places;
+        let kv_bytes = kv.bytes(&model.config, model.dtype);
+        let fixed = dense + kv_bytes;
+        let places = |memory| MemoryPlan::new(&model, kv, alone(memory)).unwrap().places;
         assert_eq!(places(fixed + 3 * expert), 3);
         assert_eq!(places(fixed + 4 * expert - 1), 3);
         assert_eq!(places(1 << 40), 16, "no more than there are");
+        let two = Share { memory: fixed + 3 * expert, ranks: 2, workers: 2 };
+        let two = MemoryPlan::new(&model, kv, Share { memory: two.memory + kv_bytes, ..two });
+        assert_eq!(two.unwrap().places, 3, "a KV cache each");
     }
 
     #[test]
     fn too_little_is_refused_with_the_numbers_and_the_remedy() {
         let (model, kv) = toy();
-        let text = MemoryPlan::new(&model, kv, 1 << 20).unwrap_err().to_string();
+        let text = MemoryPlan::new(&model, kv, alone(1 << 20)).unwrap_err().to_string();
         assert!(text.starts_with("1.0 MiB for weights and KV cache are too few"), "{text}");
         assert!(text.contains("KV cache ") && text.contains("--memory-mib"), "{text}");
     }

@@ -3,14 +3,16 @@
 //! On a CPU weights are packed for its vectors, on a GPU they are tiled in its own memory; either way a process holds
 //! them once, for all of its ranks.
 
+use crate::KvBlocks;
 use crate::engine::EngineError;
 use crate::gpu::Gpu;
 use crate::weights::Model;
-use kernels::cuda::{CacheOnDevice, Cuda, ExpertsOnDevice};
+use kernels::cuda::{Arriving, CacheOnDevice, Cuda, Driver, ExpertsOnDevice, WireOnDevice};
 use kernels::{
-    Cache, Cpu, DeviceError, Dtype, Experts, Level, Pool, RowMemory, Staged, Temperature,
+    Cache, Cpu, Device, DeviceError, Dtype, Experts, Level, Pool, RowMemory, Staged, StepRoom,
+    Temperature,
 };
-use model::forward::{pools, shape};
+use model::forward::{Forward, pools, shape};
 use model::weights::Dense;
 use std::sync::Arc;
 
@@ -75,6 +77,23 @@ impl Platform {
             Self::Cuda(gpu) => gpu.driver.failure().map(ToString::to_string),
         }
     }
+
+    /// Bytes of device memory that a worker's steps need besides weights and KV cache: 0 where no step can run out of
+    /// it, because memory is not the device's own, or was not reserved.
+    ///
+    /// * `ranks`: of the views that it is planned for
+    pub(crate) fn workspace(
+        &self,
+        model: &Model,
+        kv: KvBlocks,
+        ranks: u16,
+    ) -> Result<u64, DeviceError> {
+        match self {
+            Self::Cpu => Ok(0),
+            Self::Cuda(Gpu { room: None, .. }) => Ok(0),
+            Self::Cuda(Gpu { room: Some(room), .. }) => workspace(model, kv, (*room, ranks)),
+        }
+    }
 }
 
 /// Experts in the form of their platform, `[moe layers]`.
@@ -100,6 +119,21 @@ pub(crate) trait Backend: Staged + Sized {
 
     /// Takes what was placed for it.
     fn take(placed: Placed) -> Vec<Self::Experts>;
+
+    /// Takes the memory that its steps will need, if it has memory of its own.
+    fn reserve_for(&mut self, _: &Model, _: &mut Forward<Self>) -> Result<(), EngineError> {
+        Ok(())
+    }
+
+    /// The same for rows of other ranks, which come with a view.
+    fn expect_rows(
+        &mut self,
+        _: &[Self::Experts],
+        _: u16,
+        _results: &mut Self::Wire,
+    ) -> Result<(), EngineError> {
+        Ok(())
+    }
 }
 
 impl Backend for Cpu {
@@ -130,13 +164,8 @@ impl Backend for Cpu {
 
 impl Backend for Cuda {
     fn open(model: &Model, _: usize, _: Option<RowMemory>) -> Result<Self, EngineError> {
-        let temperature = model.config.temperature.as_ref();
-        let temperature = temperature
-            .map(|t| Temperature { floor_scale: t.floor_scale, attn_scale: t.attn_scale });
         fits(model).map_err(EngineError::Unsupported)?;
-        let (gpu, moe_layers) = (gpu(model), model.config.moe_layers().len());
-        let cuda = Self::new(&gpu.driver, model.dtype, (temperature, moe_layers));
-        Ok(cuda.map_err(DeviceError::Cuda)?)
+        Ok(device(model, &gpu(model).driver)?)
     }
 
     fn dense(model: &Model) -> Result<Arc<Dense<Self>>, EngineError> {
@@ -157,6 +186,56 @@ impl Backend for Cuda {
             Placed::Cpu(_) => unreachable!("a process has one platform"),
         }
     }
+
+    fn reserve_for(
+        &mut self,
+        model: &Model,
+        forward: &mut Forward<Self>,
+    ) -> Result<(), EngineError> {
+        let Some(room) = gpu(model).room else { return Ok(()) };
+        Ok(forward.reserve(self, &model.config, room)?)
+    }
+
+    fn expect_rows(
+        &mut self,
+        experts: &[ExpertsOnDevice],
+        ranks: u16,
+        results: &mut WireOnDevice,
+    ) -> Result<(), EngineError> {
+        let slots: Vec<usize> = experts.iter().map(ExpertsOnDevice::slots).collect();
+        let sizes = experts.iter().find_map(ExpertsOnDevice::sizes);
+        let Some((hidden, width)) = sizes else { return Ok(()) };
+        let arriving = Arriving { slots: &slots, hidden, width, ranks: ranks.into() };
+        Ok(self.expect(arriving, results).map_err(DeviceError::Cuda)?)
+    }
+}
+
+fn device(model: &Model, driver: &Arc<Driver>) -> Result<Cuda, DeviceError> {
+    let temperature = model.config.temperature.as_ref();
+    let temperature =
+        temperature.map(|t| Temperature { floor_scale: t.floor_scale, attn_scale: t.attn_scale });
+    let moe_layers = model.config.moe_layers().len();
+    Ok(Cuda::new(driver, model.dtype, (temperature, moe_layers))?)
+}
+
+/// What a worker of this model takes at its start, besides weights and KV cache, and with a view of so many ranks: told
+/// by doing it without a device.
+fn workspace(
+    model: &Model,
+    kv: KvBlocks,
+    (room, ranks): (StepRoom, u16),
+) -> Result<u64, DeviceError> {
+    let config = &model.config;
+    let driver = Arc::new(Driver::plan());
+    let mut device = device(model, &driver)?;
+    let mut forward = Forward::new(&device, config, 0, (kv.full, kv.chunked));
+    let mut results = device.wire();
+    forward.reserve(&mut device, config, room)?;
+    // It does not matter how many experts there are: a number per row does, and one per expert.
+    let slots = vec![config.experts; config.moe_layers().len()];
+    let (hidden, width) = (config.hidden, config.expert_width);
+    device.expect(Arriving { slots: &slots, hidden, width, ranks: ranks.into() }, &mut results)?;
+    Ok(driver.taken().bytes)
 }
 
 /// Whether the kernels have this model's shapes; what they lack.

@@ -46,12 +46,13 @@ pub(crate) mod travel;
 mod wait;
 pub mod weights;
 
-pub use device::{CacheOnDevice, Cuda};
-pub use driver::{CudaError, Driver, Options};
+pub use device::{Arriving, CacheOnDevice, Cuda};
+pub use driver::{CudaError, Driver, Options, Taken};
 pub use image_cache::ImageCache;
 pub use read::read_bandwidth;
 pub use real::{Memory, memory};
 pub use routed::ExpertsOnDevice;
 pub use tensor::Tensor;
 pub use timing::KernelTime;
+pub use travel::WireOnDevice;
 pub use wait::exit;

@@ -88,6 +88,31 @@ pub struct Temperature {
     pub attn_scale: f64,
 }
 
+/// The largest step that a device shall have memory for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct StepRoom {
+    pub rows: usize,
+    /// Rows whose logits are wanted.
+    pub samples: usize,
+}
+
+/// What steps need memory for, besides the buffers that their owner has.
+pub struct StepShape<'a> {
+    pub room: StepRoom,
+    pub limits: StepLimits,
+    pub heads: AttentionShape,
+    /// The pool of every layer.
+    pub layers: &'a [Pool],
+}
+
+/// A buffer, and how many rows it shall have room for.
+pub enum Room<'a, D: Device + ?Sized> {
+    Tensor(&'a mut D::Tensor, usize),
+    Route(&'a mut D::Route, usize),
+    /// Rows, and columns of a row.
+    Wire(&'a mut D::Wire, (usize, usize)),
+}
+
 /// Why a device cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
@@ -111,6 +136,12 @@ pub enum DeviceError {
     /// A step names a token, block or row that does not exist.
     #[error("step: {what} is {value}, the limit is {limit}")]
     Step { what: &'static str, value: u64, limit: u64 },
+    /// A step is larger than what memory was taken for.
+    #[error(
+        "a step has {value} {what}, this worker has memory for {limit}: give it the --step-tokens and --sequences of the \
+         router"
+    )]
+    LargeStep { what: &'static str, value: usize, limit: usize },
 }
 
 /// The operations of a forward pass.
@@ -151,11 +182,31 @@ pub trait Device {
     /// A buffer for the choice of experts.
     fn route(&self) -> Self::Route;
 
+    /// Takes the memory that steps of this shape need, so that none of them takes any; refuses larger ones from then
+    /// on. A device without memory of its own need not.
+    ///
+    /// # Errors
+    ///
+    /// If the memory is refused.
+    fn reserve(&mut self, _shape: &StepShape<'_>) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    /// The same for a buffer.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Device::reserve`].
+    fn make_room(&self, _room: Room<'_, Self>) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     /// Starts a step: checks it against the cache and the vocabulary, and uploads it.
     ///
     /// # Errors
     ///
-    /// [`DeviceError::Step`] for the first index that points outside; nothing has happened then.
+    /// [`DeviceError::Step`] for the first index that points outside, [`DeviceError::LargeStep`] for more rows than were
+    /// reserved; nothing has happened then.
     fn upload(
         &mut self,
         step: &StepBatch,

@@ -37,8 +37,8 @@ pub use bandwidth::read_bandwidth;
 pub use cache::Cache;
 pub use cpu::{Cpu, CpuBatch, ExpertWeights, Experts, Route, RowMemory, Tensor, Wire};
 pub use device::{
-    AttentionLayer, Device, DeviceError, Pool, Positional, RopeTable, Row, SampleRow, StepBatch,
-    StepLimits, Table, Temperature,
+    AttentionLayer, Device, DeviceError, Pool, Positional, Room, RopeTable, Row, SampleRow,
+    StepBatch, StepLimits, StepRoom, StepShape, Table, Temperature,
 };
 pub use embedding::Embedding;
 pub use level::{Dtype, Level};

@@ -16,8 +16,8 @@
 use crate::config::Config;
 use crate::weights::{Dense, FeedForward, Mlp};
 use kernels::{
-    AttentionLayer, AttentionShape, Device, DeviceError, Pool, Positional, RopeSpec, RopeTable,
-    Sampled, StepBatch, StepLimits, Temperature,
+    AttentionLayer, AttentionShape, Device, DeviceError, Pool, Positional, Room, RopeSpec,
+    RopeTable, Sampled, StepBatch, StepLimits, StepRoom, StepShape, Temperature,
 };
 
 /// The all-to-all of a MoE layer, as the forward pass uses it: one call of each, in this order.
@@ -166,6 +166,44 @@ impl<D: Device> Forward<D> {
             selected: device.tensor(0, config.hidden),
             logits: device.tensor(0, config.vocab),
         }
+    }
+
+    /// Takes the memory of steps of this size, so that none of them takes any.
+    ///
+    /// # Errors
+    ///
+    /// If the memory is refused.
+    pub fn reserve(
+        &mut self,
+        device: &mut D,
+        config: &Config,
+        room: StepRoom,
+    ) -> Result<(), DeviceError> {
+        let (limits, heads, layers) = (self.limits, shape(config), pools(config));
+        device.reserve(&StepShape { room, limits, heads, layers: &layers })?;
+        let StepRoom { rows, samples } = room;
+        let (dense, shared) = (&mut self.dense, &mut self.shared);
+        for tensor in [
+            &mut self.x,
+            &mut self.h,
+            &mut self.qkv,
+            &mut self.attended,
+            &mut self.hidden,
+            &mut dense.gate_up,
+            &mut dense.act,
+            &mut dense.out,
+            &mut shared.gate_up,
+            &mut shared.act,
+            &mut shared.out,
+            &mut self.router_logits,
+        ] {
+            device.make_room(Room::Tensor(tensor, rows))?;
+        }
+        for tensor in [&mut self.selected, &mut self.logits] {
+            device.make_room(Room::Tensor(tensor, samples))?;
+        }
+        device.make_room(Room::Route(&mut self.route, rows))?;
+        device.make_room(Room::Wire(&mut self.wire, (rows, config.hidden)))
     }
 
     /// Logits of the last step, `[samples, vocab]`.

@@ -3,6 +3,8 @@
 use super::{BadInput, DEFAULT_GPU_LIMIT_S, DEFAULT_LISTEN, DEFAULT_MODEL, DeviceArg, DtypeArg};
 use anyhow::{Context, ensure};
 use control::Settings;
+use kernels::StepRoom;
+use kernels::cuda::{ImageCache, Options};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,6 +18,9 @@ const KV_MEMORY_SHARE: u64 = 4;
 const MEMORY_TENTHS: u64 = 9;
 /// Where the machine does not tell how much is free.
 const MEMORY_UNKNOWN: u64 = 4 << 30;
+
+/// Tokens of a step: the same for routers, and for workers that take the memory for it.
+pub(crate) const DEFAULT_STEP_TOKENS: u32 = 256;
 
 /// Registration again with a new leader takes a worker a second at most.
 const ADOPT_MAX: Duration = Duration::from_secs(5);
@@ -103,10 +108,14 @@ impl ComputeArgs {
         Ok(share / u64::from(workers))
     }
 
-    /// The model, for workers on the device.
-    pub(crate) fn model(&self, dir: &Path) -> anyhow::Result<Model> {
-        let wait_max = Duration::from_secs(self.gpu_limit_s);
-        let platform = self.device.open_with(self.kernel_cache.as_deref(), wait_max)?;
+    /// The model, for workers on the device, with steps of so many tokens.
+    pub(crate) fn model(&self, dir: &Path, step_tokens: u32) -> anyhow::Result<Model> {
+        let cache = self.kernel_cache.as_deref().map(ImageCache::new);
+        let options = Options { cache, wait_max: Duration::from_secs(self.gpu_limit_s) };
+        // As the router: every sequence that runs has a token in a step, and at most one that samples.
+        let rows = usize::try_from(step_tokens.max(self.sequences))?;
+        let room = StepRoom { rows, samples: usize::try_from(self.sequences)? };
+        let platform = self.device.open_with(options, Some(room))?;
         Ok(Model::open_for(dir, self.dtype.into(), platform)?)
     }
 
@@ -132,7 +141,7 @@ pub(crate) struct ServeArgs {
     pub(crate) listen: String,
     /// Most tokens that a worker computes in one step. More: faster prefill, longer gaps between the
     /// tokens of running streams.
-    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = DEFAULT_STEP_TOKENS, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) step_tokens: u32,
     /// Most sequences that wait; the next one is told to come back later (429).
     #[arg(long, default_value_t = 256)]

@@ -378,6 +378,8 @@ fn worker(
     // A part of what is free now; who is started again has the same flags, and so the same part.
     let mib = (memory >> 20).max(1);
     role.args.extend(["--memory-mib".into(), mib.to_string().into()]);
+    role.args.extend(["--step-tokens".into(), args.serve.step_tokens.to_string().into()]);
+    role.args.extend(["--workers".into(), args.workers.to_string().into()]);
     if let Some(mib) = compute.kv_mib {
         role.args.extend(["--kv-mib".into(), mib.to_string().into()]);
     }

@@ -9,7 +9,7 @@ use anyhow::{Context, ensure};
 use herd::cluster::{Cluster, Config};
 use std::sync::Arc;
 use std::time::Duration;
-use worker::{Ended, KvBlocks, MemoryPlan, Model};
+use worker::{Ended, KvBlocks, MemoryPlan, Model, Share};
 
 /// Between a worker's end and its successor, so that one that cannot live does not fill the log.
 const RESTART_PAUSE: Duration = Duration::from_secs(1);
@@ -60,7 +60,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 async fn serve(args: &Args) -> anyhow::Result<()> {
     let dir = args.model.dir()?;
     let door = Door::open(&args.serve, &dir).await?;
-    let model = Arc::new(args.compute.model(&dir)?);
+    let model = Arc::new(args.compute.model(&dir, args.serve.step_tokens)?);
     let kv = args.compute.kv(&model, args.compute.memory(args.workers)?)?;
     check_memory(args, &model, kv)?;
     let config = Config {
@@ -108,11 +108,11 @@ async fn serve(args: &Args) -> anyhow::Result<()> {
 
 /// Workers of one process share one copy of all weights, and each has a KV cache.
 fn check_memory(args: &Args, model: &Model, kv: KvBlocks) -> anyhow::Result<()> {
-    let workers = u64::from(args.workers);
-    let memory = args.compute.memory(args.workers)?.saturating_mul(workers);
-    let other_kv = kv.bytes(&model.config, model.dtype) * (workers - 1);
-    let plan = MemoryPlan::new(model, kv, memory.saturating_sub(other_kv));
+    let workers = args.workers;
+    let memory = args.compute.memory(workers)?.saturating_mul(workers.into());
+    let plan = MemoryPlan::new(model, kv, Share { memory, ranks: workers, workers });
     let plan = plan.with_context(|| BadInput("the model does not fit this machine".into()))?;
+    tracing::info!("{plan}");
     ensure!(
         plan.places == plan.experts,
         BadInput(format!(

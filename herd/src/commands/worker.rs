@@ -1,12 +1,14 @@
 //! `herd worker`: one worker of a cluster, as a process of its own.
 
 use super::BadInput;
-use super::parts::{ChildArgs, ComputeArgs, ModelArgs, Signals, block_on, say};
+use super::parts::{
+    ChildArgs, ComputeArgs, DEFAULT_STEP_TOKENS, ModelArgs, Signals, block_on, say,
+};
 use anyhow::{Context, bail, ensure};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tokio::net::TcpListener;
-use worker::{Chaos, Ended, Exchange, MemoryPlan, Processes, WithinHost};
+use worker::{Chaos, Ended, Exchange, MemoryPlan, Processes, Share, WithinHost};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -14,6 +16,12 @@ pub(crate) struct Args {
     model: ModelArgs,
     #[command(flatten)]
     compute: ComputeArgs,
+    /// The --step-tokens of the router: a GPU's memory for such steps is taken at the start, and larger ones are refused.
+    #[arg(long, default_value_t = DEFAULT_STEP_TOKENS, value_parser = clap::value_parser!(u32).range(1..))]
+    step_tokens: u32,
+    /// Workers of the cluster: with them all their rows may come to a GPU, and its memory is planned for that.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    workers: u16,
     /// The coordinator, `http://host:port`; several separated by commas.
     #[arg(long, env = "HERD_COORDINATOR")]
     coordinator: String,
@@ -73,10 +81,11 @@ impl Args {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     block_on(async {
-        let model = Arc::new(args.compute.model(&args.model.dir()?)?);
+        let model = Arc::new(args.compute.model(&args.model.dir()?, args.step_tokens)?);
         let memory = args.compute.memory(1)?;
         let kv = args.compute.kv(&model, memory)?;
-        let plan = MemoryPlan::new(&model, kv, memory)
+        let share = Share { memory, ranks: args.workers, workers: 1 };
+        let plan = MemoryPlan::new(&model, kv, share)
             .with_context(|| BadInput("this worker is too small for the model".into()))?;
         tracing::info!("{plan}");
         let listener = TcpListener::bind(&args.listen)

@@ -157,6 +157,15 @@ impl AttentionWork {
         Ok(work)
     }
 
+    /// Has room for the plans of so many rows that need up to `partials` partial results. A row is in one item of its
+    /// kind; a split of some rows is a split of one of them, which has a partial result for it.
+    pub(super) fn reserve(&mut self, rows: usize, partials: usize) -> Result<(), CudaError> {
+        self.split.reserve(WHAT, partials * size_of::<[u32; 4]>())?;
+        self.whole.reserve(WHAT, rows * size_of::<[u32; 4]>())?;
+        self.joined.reserve(WHAT, rows * size_of::<[u32; 3]>())?;
+        self.partials_start.reserve(WHAT, rows * size_of::<u32>())
+    }
+
     /// Puts another plan in place of the last one. Memory grows only beyond the largest so far.
     pub(super) fn renew(&mut self, plan: Plan) -> Result<(), CudaError> {
         self.split.put(WHAT, bytemuck::cast_slice(plan.split.as_flattened()))?;

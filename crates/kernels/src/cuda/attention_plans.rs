@@ -9,8 +9,10 @@ use super::cache::Cache;
 use super::driver::{CudaError, Driver};
 use super::positions::{check_layer, tables_of};
 use super::tensor::Tensor;
+use crate::attention::AttentionShape;
 use crate::device::{AttentionLayer, Pool, Row};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
 /// Memory for partial results: rows that would need more are not split.
@@ -31,6 +33,27 @@ impl Attention {
         let partials = Buffer::new(driver, "partial attention", 0)?;
         let (rows, plans) = (Vec::new(), BTreeMap::new());
         Ok(Self { driver: Arc::clone(driver), rows, step: 0, plans, partials })
+    }
+
+    /// Has room for steps of so many rows, in layers of these pools.
+    pub(super) fn reserve(
+        &mut self,
+        shape: AttentionShape,
+        layers: &[Pool],
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        self.partials.reserve("partial attention", PARTIALS_BYTES)?;
+        for &pool in layers {
+            let (work, _) = match self.plans.entry(chunk_of(pool)) {
+                Entry::Occupied(known) => known.into_mut(),
+                // No step has the number 0.
+                Entry::Vacant(new) => {
+                    new.insert((AttentionWork::new(&self.driver, Plan::default())?, 0))
+                }
+            };
+            work.reserve(rows, PARTIALS_BYTES / partial_bytes(shape))?;
+        }
+        Ok(())
     }
 
     /// A step begins; its number.
@@ -56,14 +79,9 @@ impl Attention {
     ) -> Result<(), CudaError> {
         check_layer(batch, layer, cache);
         let (shape, pool) = (layer.shape, cache.pool(layer.layer));
-        let chunk = match pool {
-            Pool::Full => 0,
-            Pool::Chunked(chunk) => chunk,
-        };
+        let chunk = chunk_of(pool);
         let partials_max = PARTIALS_BYTES / partial_bytes(shape);
-        if self.partials.bytes() == 0 {
-            self.partials = Buffer::new(&self.driver, "partial attention", PARTIALS_BYTES)?;
-        }
+        self.partials.reserve("partial attention", PARTIALS_BYTES)?;
         let sight = Sight { chunk, group: shape.heads / shape.kv_heads, partials_max };
         match self.plans.get_mut(&chunk) {
             Some((_, step)) if *step == self.step => {}
@@ -83,5 +101,13 @@ impl Attention {
         let (cache, partials) = (cache.buffer(layer.layer), &self.partials);
         let task = AttentionTask { shape, chunk, tables, work, cache, partials };
         attention_bf16(&self.driver, &task, qkv, out)
+    }
+}
+
+/// Positions that a layer of this pool sees; 0: all.
+fn chunk_of(pool: Pool) -> u32 {
+    match pool {
+        Pool::Full => 0,
+        Pool::Chunked(chunk) => chunk,
     }
 }

@@ -3,7 +3,7 @@
 use super::buffer::Buffer;
 use super::driver::{CudaError, Driver};
 use crate::cpu::check;
-use crate::device::{RopeTable, StepBatch, StepLimits, Table, Temperature};
+use crate::device::{RopeTable, StepBatch, StepLimits, StepRoom, Table, Temperature};
 use crate::rope;
 use std::sync::Arc;
 
@@ -50,12 +50,28 @@ pub(super) enum Part {
 
 const PARTS: usize = Part::Seeds as usize + 1;
 
+const ALL_PARTS: [Part; PARTS] = [
+    Part::Tokens,
+    Part::Positions,
+    Part::Tables,
+    Part::Full,
+    Part::FullStart,
+    Part::Chunked,
+    Part::ChunkedStart,
+    Part::ChunkedFirst,
+    Part::Angles,
+    Part::Factors,
+    Part::Samples,
+    Part::SamplePositions,
+    Part::Temperatures,
+    Part::Seeds,
+];
+
 /// Arrays begin at multiples of so many words: 16 bytes.
 const ALIGNMENT: usize = 4;
 
 /// A step's rows, positions, block tables and samples on the device.
 pub(super) struct Batch {
-    driver: Arc<Driver>,
     buffer: Buffer,
     /// What is uploaded: all elements are 4 bytes wide.
     words: Vec<u32>,
@@ -73,7 +89,6 @@ impl Batch {
     /// An empty step.
     pub(super) fn new(driver: &Arc<Driver>) -> Result<Self, CudaError> {
         Ok(Self {
-            driver: Arc::clone(driver),
             buffer: Buffer::new(driver, "step", 0)?,
             words: Vec::new(),
             starts: [0; PARTS],
@@ -83,6 +98,29 @@ impl Batch {
             temperature: None,
             limits: StepLimits { vocab: 0, full_blocks: 0, chunked_blocks: 0, chunk_tokens: None },
         })
+    }
+
+    /// Has room for steps of this size. Every sequence has a row, and every block belongs to one sequence.
+    ///
+    /// * `head_dim`: columns of the angles
+    pub(super) fn reserve(
+        &mut self,
+        StepRoom { rows, samples }: StepRoom,
+        limits: StepLimits,
+        head_dim: usize,
+    ) -> Result<(), CudaError> {
+        let part = |part: Part| match part {
+            Part::Tokens | Part::Positions | Part::Tables | Part::Factors => rows,
+            Part::Full => limits.full_blocks as usize,
+            Part::Chunked => limits.chunked_blocks as usize,
+            Part::FullStart | Part::ChunkedStart => rows + 1,
+            Part::ChunkedFirst => rows,
+            Part::Angles => rows * head_dim,
+            Part::Samples | Part::SamplePositions | Part::Temperatures => samples,
+            Part::Seeds => samples * 2,
+        };
+        let words: usize = ALL_PARTS.map(|of| part(of).next_multiple_of(ALIGNMENT)).iter().sum();
+        self.buffer.reserve("step", words * 4)
     }
 
     /// Puts a step in place of the last one. Memory grows only beyond the largest step so far.
@@ -116,10 +154,7 @@ impl Batch {
         let factor = |position| rules.temperature.map_or(1.0, |t| rope::factor(position, t));
         self.put(Part::Factors, step.rows.iter().map(|row| factor(row.position).to_bits()));
         self.put_samples(step);
-        let bytes = self.words.len() * 4;
-        if self.buffer.bytes() < bytes {
-            self.buffer = Buffer::new(&self.driver, "step", bytes)?;
-        }
+        self.buffer.reserve("step", self.words.len() * 4)?;
         self.buffer.fill(0, bytemuck::cast_slice(&self.words))
     }
 

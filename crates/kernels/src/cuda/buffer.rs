@@ -71,6 +71,17 @@ impl Buffer {
         self.driver.fetch(self.address + at as u64, out)
     }
 
+    /// Has so many bytes afterwards, if not more; loses its content if it had fewer.
+    pub(crate) fn reserve(&mut self, what: &'static str, bytes: usize) -> Result<(), CudaError> {
+        if self.bytes < bytes {
+            let driver = Arc::clone(&self.driver);
+            // What it had is free before more is taken.
+            *self = Self::new(&driver, what, 0)?;
+            *self = Self::new(&driver, what, bytes)?;
+        }
+        Ok(())
+    }
+
     /// Puts `content` at the start; grows if it must, and loses what was behind.
     pub(crate) fn put(&mut self, what: &'static str, content: &[u8]) -> Result<(), CudaError> {
         if self.bytes < content.len() {
@@ -102,7 +113,7 @@ impl Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         if self.address != 0 {
-            self.driver.free(self.address);
+            self.driver.free(self.address, self.bytes);
         }
     }
 }

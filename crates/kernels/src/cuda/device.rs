@@ -13,14 +13,15 @@ use super::linear_bf16::linear_bf16;
 use super::linear_f32::linear_f32;
 use super::positions::positions;
 use super::rms_norm::rms_norm;
-use super::routed::{ExpertsOnDevice, StagedRows};
+use super::routed::{Expected, ExpertsOnDevice, StagedRows};
 use super::sample::{Choices, is_plain, sample};
 use super::tensor::Tensor;
 use super::travel::{RouteOnDevice, WireOnDevice};
 use super::weights::{EmbeddingTable, NormWeights, Stored, Weights};
 use crate::cpu::check;
 use crate::device::{
-    AttentionLayer, Device, DeviceError, Pool, RopeTable, StepBatch, StepLimits, Temperature,
+    AttentionLayer, Device, DeviceError, Pool, Room, RopeTable, StepBatch, StepLimits, StepRoom,
+    StepShape, Temperature,
 };
 use crate::level::Dtype;
 use crate::sample::{Sampled, sample_row};
@@ -61,6 +62,20 @@ pub struct Cuda {
     flags: Flags,
     attention: Attention,
     staged: StagedRows,
+    /// What memory was taken for.
+    room: Option<StepRoom>,
+}
+
+/// What a view brings to the experts of a rank.
+#[derive(Debug, Clone, Copy)]
+pub struct Arriving<'a> {
+    /// How many experts the rank has, by MoE layer.
+    pub slots: &'a [usize],
+    pub hidden: usize,
+    /// Of an expert.
+    pub width: usize,
+    /// Whose rows may all come to this one.
+    pub ranks: usize,
 }
 
 impl Cuda {
@@ -84,7 +99,29 @@ impl Cuda {
             flags: Flags::new(driver, slot_of_hidden(moe_layers))?,
             attention: Attention::new(driver)?,
             staged: StagedRows::new(driver)?,
+            room: None,
         })
+    }
+
+    /// Takes the memory that the rows of a view need in its experts, if [`Device::reserve`] has said how many rows a
+    /// step has. `results`: what they go back in.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError::Memory`] if it is refused; a step then takes it, if it can.
+    pub fn expect(
+        &mut self,
+        arriving: Arriving<'_>,
+        results: &mut WireOnDevice,
+    ) -> Result<(), CudaError> {
+        let Some(room) = self.room else { return Ok(()) };
+        let Arriving { slots, hidden, width, ranks } = arriving;
+        let (rows, through_host) = (room.rows * ranks, 1 < ranks);
+        if through_host {
+            results.reserve((rows, hidden))?;
+        }
+        let expected = Expected { slots, hidden, width, dtype: self.dtype, through_host };
+        self.staged.reserve(&expected, rows)
     }
 
     /// A KV cache for this device; `blocks` are the capacities of the pools.
@@ -156,6 +193,30 @@ impl Device for Cuda {
         self.made(RouteOnDevice::new(&self.driver))
     }
 
+    fn reserve(&mut self, shape: &StepShape<'_>) -> Result<(), DeviceError> {
+        let StepShape { room, limits, heads, layers } = *shape;
+        let mut waiting = self.batch.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(batch) = &mut *waiting {
+            batch.reserve(room, limits, heads.head_dim)?;
+        }
+        drop(waiting);
+        self.choices.reserve(room.samples)?;
+        match self.dtype {
+            Dtype::F32 => {}
+            Dtype::Bf16 => self.attention.reserve(heads, layers, room.rows)?,
+        }
+        self.room = Some(room);
+        Ok(())
+    }
+
+    fn make_room(&self, room: Room<'_, Self>) -> Result<(), DeviceError> {
+        Ok(match room {
+            Room::Tensor(tensor, rows) => tensor.reserve(rows),
+            Room::Route(route, rows) => route.overwritten().reserve(rows),
+            Room::Wire(wire, size) => wire.reserve(size),
+        }?)
+    }
+
     fn upload(
         &mut self,
         step: &StepBatch,
@@ -163,6 +224,10 @@ impl Device for Cuda {
         limits: StepLimits,
     ) -> Result<BatchOnDevice, DeviceError> {
         check::step(step, limits)?;
+        if let Some(StepRoom { rows, samples }) = self.room {
+            within("rows", step.rows.len(), rows)?;
+            within("rows to sample", step.samples.len(), samples)?;
+        }
         self.failure()?;
         let waiting = self.batch.lock().unwrap_or_else(PoisonError::into_inner).take();
         let rules = StepRules { rope, temperature: self.temperature, limits };
@@ -300,6 +365,11 @@ impl Cuda {
     fn made<T>(&self, result: Result<T, CudaError>) -> T {
         result.unwrap_or_else(|error| panic!("an empty buffer needs no memory: {error}"))
     }
+}
+
+/// Whether a step has no more of something than memory was taken for.
+fn within(what: &'static str, value: usize, limit: usize) -> Result<(), DeviceError> {
+    if value <= limit { Ok(()) } else { Err(DeviceError::LargeStep { what, value, limit }) }
 }
 
 /// Slots of [`Flags`].

@@ -7,6 +7,7 @@ use super::image_cache::ImageCache;
 use super::real::Gpu;
 use super::timing::KernelTime;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Why a GPU cannot be used.
@@ -75,15 +76,39 @@ pub struct Options {
     pub wait_max: Duration,
 }
 
+/// What was taken of a device's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Taken {
+    /// That are held now, as the allocator deals them out.
+    pub bytes: u64,
+    /// Since the device was opened.
+    pub allocations: u64,
+}
+
+/// CUDA deals out small pieces by so much ...
+const SMALL_PIECE: usize = 512;
+/// ... and large ones by a page of the device.
+const LARGE_PIECE: usize = 2 << 20;
+
+/// What an allocation takes.
+fn dealt_out(bytes: usize) -> u64 {
+    let piece = if bytes < LARGE_PIECE / 2 { SMALL_PIECE } else { LARGE_PIECE };
+    bytes.next_multiple_of(piece) as u64
+}
+
 /// A device and its stream.
 pub struct Driver {
     kind: Kind,
+    bytes: AtomicU64,
+    allocations: AtomicU64,
     /// The first failure; most spoil the device for the whole process.
     failed: OnceLock<CudaError>,
 }
 
 enum Kind {
-    Gpu(Gpu),
+    Gpu(Box<Gpu>),
+    /// None: says what memory would be taken.
+    Plan,
     #[cfg(feature = "emulated")]
     Emulated(Emulated),
 }
@@ -95,7 +120,18 @@ impl Driver {
     ///
     /// [`CudaError`] with what is missing and what to do about it.
     pub fn open(ordinal: u32, options: &Options) -> Result<Self, CudaError> {
-        Ok(Self { kind: Kind::Gpu(Gpu::open(ordinal, options)?), failed: OnceLock::new() })
+        Ok(Self::of(Kind::Gpu(Box::new(Gpu::open(ordinal, options)?))))
+    }
+
+    fn of(kind: Kind) -> Self {
+        let (bytes, allocations) = (AtomicU64::new(0), AtomicU64::new(0));
+        Self { kind, bytes, allocations, failed: OnceLock::new() }
+    }
+
+    /// No device: [`Driver::taken`] says what would be taken of one. It computes nothing.
+    #[must_use]
+    pub fn plan() -> Self {
+        Self::of(Kind::Plan)
     }
 
     /// A device without a GPU: the kernels run on the CPU, slowly.
@@ -105,7 +141,7 @@ impl Driver {
     /// [`CudaError::Failed`] if the kernels cannot be compiled.
     #[cfg(feature = "emulated")]
     pub fn emulated() -> Result<Self, CudaError> {
-        Ok(Self { kind: Kind::Emulated(Emulated::open()?), failed: OnceLock::new() })
+        Ok(Self::of(Kind::Emulated(Emulated::open()?)))
     }
 
     /// The same, but the kernel after so many never ends, and those behind it never begin; whoever waits for them
@@ -116,8 +152,7 @@ impl Driver {
     /// As for [`Driver::emulated`].
     #[cfg(feature = "emulated")]
     pub fn emulated_until(kernels: u64, wait_max: Duration) -> Result<Self, CudaError> {
-        let emulated = Emulated::open()?.hanging_after(kernels, wait_max);
-        Ok(Self { kind: Kind::Emulated(emulated), failed: OnceLock::new() })
+        Ok(Self::of(Kind::Emulated(Emulated::open()?.hanging_after(kernels, wait_max))))
     }
 
     /// What the device is, for people and for numeric profiles: its architecture, and its name.
@@ -125,6 +160,7 @@ impl Driver {
     pub fn identity(&self) -> (&str, &str) {
         match &self.kind {
             Kind::Gpu(gpu) => (gpu.arch(), gpu.name()),
+            Kind::Plan => ("plan", "no GPU: nothing runs"),
             #[cfg(feature = "emulated")]
             Kind::Emulated(_) => ("emulated", "no GPU: kernels run on the CPU"),
         }
@@ -134,6 +170,7 @@ impl Driver {
     pub(crate) fn shared_max(&self) -> u32 {
         match &self.kind {
             Kind::Gpu(gpu) => gpu.shared_max(),
+            Kind::Plan => 0,
             // As Hopper.
             #[cfg(feature = "emulated")]
             Kind::Emulated(_) => 227 << 10,
@@ -151,12 +188,23 @@ impl Driver {
         self.failed.get()
     }
 
+    /// What was taken of its memory.
+    pub fn taken(&self) -> Taken {
+        let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Taken { bytes: of(&self.bytes), allocations: of(&self.allocations) }
+    }
+
     pub(crate) fn allocate(&self, what: &'static str, bytes: usize) -> Result<u64, CudaError> {
-        match &self.kind {
+        let address = match &self.kind {
             Kind::Gpu(gpu) => gpu.allocate(what, bytes),
+            // Nobody looks there.
+            Kind::Plan => Ok(1),
             #[cfg(feature = "emulated")]
             Kind::Emulated(emulated) => emulated.allocate(what, bytes),
-        }
+        }?;
+        self.bytes.fetch_add(dealt_out(bytes), Ordering::Relaxed);
+        self.allocations.fetch_add(1, Ordering::Relaxed);
+        Ok(address)
     }
 
     /// A device that hangs has failed, whoever noticed it.
@@ -167,11 +215,13 @@ impl Driver {
         result
     }
 
-    /// Frees what `allocate` gave. On a device that hangs it stays.
-    pub(crate) fn free(&self, address: u64) {
+    /// Frees what `allocate` gave for so many bytes. On a device that hangs it stays.
+    pub(crate) fn free(&self, address: u64, bytes: usize) {
+        self.bytes.fetch_sub(dealt_out(bytes), Ordering::Relaxed);
         // A context that has failed has freed everything.
         let _failed = self.noted(match &self.kind {
             Kind::Gpu(gpu) => gpu.free(address),
+            Kind::Plan => Ok(()),
             #[cfg(feature = "emulated")]
             Kind::Emulated(emulated) => emulated.free(address),
         });
@@ -181,6 +231,7 @@ impl Driver {
     pub(crate) fn write(&self, address: u64, content: &[u8]) -> Result<(), CudaError> {
         self.noted(match &self.kind {
             Kind::Gpu(gpu) => gpu.write(address, content),
+            Kind::Plan => Ok(()),
             #[cfg(feature = "emulated")]
             Kind::Emulated(emulated) => emulated.write(address, content),
         })
@@ -190,6 +241,7 @@ impl Driver {
     pub(crate) fn read(&self, address: u64, out: &mut [u8]) -> Result<(), CudaError> {
         self.noted(match &self.kind {
             Kind::Gpu(gpu) => gpu.read(address, out),
+            Kind::Plan => unreachable!("a plan has no values"),
             #[cfg(feature = "emulated")]
             Kind::Emulated(emulated) => emulated.read(address, out),
         })
@@ -199,6 +251,7 @@ impl Driver {
     pub fn time_kernels(&self) {
         match &self.kind {
             Kind::Gpu(gpu) => gpu.time_kernels(),
+            Kind::Plan => {}
             #[cfg(feature = "emulated")]
             Kind::Emulated(emulated) => emulated.time_kernels(),
         }
@@ -213,6 +266,7 @@ impl Driver {
     pub fn kernel_times(&self) -> Result<Vec<KernelTime>, CudaError> {
         self.noted(match &self.kind {
             Kind::Gpu(gpu) => gpu.kernel_times(),
+            Kind::Plan => Ok(Vec::new()),
             #[cfg(feature = "emulated")]
             Kind::Emulated(emulated) => Ok(emulated.kernel_times()),
         })
@@ -222,6 +276,7 @@ impl Driver {
     pub(crate) fn bring(&self, address: u64, content: &[u8]) -> Result<(), CudaError> {
         self.noted(match &self.kind {
             Kind::Gpu(gpu) => gpu.bring(address, content),
+            Kind::Plan => Ok(()),
             #[cfg(feature = "emulated")]
             Kind::Emulated(emulated) => emulated.write(address, content),
         })
@@ -231,6 +286,7 @@ impl Driver {
     pub(crate) fn fetch(&self, address: u64, out: &mut [u8]) -> Result<(), CudaError> {
         self.noted(match &self.kind {
             Kind::Gpu(gpu) => gpu.fetch(address, out),
+            Kind::Plan => unreachable!("a plan has no values"),
             #[cfg(feature = "emulated")]
             Kind::Emulated(emulated) => emulated.fetch(address, out),
         })
@@ -255,6 +311,7 @@ impl Driver {
         self.noted(match &self.kind {
             // SAFETY: the caller's promise.
             Kind::Gpu(gpu) => unsafe { gpu.launch(launch, args) },
+            Kind::Plan => unreachable!("a plan runs nothing"),
             #[cfg(feature = "emulated")]
             // SAFETY: the caller's promise.
             Kind::Emulated(emulated) => unsafe { emulated.launch(launch, args) },

@@ -12,7 +12,6 @@ const ROWS: usize = 4;
 
 /// Chosen expert and score of every row.
 pub(super) struct Route {
-    driver: Arc<Driver>,
     /// u16 per row.
     experts: Buffer,
     /// f32 per row.
@@ -24,7 +23,7 @@ impl Route {
     /// Of no rows.
     pub(super) fn new(driver: &Arc<Driver>) -> Result<Self, CudaError> {
         let empty = || Buffer::new(driver, "routes", 0);
-        Ok(Self { driver: Arc::clone(driver), experts: empty()?, scores: empty()?, rows: 0 })
+        Ok(Self { experts: empty()?, scores: empty()?, rows: 0 })
     }
 
     pub(super) fn rows(&self) -> usize {
@@ -41,12 +40,15 @@ impl Route {
         &self.scores
     }
 
+    /// Has room for so many rows.
+    pub(super) fn reserve(&mut self, rows: usize) -> Result<(), CudaError> {
+        self.experts.reserve("routes", rows * 2)?;
+        self.scores.reserve("routes", rows * 4)
+    }
+
     /// Grows only beyond the largest step so far.
     fn resize(&mut self, rows: usize) -> Result<(), CudaError> {
-        if self.scores.bytes() < rows * 4 {
-            self.experts = Buffer::new(&self.driver, "routes", rows * 2)?;
-            self.scores = Buffer::new(&self.driver, "routes", rows * 4)?;
-        }
+        self.reserve(rows)?;
         self.rows = rows;
         Ok(())
     }

@@ -62,8 +62,19 @@ impl ExpertsOnDevice {
         Ok(Self { table, experts })
     }
 
-    pub(super) fn slots(&self) -> usize {
+    /// How many there are.
+    #[must_use]
+    pub fn slots(&self) -> usize {
         self.experts.len()
+    }
+
+    /// Columns of a row and of an expert; `None` without experts.
+    #[must_use]
+    pub fn sizes(&self) -> Option<(usize, usize)> {
+        self.table.as_ref().map(|table| match table {
+            Table::Plain(table) => (table.sizes().0, table.sizes().1),
+            Table::Tiled(table) => (table.sizes().0, table.sizes().1),
+        })
     }
 
     /// Of rows; `None` without experts.
@@ -76,11 +87,7 @@ impl ExpertsOnDevice {
 
     /// Columns of a row; 0 without experts.
     pub(super) fn hidden(&self) -> usize {
-        match &self.table {
-            None => 0,
-            Some(Table::Plain(table)) => table.sizes().0,
-            Some(Table::Tiled(table)) => table.sizes().0,
-        }
+        self.sizes().map_or(0, |(hidden, _)| hidden)
     }
 
     /// Runs the experts over the rows that were dispatched.
@@ -105,6 +112,19 @@ impl ExpertsOnDevice {
             }
         }
     }
+}
+
+/// What comes to the experts of a rank.
+#[derive(Clone, Copy)]
+pub(super) struct Expected<'a> {
+    /// Number of experts, by MoE layer.
+    pub(super) slots: &'a [usize],
+    pub(super) hidden: usize,
+    /// Of an expert.
+    pub(super) width: usize,
+    pub(super) dtype: Dtype,
+    /// Rows of other ranks come, too.
+    pub(super) through_host: bool,
 }
 
 /// The experts of a rank over rows of one source: those that came through the host, whose experts are slots, or its own
@@ -133,6 +153,37 @@ impl StagedRows {
             served: BTreeMap::new(),
             source: None,
             act: Tensor::new(driver, Dtype::F32, (0, 0))?,
+        })
+    }
+
+    /// Has room for so many rows, in layers of these numbers of experts; forgets what others needed.
+    pub(super) fn reserve(
+        &mut self,
+        expected: &Expected<'_>,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let Expected { slots, hidden, width, dtype, through_host } = *expected;
+        self.act.reserve_bytes(rows * width * dtype.bytes())?;
+        if through_host {
+            self.slots.reserve("slots of rows", rows * size_of::<u16>())?;
+            self.rows.reserve("arrived rows", rows * hidden * dtype.bytes())?;
+        }
+        self.served.retain(|known, _| slots.contains(known));
+        for &slots in slots {
+            self.served(slots, rows)?;
+        }
+        Ok(())
+    }
+
+    /// How rows find so many slots, with room for so many rows.
+    fn served(&mut self, slots: usize, rows: usize) -> Result<&mut Served, CudaError> {
+        Ok(match self.served.entry(slots) {
+            Entry::Occupied(known) if rows <= known.get().arrivals.rows_max() => known.into_mut(),
+            entry @ (Entry::Vacant(_) | Entry::Occupied(_)) => {
+                let routes = identity(&self.driver, slots)?;
+                let arrivals = Arrivals::new(&self.driver, slots, rows)?;
+                entry.insert_entry(Served { routes, arrivals }).into_mut()
+            }
         })
     }
 
@@ -186,14 +237,10 @@ impl StagedRows {
             self.sources.buffer().fill(0, &source.to_bytes())?;
             self.source = Some(source);
         }
-        let Served { routes, arrivals } = match self.served.entry(slots) {
-            Entry::Occupied(known) if rows <= known.get().arrivals.rows_max() => known.into_mut(),
-            entry @ (Entry::Vacant(_) | Entry::Occupied(_)) => {
-                let routes = identity(&self.driver, slots)?;
-                let arrivals = Arrivals::new(&self.driver, slots, rows.next_power_of_two())?;
-                entry.insert_entry(Served { routes, arrivals }).into_mut()
-            }
-        };
+        let known = self.served.get(&slots).map_or(0, |known| known.arrivals.rows_max());
+        // Where nothing was reserved it grows, and not in every step.
+        self.served(slots, if rows <= known { rows } else { rows.next_power_of_two() })?;
+        let Served { routes, arrivals } = self.served.get_mut(&slots).expect("just made");
         dispatch(&self.driver, &self.sources, routes, arrivals)?;
         experts.run(&self.driver, (&self.sources, arrivals), rows, &mut self.act)
     }

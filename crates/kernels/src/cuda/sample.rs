@@ -38,7 +38,6 @@ pub(super) fn is_plain(sampling: &Sampling) -> bool {
 
 /// Chosen tokens of a step.
 pub(super) struct Choices {
-    driver: Arc<Driver>,
     tokens: Buffer,
     rows: usize,
 }
@@ -47,7 +46,7 @@ impl Choices {
     /// Of no rows.
     pub(super) fn new(driver: &Arc<Driver>) -> Result<Self, CudaError> {
         let tokens = Buffer::new(driver, "tokens", 0)?;
-        Ok(Self { driver: Arc::clone(driver), tokens, rows: 0 })
+        Ok(Self { tokens, rows: 0 })
     }
 
     /// A token per sample of the step; those of samples that are not [plain](is_plain) mean nothing. Waits for the
@@ -62,11 +61,14 @@ impl Choices {
         Ok(tokens)
     }
 
+    /// Has room for so many rows.
+    pub(super) fn reserve(&mut self, rows: usize) -> Result<(), CudaError> {
+        self.tokens.reserve("tokens", rows * 4)
+    }
+
     /// Grows only beyond the largest step so far.
     fn resize(&mut self, rows: usize) -> Result<(), CudaError> {
-        if self.tokens.bytes() < rows * 4 {
-            self.tokens = Buffer::new(&self.driver, "tokens", rows * 4)?;
-        }
+        self.reserve(rows)?;
         self.rows = rows;
         Ok(())
     }

@@ -88,13 +88,19 @@ impl Tensor {
         &self.driver
     }
 
+    /// Has room for so many rows of f32, whatever it becomes.
+    pub(super) fn reserve(&mut self, rows: usize) -> Result<(), CudaError> {
+        self.reserve_bytes(rows * self.columns * Dtype::F32.bytes())
+    }
+
+    pub(super) fn reserve_bytes(&mut self, bytes: usize) -> Result<(), CudaError> {
+        self.buffer.reserve("activations", bytes)
+    }
+
     /// Makes room for a result of `rows` rows; its content is lost if the buffer must grow, which it does only beyond
     /// the largest step so far.
     pub(super) fn resize(&mut self, rows: usize) -> Result<(), CudaError> {
-        let bytes = rows * self.columns * self.dtype.bytes();
-        if self.buffer.bytes() < bytes {
-            self.buffer = Buffer::new(&self.driver, "activations", bytes)?;
-        }
+        self.reserve_bytes(rows * self.columns * self.dtype.bytes())?;
         self.rows = rows;
         Ok(())
     }

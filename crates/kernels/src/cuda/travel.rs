@@ -26,6 +26,12 @@ impl WireOnDevice {
         Ok(Self { tensor, host: OnceCell::new(), spare: Cell::default(), is_filled: false })
     }
 
+    /// Has room for so many rows of so many columns.
+    pub(super) fn reserve(&mut self, (rows, columns): (usize, usize)) -> Result<(), CudaError> {
+        let bytes = rows * columns * self.tensor.dtype().bytes();
+        self.tensor.reserve_bytes(bytes)
+    }
+
     /// The tensor, to be overwritten by the device.
     pub(super) fn overwritten(&mut self, columns: usize) -> &mut Tensor {
         self.in_place();
