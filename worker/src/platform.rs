@@ -6,6 +6,7 @@
 use crate::KvBlocks;
 use crate::engine::EngineError;
 use crate::weights::Model;
+use kernels::cuda::nvml::Nvml;
 use kernels::cuda::weights::{ExpertOnDevice, Loader};
 use kernels::cuda::{
     Arriving, CacheOnDevice, Cuda, CudaError, Driver, ExpertsOnDevice, WireOnDevice,
@@ -60,6 +61,14 @@ impl Platform {
         }
     }
 
+    /// What tells how its GPU is, if anything does.
+    pub(crate) fn nvml(&self) -> Option<Arc<Nvml>> {
+        match self {
+            Self::Cpu => None,
+            Self::Cuda(gpu) => gpu.nvml.clone(),
+        }
+    }
+
     /// Bytes of device memory that a worker's steps need besides weights and KV cache: 0 where no step can run out of
     /// it, because memory is not the device's own, or was not reserved.
     ///
@@ -97,6 +106,8 @@ pub(crate) enum Placed {
 pub struct Gpu {
     driver: Arc<Driver>,
     weights: Arc<OnGpu>,
+    /// What tells how it is.
+    nvml: Option<Arc<Nvml>>,
     /// Steps that every rank takes the memory for when it starts. `None`: it takes it as steps come.
     room: Option<StepRoom>,
 }
@@ -112,7 +123,13 @@ impl Gpu {
     /// Ranks on this device, which take memory as their steps come.
     #[must_use]
     pub fn new(driver: Arc<Driver>) -> Self {
-        Self { driver, weights: Arc::default(), room: None }
+        Self { driver, weights: Arc::default(), nvml: None, room: None }
+    }
+
+    /// The same, and `herd status` shows how the GPU is.
+    #[must_use]
+    pub fn watched(self, nvml: Nvml) -> Self {
+        Self { nvml: Some(Arc::new(nvml)), ..self }
     }
 
     /// The same, but each takes at its start what steps of this size need.

@@ -16,6 +16,7 @@ mod finite;
 mod gate;
 mod linear_bf16;
 mod linear_f32;
+mod nvml;
 mod rms_norm;
 mod sample;
 mod step;
