@@ -14,6 +14,7 @@ mod experts;
 mod experts_f32;
 mod finite;
 mod gate;
+mod hang;
 mod linear_bf16;
 mod linear_f32;
 mod nvml;
