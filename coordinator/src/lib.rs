@@ -7,6 +7,7 @@
 //! Any number of coordinators may run over one store; the one that is elected leads, the others stand
 //! by. A new leader takes the view over from the store and changes nothing that works.
 
+mod health;
 mod meter;
 mod report;
 mod service;

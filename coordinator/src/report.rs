@@ -2,19 +2,24 @@
 
 use crate::meter::Measured;
 use control::{Change, Levelling, MemberState, MemberStatus, PhaseName, Status};
-use ids::ExpertId;
+use ids::{ExpertId, WorkerId};
 use placement::Placement;
 use serde_json::{Value, json};
 use std::time::Duration;
 
+/// What the workers told.
+#[derive(Clone, Copy)]
+pub(crate) struct Told<'a> {
+    /// What the last window showed.
+    pub(crate) load: Option<&'a Measured>,
+    /// How a worker's GPU is, if it has one and told lately.
+    pub(crate) gpu: &'a dyn Fn(WorkerId) -> Option<Value>,
+}
+
 /// * `url`: of this coordinator, which leads
 /// * `store`: addresses of the store
-/// * `load`: what the last window showed
-pub(crate) fn json(
-    status: &Status,
-    load: Option<&Measured>,
-    (url, store): (&str, &[String]),
-) -> Value {
+pub(crate) fn json(status: &Status, told: Told<'_>, (url, store): (&str, &[String])) -> Value {
+    let load = told.load;
     let leader = std::process::id();
     json!({
         "epoch": status.epoch.map(|epoch| epoch.0),
@@ -25,7 +30,7 @@ pub(crate) fn json(
         "load": load.map(|load| json!({ "fullest": load.fullest, "rows": load.experts })),
         // By layer and expert: the ranks that hold a copy.
         "placement": status.placement.as_ref().map(placement),
-        "members": status.members.iter().map(|of| member(of, load)).collect::<Vec<_>>(),
+        "members": status.members.iter().map(|of| member(of, told)).collect::<Vec<_>>(),
         "coordinators": [{ "pid": leader, "url": url, "leader": true }],
         "etcd": etcd(store),
         "changes": status.changes.iter().map(change).collect::<Vec<_>>(),
@@ -81,14 +86,14 @@ fn placement(placement: &Placement) -> Value {
     json!((0..placement.moe_layers()).map(layer).collect::<Vec<_>>())
 }
 
-fn member(member: &MemberStatus, load: Option<&Measured>) -> Value {
+fn member(member: &MemberStatus, Told { load, gpu }: Told<'_>) -> Value {
     let state = match member.state {
         MemberState::Serving => "serving",
         MemberState::Joining => "joining",
         MemberState::Preparing => "preparing",
         MemberState::Draining => "draining",
     };
-    json!({
+    let mut all = json!({
         "worker": member.worker.0,
         "rank": member.rank.map(|rank| rank.0),
         "pid": member.pid,
@@ -99,7 +104,11 @@ fn member(member: &MemberStatus, load: Option<&Measured>) -> Value {
         "experts": member.experts,
         // Rows that its experts computed in the last window.
         "rows": load.map(|load| load.rows.get(&member.worker).copied().unwrap_or(0)),
-    })
+    });
+    if let Some(gpu) = gpu(member.worker) {
+        all["gpu"] = gpu;
+    }
+    all
 }
 
 fn change(change: &Change) -> Value {

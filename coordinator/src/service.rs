@@ -99,6 +99,10 @@ impl pb::coordinator_server::Coordinator for Service {
                 self.send(Event::Load { worker: WorkerId(worker), layers }).await?;
                 return Ok(Response::new(pb::ReportResponse {}));
             }
+            Some(pb::report_request::News::Gpu(health)) => {
+                self.send(Event::Gpu(health)).await?;
+                return Ok(Response::new(pb::ReportResponse {}));
+            }
             None => return Err(Status::invalid_argument("a report without news")),
         };
         self.send(Event::Input(input)).await?;

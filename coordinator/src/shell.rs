@@ -3,6 +3,7 @@
 mod evidence;
 mod wishes;
 
+use crate::health::Healths;
 use crate::meter::Meter;
 use crate::{report, view_store, wanted};
 use control::{Control, Hello, Input, Levelling, Output, Settings};
@@ -52,6 +53,8 @@ pub(crate) enum Event {
         worker: WorkerId,
         layers: Vec<Vec<u64>>,
     },
+    /// How a worker's GPU is.
+    Gpu(pb::GpuHealth),
     /// An operator wants the load level; answered when it is, or will not be.
     Rebalance {
         reply: oneshot::Sender<Levelling>,
@@ -149,6 +152,7 @@ pub(crate) struct Shell {
     /// Who waits for a levelled view, with its epoch.
     levelling: Vec<(Epoch, Levelling, oneshot::Sender<Levelling>)>,
     meter: Meter,
+    healths: Healths,
     /// The machine's answer to the operator whose wish it has just taken in.
     answer: Option<Answer>,
     /// The registration that waits for the machine's answer.
@@ -174,6 +178,7 @@ impl Shell {
             draining: BTreeMap::new(),
             levelling: Vec::new(),
             meter: Meter::default(),
+            healths: Healths::default(),
             answer: None,
             connections: 0,
             registering: None,
@@ -254,6 +259,7 @@ impl Shell {
                     tracing::warn!(text, "a load report is dropped");
                 }
             }
+            Event::Gpu(health) => self.healths.add(self.started.elapsed(), health),
             Event::Rebalance { reply } => self.rebalance(control, reply),
             Event::Scale { workers, reply } => self.scale(control, workers, reply),
             Event::Register { hello, reply } => self.register(control, hello, reply),
@@ -276,8 +282,10 @@ impl Shell {
             Event::Status { reply } => {
                 // Whoever asked may have left.
                 let Context { url, store_urls, .. } = &self.context;
-                let load = self.meter.last();
-                let _left = reply.send(report::json(&control.status(), load, (url, store_urls)));
+                let gpu = |worker| self.healths.of(worker, self.started.elapsed()).cloned();
+                let measured = report::Told { load: self.meter.last(), gpu: &gpu };
+                let _left =
+                    reply.send(report::json(&control.status(), measured, (url, store_urls)));
             }
         }
     }

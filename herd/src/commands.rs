@@ -21,8 +21,10 @@ pub(crate) mod worker;
 
 use ::worker::{Gpu, Platform};
 use anyhow::Context;
+use kernels::cuda::nvml::{self, Nvml};
 use kernels::cuda::{Driver, Options};
 use kernels::{Dtype, StepRoom};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -107,10 +109,17 @@ impl DeviceArg {
                 let (arch, name) = driver.identity();
                 let seconds = start.elapsed().as_secs_f64();
                 tracing::info!("{self} is {name} ({arch}); kernels loaded in {seconds:.1} s");
-                let gpu = Gpu::new(Arc::new(driver));
-                Ok(Platform::Cuda(match room {
-                    Some(room) => gpu.with_room(room),
-                    None => gpu,
+                let driver = Arc::new(driver);
+                let gpu = Gpu::new(Arc::clone(&driver));
+                let Some(room) = room else { return Ok(Platform::Cuda(gpu)) };
+                let gpu = gpu.with_room(room);
+                let Some(bus) = driver.bus() else { return Ok(Platform::Cuda(gpu)) };
+                Ok(Platform::Cuda(match Nvml::open(Path::new(nvml::LIBRARY), bus) {
+                    Ok(nvml) => gpu.watched(nvml),
+                    Err(error) => {
+                        tracing::info!(%error, "`herd status` will not show how {self} is");
+                        gpu
+                    }
                 }))
             }
         }

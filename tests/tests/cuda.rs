@@ -7,10 +7,13 @@ use herd::cluster::{Cluster, Config};
 use herd::logits::{Options, Outcome, max_difference, run};
 use kernels::Dtype;
 use kernels::cuda::Driver;
+use kernels::cuda::nvml::Nvml;
 use model::synth::{SynthExperts, SynthOptions};
 use router::engine::{Generate, Sampling};
 use safetensors::SafeTensors;
+use serde_json::json;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 use worker::{Ended, Gpu, KvBlocks, Model, Platform};
@@ -185,8 +188,9 @@ async fn kernel_that_never_ends_ends_the_worker() {
     }
 }
 
-async fn ends_of_hanging(workers: u16) -> Vec<Ended> {
-    let model = Model::open_for(&case("maverick-tiny"), Dtype::Bf16, hanging()).unwrap();
+/// A cluster that is ready, of so many workers on this device.
+async fn cluster(platform: Platform, workers: u16) -> Cluster {
+    let model = Model::open_for(&case("maverick-tiny"), Dtype::Bf16, platform).unwrap();
     let kv = KvBlocks::plan(&model.config, model.dtype, 1 << 24, 4).unwrap();
     let config = Config {
         model: Arc::new(model),
@@ -207,7 +211,22 @@ async fn ends_of_hanging(workers: u16) -> Vec<Ended> {
         step_deadline: Duration::from_secs(20),
         address: "none".into(),
     };
-    let mut cluster = Cluster::start(config).await.unwrap();
+    let cluster = Cluster::start(config).await.unwrap();
+    until(|| cluster.engine.is_ready()).await;
+    cluster
+}
+
+async fn until(is_so: impl Fn() -> bool) {
+    let look = async {
+        while !is_so() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), look).await.unwrap();
+}
+
+async fn ends_of_hanging(workers: u16) -> Vec<Ended> {
+    let mut cluster = cluster(hanging(), workers).await;
     let request = Generate {
         prompt: prompt(&case("maverick-tiny")),
         tokens_max: 8,
@@ -215,12 +234,6 @@ async fn ends_of_hanging(workers: u16) -> Vec<Ended> {
         stop_tokens: Vec::new(),
         group: 1,
     };
-    let until_ready = async {
-        while !cluster.engine.is_ready() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(60), until_ready).await.unwrap();
     let _stream = cluster.engine.submit(request).await.unwrap();
     let ended = futures::future::join_all(cluster.workers.iter_mut().map(worker::Worker::ended));
     tokio::time::timeout(Duration::from_secs(60), ended).await.unwrap()
@@ -263,4 +276,32 @@ fn bench_counts_what_a_step_reads() {
     // Two blocks of 16 positions, in the layers of either pool.
     let kv = KvBlocks { full: 2, chunked: 2 }.bytes(&model.config, Dtype::Bf16);
     assert_eq!(one["kv_bytes_per_step"], kv);
+}
+
+/// Through the worker's reports and the coordinator, out of a library with known answers.
+#[tokio::test(flavor = "multi_thread")]
+async fn status_shows_how_the_gpu_is() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/kernels/emulator/nvml.c");
+    let library = std::env::temp_dir().join(format!("herd-nvml-{}.so", std::process::id()));
+    let mut compiler = Command::new("cc");
+    compiler.args(["-shared", "-fPIC", "-o"]).arg(&library).arg(source);
+    assert!(compiler.status().unwrap().success());
+    let nvml = Nvml::open(&library, "0000:17:00.0").unwrap();
+    std::fs::remove_file(library).unwrap();
+    let gpu = Gpu::new(Arc::new(Driver::emulated().unwrap())).watched(nvml);
+    let cluster = cluster(Platform::Cuda(gpu), 1).await;
+    let told = async {
+        loop {
+            let status = cluster.status().await.unwrap();
+            if let Some(gpu) = status["members"][0].get("gpu") {
+                return gpu.clone();
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let want = json!({
+        "memory_used_bytes": 61_u64 << 30, "memory_total_bytes": 80_u64 << 30, "sm_mhz": 1980, "memory_mhz": 2619,
+        "temperature_c": 45, "ecc_uncorrected": 3, "last_xid": 79, "throttle": ["power_cap", "0x4000"],
+    });
+    assert_eq!(tokio::time::timeout(Duration::from_secs(60), told).await.unwrap(), want);
 }

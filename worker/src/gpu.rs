@@ -2,6 +2,7 @@
 //! them stays in the host's memory.
 
 use crate::weights::{Model, ModelError};
+use kernels::cuda::nvml::Nvml;
 use kernels::cuda::weights::{
     EmbeddingTable, ExpertOnDevice, ExpertPart, ExpertSizes, ExpertStorage, Loader, NormWeights,
     Weights,
@@ -20,6 +21,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub struct Gpu {
     pub(crate) driver: Arc<Driver>,
     dense: Arc<Mutex<Option<Arc<Dense<Cuda>>>>>,
+    /// What tells how it is.
+    pub(crate) nvml: Option<Arc<Nvml>>,
     /// Steps that every rank takes the memory for when it starts. `None`: it takes it as steps come.
     pub(crate) room: Option<StepRoom>,
 }
@@ -28,7 +31,13 @@ impl Gpu {
     /// Ranks on this device, which take memory as their steps come.
     #[must_use]
     pub fn new(driver: Arc<Driver>) -> Self {
-        Self { driver, dense: Arc::default(), room: None }
+        Self { driver, dense: Arc::default(), nvml: None, room: None }
+    }
+
+    /// The same, and `herd status` shows how the GPU is.
+    #[must_use]
+    pub fn watched(self, nvml: Nvml) -> Self {
+        Self { nvml: Some(Arc::new(nvml)), ..self }
     }
 
     /// The same, but each takes at its start what steps of this size need.

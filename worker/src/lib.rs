@@ -101,7 +101,8 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
     let reached = config.advertise.clone().unwrap_or_else(|| address.to_string());
     let mut card = registration::card(&config, &reached, &incarnation);
     card.exchange = transport.address();
-    let profile = config.model.platform.profile(config.model.dtype);
+    let (platform, dtype) = (&config.model.platform, config.model.dtype);
+    let (profile, nvml) = (platform.profile(dtype), platform.nvml());
     let runner = runner::start(&config, transport).await?;
     let (stop, mut stopped) = watch::channel(());
     let model = Arc::clone(&config.model);
@@ -109,7 +110,8 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
     let identity = (incarnation, profile);
     let service = service::Service::new(model, &runner, identity, stopped.clone());
     let (tell_end, ended) = watch::channel(None);
-    let register = registration::keep(config.coordinator, (card, service.epoch()), runner.tally());
+    let reports = registration::Reports { tally: runner.tally(), nvml };
+    let register = registration::keep(config.coordinator, (card, service.epoch()), reports);
     let mut streams = service.streams();
     let server = tonic::transport::Server::builder()
         .add_service(service.into_server())

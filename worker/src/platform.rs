@@ -7,6 +7,7 @@ use crate::KvBlocks;
 use crate::engine::EngineError;
 use crate::gpu::Gpu;
 use crate::weights::Model;
+use kernels::cuda::nvml::Nvml;
 use kernels::cuda::{Arriving, CacheOnDevice, Cuda, Driver, ExpertsOnDevice, WireOnDevice};
 use kernels::{
     Cache, Cpu, Device, DeviceError, Dtype, Experts, Level, Pool, RowMemory, Staged, StepRoom,
@@ -75,6 +76,14 @@ impl Platform {
         match self {
             Self::Cpu => None,
             Self::Cuda(gpu) => gpu.driver.failure().map(ToString::to_string),
+        }
+    }
+
+    /// What tells how its GPU is, if anything does.
+    pub(crate) fn nvml(&self) -> Option<Arc<Nvml>> {
+        match self {
+            Self::Cpu => None,
+            Self::Cuda(gpu) => gpu.nvml.clone(),
         }
     }
 

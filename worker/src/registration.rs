@@ -4,20 +4,28 @@
 
 use crate::Config;
 use crate::tally::Tally;
+use kernels::cuda::nvml::{GpuHealth, Nvml};
 use proto::pb;
 use proto::pb::coordinator_client::CoordinatorClient;
 use proto::pb::report_request::News;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+use tokio::task::JoinHandle;
 use tonic::transport::Channel;
 
 /// Between attempts: soon at first, because most breaks are a failover.
 const BACKOFF_FIRST: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
 
-/// Between reports of what the experts had to do. A plan looks at many of them.
-const LOAD_PERIOD: Duration = Duration::from_secs(1);
+/// Between reports of what the experts had to do, and of how the GPU is. A plan looks at many of them.
+const REPORT_PERIOD: Duration = Duration::from_secs(1);
+
+/// What a worker reports again and again. A report may be lost: the next ones make up for it.
+pub(crate) struct Reports {
+    pub(crate) tally: Arc<Tally>,
+    pub(crate) nvml: Option<Arc<Nvml>>,
+}
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
@@ -46,14 +54,14 @@ pub(crate) fn card(config: &Config, address: &str, incarnation: &str) -> pb::Reg
 pub(crate) async fn keep(
     coordinators: String,
     (card, epoch): (pb::RegisterRequest, Arc<AtomicU64>),
-    tally: Arc<Tally>,
+    reports: Reports,
 ) {
     let mut backoff = BACKOFF_FIRST;
     let coordinators: Vec<&str> = coordinators.split(',').collect();
     for coordinator in coordinators.iter().cycle() {
         let mut was_registered = false;
         let card = pb::RegisterRequest { epoch: epoch.load(Ordering::SeqCst), ..card.clone() };
-        match register(coordinator, (card, &tally), &mut was_registered).await {
+        match register(coordinator, (card, &reports), &mut was_registered).await {
             Ok(Registered::Drained) => {
                 tracing::info!(coordinator, "drained");
                 return;
@@ -76,7 +84,7 @@ enum Registered {
 
 async fn register(
     coordinator: &str,
-    (card, tally): (pb::RegisterRequest, &Tally),
+    (card, reports): (pb::RegisterRequest, &Reports),
     was_registered: &mut bool,
 ) -> Result<Registered, Error> {
     let channel = proto::standing(coordinator.to_owned())?.connect().await?;
@@ -86,7 +94,7 @@ async fn register(
     tracing::info!(worker = welcome.worker, coordinator, "registered");
     *was_registered = true;
     // It never ends by itself.
-    let reporting = report_load(client, welcome.worker, tally);
+    let reporting = report(client, welcome.worker, reports);
     let last = tokio::select! {
         event = events.message() => event?,
         () = reporting => None,
@@ -94,20 +102,64 @@ async fn register(
     Ok(if last.is_some_and(|event| event.leave) { Registered::Drained } else { Registered::Ended })
 }
 
-/// Tells what the experts had to do, again and again. A report may be lost: the next ones make up
-/// for it.
-async fn report_load(mut client: CoordinatorClient<Channel>, worker: u32, tally: &Tally) {
+/// Tells what there is to tell, again and again.
+async fn report(mut client: CoordinatorClient<Channel>, worker: u32, reports: &Reports) {
+    let mut look = None;
     loop {
-        tokio::time::sleep(LOAD_PERIOD).await;
-        let Some(layers) = tally.take() else { continue };
-        let layers = layers.into_iter().map(|rows| pb::LayerLoad { rows }).collect();
-        let news = News::Load(pb::ExpertLoad { worker, layers });
-        let report = pb::ReportRequest { epoch: 0, news: Some(news) };
-        match tokio::time::timeout(LOAD_PERIOD, client.report(report)).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(status)) => tracing::debug!(%status, "the load report was not taken"),
-            Err(_elapsed) => tracing::debug!("the load report was not answered"),
+        tokio::time::sleep(REPORT_PERIOD).await;
+        let load = reports.tally.take().map(|layers| {
+            let layers = layers.into_iter().map(|rows| pb::LayerLoad { rows }).collect();
+            News::Load(pb::ExpertLoad { worker, layers })
+        });
+        let health = match &reports.nvml {
+            Some(nvml) => health(nvml, &mut look).await,
+            None => None,
+        };
+        let health = health.map(|health| News::Gpu(health_to_wire(worker, health)));
+        for news in [load, health].into_iter().flatten() {
+            let report = pb::ReportRequest { epoch: 0, news: Some(news) };
+            match tokio::time::timeout(REPORT_PERIOD, client.report(report)).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(status)) => tracing::debug!(%status, "the report was not taken"),
+                Err(_elapsed) => tracing::debug!("the report was not answered"),
+            }
         }
+    }
+}
+
+/// Looks at the GPU, unless the last look is not over: that takes as long as a GPU in trouble wants.
+async fn health(nvml: &Arc<Nvml>, look: &mut Option<JoinHandle<GpuHealth>>) -> Option<GpuHealth> {
+    let task = look.get_or_insert_with(|| {
+        let nvml = Arc::clone(nvml);
+        tokio::task::spawn_blocking(move || nvml.health())
+    });
+    let done = tokio::time::timeout(REPORT_PERIOD, task).await.ok()?;
+    *look = None;
+    // An error means that the process ends.
+    done.ok()
+}
+
+fn health_to_wire(worker: u32, health: GpuHealth) -> pb::GpuHealth {
+    let GpuHealth {
+        memory_used,
+        memory_total,
+        sm_mhz,
+        memory_mhz,
+        temperature_c,
+        ecc_uncorrected,
+        last_xid,
+        throttle,
+    } = health;
+    pb::GpuHealth {
+        worker,
+        memory_used,
+        memory_total,
+        sm_mhz,
+        memory_mhz,
+        temperature_c,
+        ecc_uncorrected,
+        last_xid,
+        throttle,
     }
 }
 

@@ -26,6 +26,7 @@ mod image_cache;
 mod linear_bf16;
 mod linear_f32;
 mod matrix;
+pub mod nvml;
 mod pinned;
 mod positions;
 mod queue;

@@ -110,11 +110,56 @@ fn table(status: &Value) -> String {
     let columns = ["worker", "rank", "state", "experts", "sequences", "pid", "address", "device"];
     let rows = self::rows(&status["members"], &columns, usize::MAX);
     line(aligned(&columns, &rows));
+    let gpus = gpus(&status["members"]);
+    if !gpus.is_empty() {
+        line(String::new());
+        line(aligned(&GPU_COLUMNS, &gpus));
+    }
     line(String::new());
     let columns = ["epoch", "prepare_ms", "commit_ms", "first_token_ms", "cause"];
     let rows = self::rows(&status["changes"], &columns, CHANGES_SHOWN);
     line(aligned(&columns, &rows));
     out
+}
+
+/// Heads of what [`gpus`] gives.
+const GPU_COLUMNS: [&str; 8] =
+    ["worker", "gpu memory", "sm", "memory", "temperature", "ecc errors", "last xid", "throttle"];
+
+/// A line per member whose GPU tells how it is.
+fn gpus(members: &Value) -> Vec<Vec<String>> {
+    let row = |member: &Value| {
+        let gpu = member.get("gpu")?;
+        let with = |name: &str, unit: &str| match gpu.get(name) {
+            None => "-".to_owned(),
+            Some(value) => format!("{} {unit}", cell(value)),
+        };
+        let throttle = gpu["throttle"].as_array().map_or(&[][..], Vec::as_slice);
+        Some(vec![
+            cell(&member["worker"]),
+            gpu_memory(gpu),
+            with("sm_mhz", "MHz"),
+            with("memory_mhz", "MHz"),
+            with("temperature_c", "C"),
+            cell(&gpu["ecc_uncorrected"]),
+            cell(&gpu["last_xid"]),
+            match throttle {
+                [] => "-".to_owned(),
+                some => some.iter().map(cell).collect::<Vec<_>>().join(", "),
+            },
+        ])
+    };
+    members.as_array().map_or(&[][..], Vec::as_slice).iter().filter_map(row).collect()
+}
+
+/// `61.0 of 80.0 GiB`
+fn gpu_memory(gpu: &Value) -> String {
+    let gib = |name: &str| gpu[name].as_f64().map(|bytes| bytes / f64::from(1 << 30));
+    match (gib("memory_used_bytes"), gib("memory_total_bytes")) {
+        (Some(used), Some(total)) => format!("{used:.1} of {total:.1} GiB"),
+        (Some(used), None) => format!("{used:.1} GiB"),
+        (None, _) => "-".to_owned(),
+    }
 }
 
 /// The last `most` objects of an array, column by column.
@@ -184,5 +229,23 @@ epoch  prepare_ms  commit_ms  first_token_ms  cause
 2      1.2         0.5        -               start
 ";
         assert_eq!(table(&status), want);
+    }
+
+    #[test]
+    fn gpus_have_a_table_of_their_own_and_dashes_for_what_they_do_not_tell() {
+        let status = json!({ "members": [
+            { "worker": 1, "gpu": { "memory_used_bytes": 61_u64 << 30, "memory_total_bytes": 80_u64 << 30,
+                                    "sm_mhz": 1980, "memory_mhz": 2619, "temperature_c": 45, "ecc_uncorrected": 0,
+                                    "last_xid": 79, "throttle": ["power_cap", "0x4000"] } },
+            { "worker": 2 },
+            { "worker": 3, "gpu": { "temperature_c": 31 } },
+        ] });
+        let want = "\
+worker  gpu memory        sm        memory    temperature  ecc errors  last xid  throttle
+1       61.0 of 80.0 GiB  1980 MHz  2619 MHz  45 C         0           79        power_cap, 0x4000
+3       -                 -         -         31 C         -           -         -
+";
+        let text = table(&status);
+        assert!(text.contains(want), "{text}");
     }
 }

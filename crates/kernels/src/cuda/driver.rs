@@ -166,6 +166,17 @@ impl Driver {
         }
     }
 
+    /// Where a GPU is on the PCI bus, as NVML wants to know; `None` if there is none.
+    #[must_use]
+    pub fn bus(&self) -> Option<&str> {
+        match &self.kind {
+            Kind::Gpu(gpu) => gpu.bus(),
+            Kind::Plan => None,
+            #[cfg(feature = "emulated")]
+            Kind::Emulated(_) => None,
+        }
+    }
+
     /// Bytes of shared memory that a block may have.
     pub(crate) fn shared_max(&self) -> u32 {
         match &self.kind {

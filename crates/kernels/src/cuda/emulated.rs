@@ -70,6 +70,7 @@ impl Emulated {
     }
 
     pub(super) fn allocate(&self, what: &'static str, bytes: usize) -> Result<u64, CudaError> {
+        self.patience.check()?;
         let page = 4096;
         let length = bytes.next_multiple_of(page) + page;
         // SAFETY: a new anonymous mapping touches nothing that exists; its last page loses its rights.

@@ -11,7 +11,7 @@ use super::wait::Patience;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use std::collections::BTreeMap;
-use std::ffi::{CString, c_void};
+use std::ffi::{CStr, CString, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// CUDA 13.0: the kernels' compiler makes nothing that older drivers load.
@@ -49,6 +49,8 @@ struct Attached {
     context: sys::CUcontext,
     /// What `herd status` shows.
     name: String,
+    /// Where it is, for NVML.
+    bus: Option<String>,
     arch: String,
     shared_max: u32,
 }
@@ -74,7 +76,8 @@ impl Attached {
         // SAFETY: the device exists; the context is released in `release`.
         let context = unsafe { result::primary_ctx::retain(device) }
             .map_err(failed("cuDevicePrimaryCtxRetain"))?;
-        Ok(Self { device, context, name, arch: arch(major, minor), shared_max })
+        let (bus, arch) = (bus(device), arch(major, minor));
+        Ok(Self { device, context, name, bus, arch, shared_max })
     }
 
     /// Makes the context current in this thread.
@@ -109,6 +112,11 @@ impl Gpu {
     #[must_use]
     pub(super) fn name(&self) -> &str {
         &self.attached.name
+    }
+
+    /// Its place on the PCI bus.
+    pub(super) fn bus(&self) -> Option<&str> {
+        self.attached.bus.as_deref()
     }
 
     /// What the kernels were compiled for.
@@ -305,6 +313,17 @@ pub fn memory(ordinal: u32) -> Result<Memory, CudaError> {
     attached.release();
     let (free, total) = asked?;
     Ok(Memory { free: free as u64, total: total as u64 })
+}
+
+/// Such as `0000:17:00.0`.
+fn bus(device: sys::CUdevice) -> Option<String> {
+    // As long as CUDA asks for, and some more.
+    let mut text = [0_u8; 32];
+    let bytes = i32::try_from(text.len()).ok()?;
+    // SAFETY: there is room for so many bytes, and the device exists.
+    let asked = unsafe { sys::cuDeviceGetPCIBusId(text.as_mut_ptr().cast(), bytes, device) };
+    asked.result().ok()?;
+    Some(CStr::from_bytes_until_nul(&text).ok()?.to_str().ok()?.to_owned())
 }
 
 /// The feature set of the kernels: that of Hopper and of datacenter Blackwell where there is one, else the plain one.
