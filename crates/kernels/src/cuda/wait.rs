@@ -44,8 +44,12 @@ impl Patience {
     ) -> Result<(), CudaError> {
         self.check()?;
         let start = Instant::now();
-        while !is_done()? {
+        loop {
+            // Before it asks: a process that stood still meanwhile asks once more, and only then gives up.
             let waited = start.elapsed();
+            if is_done()? {
+                return Ok(());
+            }
             if self.limit < waited {
                 self.hangs.store(true, Ordering::Relaxed);
                 HANGS.store(true, Ordering::Relaxed);
@@ -58,7 +62,6 @@ impl Patience {
                 std::thread::sleep(NAP_MAX.min(waited / NAP_PART));
             }
         }
-        Ok(())
     }
 
     /// # Errors
@@ -115,6 +118,52 @@ mod tests {
         assert!(text.contains("--gpu-limit-s"), "{text}");
         let is_done = || panic!("nobody asks a device that hangs");
         assert_eq!(patience.wait(is_done).unwrap_err().to_string(), text);
+    }
+
+    #[test]
+    fn what_ended_while_the_process_stood_still_is_no_hang() {
+        let mut asked = 0;
+        let is_done = || {
+            asked += 1;
+            if asked == 1 {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            Ok(asked == 2)
+        };
+        patience(Duration::from_millis(10)).wait(is_done).unwrap();
+    }
+
+    /// What a process ends with that calls [`exit`] with 7, and whose libraries end it with 9 if they get to it.
+    fn code_of(in_the_child: fn()) -> i32 {
+        extern "C" fn library() {
+            // SAFETY: ends the process.
+            unsafe { libc::_exit(9) }
+        }
+        // SAFETY: the child calls nothing that another thread's lock could stop.
+        match unsafe { libc::fork() } {
+            0 => {
+                // SAFETY: the handler is a function without captures; the alarm ends a child that does not end.
+                unsafe {
+                    libc::alarm(20);
+                    libc::atexit(library);
+                }
+                in_the_child();
+                exit(7)
+            }
+            child => {
+                let mut status = 0;
+                // SAFETY: there is room for the status.
+                assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+                assert!(libc::WIFEXITED(status), "status {status}");
+                libc::WEXITSTATUS(status)
+            }
+        }
+    }
+
+    #[test]
+    fn process_with_a_device_that_hangs_leaves_without_its_libraries() {
+        assert_eq!(code_of(|| HANGS.store(true, Ordering::Relaxed)), 7);
+        assert_eq!(code_of(|| HANGS.store(false, Ordering::Relaxed)), 9);
     }
 
     #[test]
