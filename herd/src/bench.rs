@@ -8,6 +8,7 @@ use crate::ranks::{Look, RankStep, Ranks, RunStep, Wanted, batch, cluster};
 use anyhow::ensure;
 use ids::{SeqId, StepId};
 use kernels::Sampling;
+use kernels::cuda::GraphFigures;
 use placement::Shape;
 use scheduler::{KvPools, NewSequence, Plan, Scheduler, Slice};
 use serde_json::{Value, json};
@@ -332,6 +333,10 @@ impl Bench<'_> {
         });
         if let Some(times) = times {
             line["kernels"] = times;
+        }
+        if let Some(gpu) = self.model.platform.gpu() {
+            let GraphFigures { made, replayed, enqueued, refused } = gpu.driver().graphs();
+            line["graphs_so_far"] = json!({ "made": made, "replayed": replayed, "enqueued": enqueued, "refused": refused });
         }
         report(&line);
     }

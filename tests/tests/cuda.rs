@@ -6,10 +6,10 @@
 use herd::cluster::{Cluster, Config};
 use herd::logits::{Options, Outcome, max_difference, run};
 use kernels::Dtype;
-use kernels::cuda::Driver;
 use kernels::cuda::nvml::Nvml;
+use kernels::cuda::{Driver, GraphFigures};
 use model::synth::{SynthExperts, SynthOptions};
-use router::engine::{Generate, Sampling};
+use router::engine::{Event, Generate, Sampling};
 use safetensors::SafeTensors;
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -237,6 +237,48 @@ async fn ends_of_hanging(workers: u16) -> Vec<Ended> {
     let _stream = cluster.engine.submit(request).await.unwrap();
     let ended = futures::future::join_all(cluster.workers.iter_mut().map(worker::Worker::ended));
     tokio::time::timeout(Duration::from_secs(60), ended).await.unwrap()
+}
+
+/// Of sequences that decode together, tokens are sampled from seeds.
+async fn tokens_of(cluster: &Cluster) -> Vec<Vec<u32>> {
+    let all = prompt(&case("maverick-tiny"));
+    let streams = (0..3).map(|seed| {
+        let sampling = Sampling { temperature: 0.9, seed, ..Sampling::greedy() };
+        let prompt = all[..all.len() - 3 * usize::try_from(seed).unwrap()].to_vec();
+        let request =
+            Generate { prompt, tokens_max: 40, sampling, stop_tokens: Vec::new(), group: seed };
+        async move {
+            let mut stream = cluster.engine.submit(request).await.unwrap();
+            let mut tokens = Vec::new();
+            loop {
+                match stream.next().await.unwrap() {
+                    Event::Token(sampled) => tokens.push(sampled.token),
+                    Event::End(_) => return tokens,
+                    Event::Failed(text) | Event::Deposed(text) => panic!("{text}"),
+                }
+            }
+        }
+    });
+    tokio::time::timeout(Duration::from_secs(60), futures::future::join_all(streams)).await.unwrap()
+}
+
+/// Goal: steps of as many sequences are one graph, however their contexts grow. Two ranks of one device make none.
+#[tokio::test(flavor = "multi_thread")]
+async fn steps_that_repeat_themselves_are_graphs_with_the_same_bits() {
+    let mut heard = Vec::new();
+    for workers in [1, 2] {
+        let driver = Arc::new(Driver::emulated().unwrap());
+        let cluster = cluster(Platform::Cuda(Gpu::new(Arc::clone(&driver))), workers).await;
+        heard.push(tokens_of(&cluster).await);
+        let GraphFigures { made, replayed, enqueued, refused } = driver.graphs();
+        match workers {
+            1 => assert!(20 < replayed && made < replayed / 3, "{made} {replayed} {enqueued}"),
+            _ => assert_eq!((made, replayed), (0, 0)),
+        }
+        assert_eq!(refused, None);
+    }
+    assert!(heard[0].iter().all(|tokens| tokens.len() == 40));
+    assert_eq!(heard[0], heard[1]);
 }
 
 /// Weights that no file holds, a context that is filled before decoding is measured, and the kernels' own times.

@@ -22,6 +22,7 @@ mod experts;
 mod experts_f32;
 mod finite;
 mod gate;
+mod graphs;
 mod image_cache;
 mod linear_bf16;
 mod linear_f32;
@@ -49,6 +50,7 @@ pub mod weights;
 
 pub use device::{Arriving, CacheOnDevice, Cuda};
 pub use driver::{CudaError, Driver, Options, Taken};
+pub use graphs::GraphFigures;
 pub use image_cache::ImageCache;
 pub use read::read_bandwidth;
 pub use real::{Memory, memory};

@@ -3,7 +3,7 @@
 use super::buffer::Buffer;
 
 /// A kernel, and how many threads of it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Launch {
     pub(crate) kernel: &'static str,
     /// Blocks.

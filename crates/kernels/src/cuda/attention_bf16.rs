@@ -25,6 +25,9 @@ const WHOLE_ROWS_MIN: usize = 256;
 /// Warps of a block that does not split.
 const WHOLE_WARPS: usize = 4;
 
+/// An item without rows.
+const NOTHING: [u32; 4] = [0; 4];
+
 /// What its memory is for.
 const WHAT: &str = "attention plan";
 
@@ -66,7 +69,8 @@ impl Sight {
 /// How the rows of a step are dealt to blocks.
 #[derive(Default, PartialEq, Eq, Debug)]
 pub(super) struct Plan {
-    /// First row, rows, first and last block of the cache: one split of some rows.
+    /// First row, rows, first and last block of the cache: one split of some rows. Behind them so many without rows that
+    /// their number is a power of two: then it is the same for most steps of as many sequences.
     split: Vec<[u32; 4]>,
     /// The same, all that the rows see.
     whole: Vec<[u32; 4]>,
@@ -102,6 +106,9 @@ impl Plan {
                 plan.whole(first, run, sight);
             }
             first += run.len();
+        }
+        if !plan.split.is_empty() {
+            plan.split.resize(plan.split.len().next_power_of_two(), NOTHING);
         }
         plan
     }
@@ -160,7 +167,7 @@ impl AttentionWork {
     /// Has room for the plans of so many rows that need up to `partials` partial results. A row is in one item of its
     /// kind; a split of some rows is a split of one of them, which has a partial result for it.
     pub(super) fn reserve(&mut self, rows: usize, partials: usize) -> Result<(), CudaError> {
-        self.split.reserve(WHAT, partials * size_of::<[u32; 4]>())?;
+        self.split.reserve(WHAT, partials.next_power_of_two() * size_of::<[u32; 4]>())?;
         self.whole.reserve(WHAT, rows * size_of::<[u32; 4]>())?;
         self.joined.reserve(WHAT, rows * size_of::<[u32; 3]>())?;
         self.partials_start.reserve(WHAT, rows * size_of::<u32>())

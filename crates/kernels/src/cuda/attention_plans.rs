@@ -18,14 +18,20 @@ use std::sync::Arc;
 /// Memory for partial results: rows that would need more are not split.
 const PARTIALS_BYTES: usize = 64 << 20;
 
-/// Plans of a step, made when the first layer of their sight asks.
+/// Plans of a step: for the sights that are known when it begins, and for others when the first layer asks.
 pub(super) struct Attention {
     driver: Arc<Driver>,
     rows: Vec<Row>,
     step: u64,
-    /// By chunk (0: full): the plan, and the step that it was made for.
-    plans: BTreeMap<u32, (AttentionWork, u64)>,
+    /// By chunk; 0: full.
+    plans: BTreeMap<u32, Planned>,
     partials: Buffer,
+}
+
+struct Planned {
+    work: AttentionWork,
+    step: u64,
+    sight: Sight,
 }
 
 impl Attention {
@@ -44,24 +50,30 @@ impl Attention {
     ) -> Result<(), CudaError> {
         self.partials.reserve("partial attention", PARTIALS_BYTES)?;
         for &pool in layers {
-            let (work, _) = match self.plans.entry(chunk_of(pool)) {
+            let planned = match self.plans.entry(chunk_of(pool)) {
                 Entry::Occupied(known) => known.into_mut(),
-                // No step has the number 0.
                 Entry::Vacant(new) => {
-                    new.insert((AttentionWork::new(&self.driver, Plan::default())?, 0))
+                    let work = AttentionWork::new(&self.driver, Plan::default())?;
+                    let sight = sight_of(shape, chunk_of(pool));
+                    // No step has the number 0.
+                    new.insert(Planned { work, step: 0, sight })
                 }
             };
-            work.reserve(rows, PARTIALS_BYTES / partial_bytes(shape))?;
+            planned.work.reserve(rows, PARTIALS_BYTES / partial_bytes(shape))?;
         }
         Ok(())
     }
 
     /// A step begins; its number.
-    pub(super) fn begin(&mut self, rows: &[Row]) -> u64 {
+    pub(super) fn begin(&mut self, rows: &[Row]) -> Result<u64, CudaError> {
         self.rows.clear();
         self.rows.extend_from_slice(rows);
         self.step += 1;
-        self.step
+        for planned in self.plans.values_mut() {
+            planned.work.renew(Plan::new(rows, planned.sight))?;
+            planned.step = self.step;
+        }
+        Ok(self.step)
     }
 
     /// The number of the step that began last.
@@ -80,28 +92,32 @@ impl Attention {
         check_layer(batch, layer, cache);
         let (shape, pool) = (layer.shape, cache.pool(layer.layer));
         let chunk = chunk_of(pool);
-        let partials_max = PARTIALS_BYTES / partial_bytes(shape);
         self.partials.reserve("partial attention", PARTIALS_BYTES)?;
-        let sight = Sight { chunk, group: shape.heads / shape.kv_heads, partials_max };
-        match self.plans.get_mut(&chunk) {
-            Some((_, step)) if *step == self.step => {}
-            Some((work, step)) => {
-                work.renew(Plan::new(&self.rows, sight))?;
-                *step = self.step;
-            }
-            None => {
-                let work = AttentionWork::new(&self.driver, Plan::new(&self.rows, sight))?;
-                self.plans.insert(chunk, (work, self.step));
-            }
+        if let Entry::Vacant(new) = self.plans.entry(chunk) {
+            let sight = sight_of(shape, chunk);
+            let work = AttentionWork::new(&self.driver, Plan::new(&self.rows, sight))?;
+            new.insert(Planned { work, step: self.step, sight });
         }
         let [blocks, blocks_start, blocks_first] = tables_of(batch, pool);
         let (position, table) = (batch.address(Part::Positions), batch.address(Part::Tables));
         let tables = Tables { position, table, blocks, blocks_start, blocks_first };
-        let (work, _) = &self.plans[&chunk];
+        let Planned { work, step, sight } = &self.plans[&chunk];
+        let made_for = (*step, *sight);
+        assert_eq!(
+            made_for,
+            (self.step, sight_of(shape, chunk)),
+            "the plan of this step and shape"
+        );
         let (cache, partials) = (cache.buffer(layer.layer), &self.partials);
         let task = AttentionTask { shape, chunk, tables, work, cache, partials };
         attention_bf16(&self.driver, &task, qkv, out)
     }
+}
+
+/// What rows of a layer see.
+fn sight_of(shape: AttentionShape, chunk: u32) -> Sight {
+    let partials_max = PARTIALS_BYTES / partial_bytes(shape);
+    Sight { chunk, group: shape.heads / shape.kv_heads, partials_max }
 }
 
 /// Positions that a layer of this pool sees; 0: all.

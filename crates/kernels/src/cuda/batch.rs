@@ -24,12 +24,8 @@ pub(super) enum Part {
     Positions,
     /// `[rows]`: the row's block table.
     Tables,
-    /// Tables of the full pool, one after the other.
-    Full,
     /// `[tables + 1]`: where each begins in `Full`, and the end.
     FullStart,
-    /// Tables of the chunked pool.
-    Chunked,
     /// `[tables + 1]`
     ChunkedStart,
     /// `[tables]`: the block number that each begins with.
@@ -46,17 +42,20 @@ pub(super) enum Part {
     Temperatures,
     /// `[samples][2]`: lower half first.
     Seeds,
+    /// Tables of the full pool, one after the other. They grow from step to step; what stands before them keeps its place
+    /// while the rows are as many, and what stands behind them while they have room.
+    Full,
+    /// Tables of the chunked pool.
+    Chunked,
 }
 
-const PARTS: usize = Part::Seeds as usize + 1;
+const PARTS: usize = Part::Chunked as usize + 1;
 
 const ALL_PARTS: [Part; PARTS] = [
     Part::Tokens,
     Part::Positions,
     Part::Tables,
-    Part::Full,
     Part::FullStart,
-    Part::Chunked,
     Part::ChunkedStart,
     Part::ChunkedFirst,
     Part::Angles,
@@ -65,6 +64,8 @@ const ALL_PARTS: [Part; PARTS] = [
     Part::SamplePositions,
     Part::Temperatures,
     Part::Seeds,
+    Part::Full,
+    Part::Chunked,
 ];
 
 /// Arrays begin at multiples of so many words: 16 bytes.
@@ -111,7 +112,7 @@ impl Batch {
     ) -> Result<(), CudaError> {
         let part = |part: Part| match part {
             Part::Tokens | Part::Positions | Part::Tables | Part::Factors => rows,
-            Part::Full => limits.full_blocks as usize,
+            Part::Full => (limits.full_blocks as usize).next_power_of_two(),
             Part::Chunked => limits.chunked_blocks as usize,
             Part::FullStart | Part::ChunkedStart => rows + 1,
             Part::ChunkedFirst => rows,
@@ -147,13 +148,17 @@ impl Batch {
         self.put(Part::Tokens, step.rows.iter().map(|row| row.token));
         self.put(Part::Positions, step.rows.iter().map(|row| row.position));
         self.put(Part::Tables, step.rows.iter().map(|row| row.table));
-        self.put_tables(&step.tables, (Part::Full, Part::FullStart), |table| &table.full);
-        self.put_tables(&step.tables, (Part::Chunked, Part::ChunkedStart), |table| &table.chunked);
+        self.put_starts(&step.tables, Part::FullStart, |table| &table.full);
+        self.put_starts(&step.tables, Part::ChunkedStart, |table| &table.chunked);
         self.put(Part::ChunkedFirst, step.tables.iter().map(|table| table.chunked_first));
         self.put_angles(step, rules.rope);
         let factor = |position| rules.temperature.map_or(1.0, |t| rope::factor(position, t));
         self.put(Part::Factors, step.rows.iter().map(|row| factor(row.position).to_bits()));
         self.put_samples(step);
+        let full: usize = step.tables.iter().map(|table| table.full.len()).sum();
+        self.put(Part::Full, step.tables.iter().flat_map(|table| &table.full).copied());
+        self.words.resize(self.words.len() - full + full.next_power_of_two(), 0);
+        self.put(Part::Chunked, step.tables.iter().flat_map(|table| &table.chunked).copied());
         self.buffer.reserve("step", self.words.len() * 4)?;
         self.buffer.fill(0, bytemuck::cast_slice(&self.words))
     }
@@ -168,19 +173,14 @@ impl Batch {
         self.words.extend(values);
     }
 
-    fn put_tables(
-        &mut self,
-        tables: &[Table],
-        (blocks, start): (Part, Part),
-        of: impl Fn(&Table) -> &Vec<u32>,
-    ) {
-        self.put(blocks, tables.iter().flat_map(&of).copied());
+    /// Where each table begins, and the end of the last.
+    fn put_starts(&mut self, tables: &[Table], part: Part, of: impl Fn(&Table) -> &Vec<u32>) {
         let mut end = 0;
         let ends = tables.iter().map(|table| {
             end += super::args::blocks(of(table).len());
             end
         });
-        self.put(start, std::iter::once(0).chain(ends));
+        self.put(part, std::iter::once(0).chain(ends));
     }
 
     fn put_angles(&mut self, step: &StepBatch, rope: &RopeTable) {

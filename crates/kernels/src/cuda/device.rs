@@ -90,7 +90,7 @@ impl Cuda {
         dtype: Dtype,
         (temperature, moe_layers): (Option<Temperature>, usize),
     ) -> Result<Self, CudaError> {
-        Ok(Self {
+        let cuda = Self {
             driver: Arc::clone(driver),
             dtype,
             temperature,
@@ -100,7 +100,9 @@ impl Cuda {
             attention: Attention::new(driver)?,
             staged: StagedRows::new(driver)?,
             room: None,
-        })
+        };
+        driver.enter();
+        Ok(cuda)
     }
 
     /// Takes the memory that the rows of a view need in its experts, if [`Device::reserve`] has said how many rows a
@@ -155,6 +157,12 @@ impl Cuda {
 
     fn failure(&self) -> Result<(), DeviceError> {
         self.driver.failure().map_or(Ok(()), |error| Err(DeviceError::Cuda(error.clone())))
+    }
+}
+
+impl Drop for Cuda {
+    fn drop(&mut self) {
+        self.driver.leave();
     }
 }
 
@@ -233,12 +241,13 @@ impl Device for Cuda {
         let rules = StepRules { rope, temperature: self.temperature, limits };
         let uploaded =
             waiting.map_or_else(|| Batch::new(&self.driver), Ok).and_then(|mut batch| {
+                self.driver.begin_step()?;
                 batch.upload(step, &rules)?;
+                let number = self.attention.begin(&step.rows)?;
                 self.flags.reset(&self.driver)?;
-                Ok(batch)
+                Ok((batch, number))
             });
-        let batch = uploaded.map_err(|error| self.spoilt(error))?;
-        let number = self.attention.begin(&step.rows);
+        let (batch, number) = uploaded.map_err(|error| self.spoilt(error))?;
         Ok(BatchOnDevice { batch: Some(batch), number, home: Arc::clone(&self.batch) })
     }
 

@@ -3,11 +3,12 @@
 use super::args::Launch;
 #[cfg(feature = "emulated")]
 use super::emulated::Emulated;
+use super::graphs::{GraphFigures, List};
 use super::image_cache::ImageCache;
 use super::real::Gpu;
 use super::timing::KernelTime;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 /// Why a GPU cannot be used.
@@ -101,8 +102,21 @@ pub struct Driver {
     kind: Kind,
     bytes: AtomicU64,
     allocations: AtomicU64,
+    /// Ranks on this device.
+    ranks: AtomicU32,
+    collected: Mutex<Collected>,
     /// The first failure; most spoil the device for the whole process.
     failed: OnceLock<CudaError>,
+}
+
+/// Launches that are not enqueued yet.
+#[derive(Default)]
+struct Collected {
+    /// Whether launches are collected.
+    is_on: bool,
+    /// Whether kernels are measured, each by itself.
+    is_timed: bool,
+    list: List,
 }
 
 enum Kind {
@@ -110,7 +124,7 @@ enum Kind {
     /// None: says what memory would be taken.
     Plan,
     #[cfg(feature = "emulated")]
-    Emulated(Emulated),
+    Emulated(Box<Emulated>),
 }
 
 impl Driver {
@@ -125,7 +139,8 @@ impl Driver {
 
     fn of(kind: Kind) -> Self {
         let (bytes, allocations) = (AtomicU64::new(0), AtomicU64::new(0));
-        Self { kind, bytes, allocations, failed: OnceLock::new() }
+        let (ranks, collected) = (AtomicU32::new(0), Mutex::default());
+        Self { kind, bytes, allocations, ranks, collected, failed: OnceLock::new() }
     }
 
     /// No device: [`Driver::taken`] says what would be taken of one. It computes nothing.
@@ -141,7 +156,7 @@ impl Driver {
     /// [`CudaError::Failed`] if the kernels cannot be compiled.
     #[cfg(feature = "emulated")]
     pub fn emulated() -> Result<Self, CudaError> {
-        Ok(Self::of(Kind::Emulated(Emulated::open()?)))
+        Ok(Self::of(Kind::Emulated(Box::new(Emulated::open()?))))
     }
 
     /// The same, but the kernel after so many never ends, and those behind it never begin; whoever waits for them
@@ -152,7 +167,7 @@ impl Driver {
     /// As for [`Driver::emulated`].
     #[cfg(feature = "emulated")]
     pub fn emulated_until(kernels: u64, wait_max: Duration) -> Result<Self, CudaError> {
-        Ok(Self::of(Kind::Emulated(Emulated::open()?.hanging_after(kernels, wait_max))))
+        Ok(Self::of(Kind::Emulated(Box::new(Emulated::open()?.hanging_after(kernels, wait_max)))))
     }
 
     /// What the device is, for people and for numeric profiles: its architecture, and its name.
@@ -226,8 +241,69 @@ impl Driver {
         result
     }
 
+    /// A rank comes to this device.
+    pub(crate) fn enter(&self) {
+        self.ranks.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A rank leaves it.
+    pub(crate) fn leave(&self) {
+        self.ranks.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// A step begins: its launches are collected, and enqueued together when somebody waits for them. Not where several
+    /// ranks share the stream, whose launches come in another order each time.
+    pub(crate) fn begin_step(&self) -> Result<(), CudaError> {
+        let mut collected = self.collected();
+        self.enqueue_collected(&mut collected)?;
+        collected.is_on = !collected.is_timed && self.ranks.load(Ordering::Relaxed) == 1;
+        Ok(())
+    }
+
+    fn collected(&self) -> MutexGuard<'_, Collected> {
+        self.collected.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Enqueues what was collected.
+    fn flush(&self) -> Result<(), CudaError> {
+        self.enqueue_collected(&mut self.collected())
+    }
+
+    #[allow(unsafe_code, reason = "kernels write where they are told to")]
+    fn enqueue_collected(&self, collected: &mut Collected) -> Result<(), CudaError> {
+        if collected.list.is_empty() {
+            return Ok(());
+        }
+        let list = &collected.list;
+        let result = self.noted(match &self.kind {
+            // SAFETY: the promise of whoever launched: memory is freed after what was collected is enqueued.
+            Kind::Gpu(gpu) => unsafe { gpu.run(list) },
+            Kind::Plan => Ok(()),
+            #[cfg(feature = "emulated")]
+            // SAFETY: as above.
+            Kind::Emulated(emulated) => unsafe { emulated.run(list) },
+        });
+        collected.list.clear();
+        result
+    }
+
+    /// How often steps were the same as before.
+    #[must_use]
+    pub fn graphs(&self) -> GraphFigures {
+        match &self.kind {
+            Kind::Gpu(gpu) => gpu.graphs(),
+            Kind::Plan => GraphFigures::default(),
+            #[cfg(feature = "emulated")]
+            Kind::Emulated(emulated) => emulated.graphs(),
+        }
+    }
+
     /// Frees what `allocate` gave for so many bytes. On a device that hangs it stays.
     pub(crate) fn free(&self, address: u64, bytes: usize) {
+        // What was collected may use it.
+        if let Err(error) = self.flush() {
+            self.fail(error);
+        }
         self.bytes.fetch_sub(dealt_out(bytes), Ordering::Relaxed);
         // A context that has failed has freed everything.
         let _failed = self.noted(match &self.kind {
@@ -240,6 +316,7 @@ impl Driver {
 
     /// Copies to the device. `content` may change once this returns.
     pub(crate) fn write(&self, address: u64, content: &[u8]) -> Result<(), CudaError> {
+        self.flush()?;
         self.noted(match &self.kind {
             Kind::Gpu(gpu) => gpu.write(address, content),
             Kind::Plan => Ok(()),
@@ -250,6 +327,7 @@ impl Driver {
 
     /// Waits for all that was enqueued, and copies to the host.
     pub(crate) fn read(&self, address: u64, out: &mut [u8]) -> Result<(), CudaError> {
+        self.flush()?;
         self.noted(match &self.kind {
             Kind::Gpu(gpu) => gpu.read(address, out),
             Kind::Plan => unreachable!("a plan has no values"),
@@ -260,6 +338,14 @@ impl Driver {
 
     /// Measures all kernels from now on, until [`Driver::kernel_times`].
     pub fn time_kernels(&self) {
+        // What comes now is enqueued kernel by kernel.
+        let mut collected = self.collected();
+        if let Err(error) = self.enqueue_collected(&mut collected) {
+            self.fail(error);
+        }
+        collected.is_timed = true;
+        collected.is_on = false;
+        drop(collected);
         match &self.kind {
             Kind::Gpu(gpu) => gpu.time_kernels(),
             Kind::Plan => {}
@@ -275,6 +361,7 @@ impl Driver {
     ///
     /// [`CudaError`] if CUDA fails.
     pub fn kernel_times(&self) -> Result<Vec<KernelTime>, CudaError> {
+        self.collected().is_timed = false;
         self.noted(match &self.kind {
             Kind::Gpu(gpu) => gpu.kernel_times(),
             Kind::Plan => Ok(Vec::new()),
@@ -319,6 +406,12 @@ impl Driver {
             // Nothing to do, and an error in CUDA.
             return Ok(());
         }
+        let mut collected = self.collected();
+        if collected.is_on {
+            collected.list.push(launch, args);
+            return Ok(());
+        }
+        drop(collected);
         self.noted(match &self.kind {
             // SAFETY: the caller's promise.
             Kind::Gpu(gpu) => unsafe { gpu.launch(launch, args) },

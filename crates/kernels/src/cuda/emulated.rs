@@ -4,6 +4,7 @@
 
 use super::args::Launch;
 use super::driver::CudaError;
+use super::graphs::{GraphFigures, Graphs, List, Runner};
 use super::sources::SOURCES;
 use super::timing::{KernelTime, summed};
 use super::wait::Patience;
@@ -40,6 +41,7 @@ pub(super) struct Emulated {
     patience: Patience,
     /// What kernels took, while they are measured.
     timed: Mutex<Option<Vec<(&'static str, f64)>>>,
+    graphs: Mutex<Graphs<List>>,
 }
 
 impl Emulated {
@@ -55,6 +57,7 @@ impl Emulated {
             kernels_left: AtomicU64::new(u64::MAX),
             patience: Patience::new(NAME.into(), Duration::MAX),
             timed: Mutex::default(),
+            graphs: Mutex::default(),
         })
     }
 
@@ -168,6 +171,43 @@ impl Emulated {
         }
         Ok(())
     }
+}
+
+impl Emulated {
+    /// Runs launches, as the list that was kept if they have come before.
+    ///
+    /// # Safety
+    ///
+    /// As for `Driver::launch`, of every launch.
+    pub(super) unsafe fn run(&self, list: &List) -> Result<(), CudaError> {
+        let mut graphs = self.graphs.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the caller's promise.
+        unsafe { graphs.run(self, list) }
+    }
+
+    pub(super) fn graphs(&self) -> GraphFigures {
+        self.graphs.lock().unwrap_or_else(PoisonError::into_inner).figures()
+    }
+}
+
+impl Runner for Emulated {
+    type Graph = List;
+
+    unsafe fn enqueue(&self, list: &List) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        list.iter().try_for_each(|(launch, args)| unsafe { self.launch(launch, args) })
+    }
+
+    fn instantiate(&self, list: &List) -> Result<List, CudaError> {
+        Ok(list.clone())
+    }
+
+    unsafe fn replay(&self, graph: &List) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.enqueue(graph) }
+    }
+
+    fn discard(&self, _: List) {}
 }
 
 /// Compiles the kernels and the emulator.

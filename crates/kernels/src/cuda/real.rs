@@ -3,6 +3,7 @@
 use super::args::Launch;
 use super::compile::{self, compile};
 use super::driver::{CudaError, Options};
+use super::graphs::{GraphFigures, Graphs, List, Runner};
 use super::image_cache::{ImageCache, Key};
 use super::queue::Queue;
 use super::sources::{SOURCES, Source};
@@ -33,6 +34,7 @@ pub(super) struct Gpu {
     patience: Arc<Patience>,
     /// While kernels are measured.
     timed: Mutex<Option<Timed>>,
+    graphs: Mutex<Graphs<Graph>>,
     // Dropped last.
     attached: Attached,
 }
@@ -102,8 +104,8 @@ impl Gpu {
         let patience = Arc::new(Patience::new(format!("cuda:{ordinal}"), options.wait_max));
         let queue = Queue::new(Arc::clone(&patience))?;
         let (kernels, lanes) = (BTreeMap::new(), Mutex::default());
-        let timed = Mutex::default();
-        let mut gpu = Self { queue, lanes, kernels, patience, timed, attached };
+        let (timed, graphs) = (Mutex::default(), Mutex::default());
+        let mut gpu = Self { queue, lanes, kernels, patience, timed, graphs, attached };
         gpu.load(options.cache.as_ref())?;
         Ok(gpu)
     }
@@ -246,16 +248,35 @@ impl Gpu {
     ///
     /// As for `Driver::launch`.
     pub(super) unsafe fn launch(&self, launch: Launch, args: &[u64]) -> Result<(), CudaError> {
-        let Launch { kernel, grid, block, shared } = launch;
-        let function = *self.kernels.get(kernel).expect("every kernel was loaded");
         self.patience.check()?;
         self.attached.enter()?;
+        let stream = self.queue.stream();
+        let mut timed = lock(&self.timed);
+        let before = timed.as_ref().map(|_| Timed::event(stream)).transpose()?;
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_on(stream, launch, args) }?;
+        if let Some((timed, before)) = timed.as_mut().zip(before) {
+            timed.note(launch.kernel, [before, Timed::event(stream)?]);
+        }
+        drop(timed);
+        self.queue.enqueued()
+    }
+
+    /// # Safety
+    ///
+    /// As for `Driver::launch`.
+    unsafe fn launch_on(
+        &self,
+        stream: sys::CUstream,
+        Launch { kernel, grid: [x, y, z], block, shared }: Launch,
+        args: &[u64],
+    ) -> Result<(), CudaError> {
+        let function = *self.kernels.get(kernel).expect("every kernel was loaded");
         let mut pointers: Vec<*mut c_void> =
             args.iter().map(|arg| std::ptr::from_ref(arg).cast_mut().cast()).collect();
-        let ([x, y, z], attribute) =
-            (grid, sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES);
-        let mut timed = lock(&self.timed);
-        let before = timed.as_ref().map(|_| Timed::event(self.queue.stream())).transpose()?;
+        let attribute =
+            sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let (grid, block) = ((x, y, z), (block, 1, 1));
         // SAFETY: the caller's promise; the driver copies the parameters before it returns.
         unsafe {
             if SHARED_FREE < shared {
@@ -263,21 +284,80 @@ impl Gpu {
                 result::function::set_function_attribute(function, attribute, bytes)
                     .map_err(failed(kernel))?;
             }
-            result::launch_kernel(
-                function,
-                (x, y, z),
-                (block, 1, 1),
-                shared,
-                self.queue.stream(),
-                &mut pointers,
-            )
-            .map_err(failed(kernel))?;
+            result::launch_kernel(function, grid, block, shared, stream, &mut pointers)
+                .map_err(failed(kernel))
         }
-        if let Some((timed, before)) = timed.as_mut().zip(before) {
-            timed.note(kernel, [before, Timed::event(self.queue.stream())?]);
+    }
+
+    /// Enqueues launches, as a graph if they have come before.
+    ///
+    /// # Safety
+    ///
+    /// As for `Driver::launch`, of every launch.
+    pub(super) unsafe fn run(&self, list: &List) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe { lock(&self.graphs).run(self, list) }
+    }
+
+    pub(super) fn graphs(&self) -> GraphFigures {
+        lock(&self.graphs).figures()
+    }
+}
+
+/// A graph that can be launched.
+pub(super) struct Graph(sys::CUgraphExec);
+
+// SAFETY: CUDA's handles may be used from any thread; it is used by one at a time.
+unsafe impl Send for Graph {}
+
+impl Runner for Gpu {
+    type Graph = Graph;
+
+    unsafe fn enqueue(&self, list: &List) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        list.iter().try_for_each(|(launch, args)| unsafe { self.launch(launch, args) })
+    }
+
+    fn instantiate(&self, list: &List) -> Result<Graph, CudaError> {
+        self.patience.check()?;
+        self.attached.enter()?;
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
+            .map_err(failed("cuStreamCreate"))?;
+        // Nothing runs there, and other threads may do what they like meanwhile.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the stream was just made, and is destroyed here. Of the launches only the parameters are taken now.
+        let captured = unsafe {
+            result::stream::begin_capture(stream, mode).map_err(failed("cuStreamBeginCapture"))?;
+            let launched =
+                list.iter().try_for_each(|(launch, args)| self.launch_on(stream, launch, args));
+            let graph = result::stream::end_capture(stream).map_err(failed("cuStreamEndCapture"));
+            let _failed = result::stream::destroy(stream);
+            launched.and(graph)?
+        };
+        let flags = sys::CUgraphInstantiate_flags_enum(0);
+        // SAFETY: the graph is valid, and nobody else has it.
+        unsafe {
+            let graph = result::graph::instantiate(captured, flags);
+            let _failed = result::graph::destroy(captured);
+            graph.map(Graph).map_err(failed("cuGraphInstantiate"))
         }
-        drop(timed);
+    }
+
+    unsafe fn replay(&self, graph: &Graph) -> Result<(), CudaError> {
+        self.patience.check()?;
+        self.attached.enter()?;
+        // SAFETY: the caller's promise for what it launches; it is destroyed in `discard` only.
+        unsafe { result::graph::launch(graph.0, self.queue.stream()) }
+            .map_err(failed("cuGraphLaunch"))?;
         self.queue.enqueued()
+    }
+
+    fn discard(&self, graph: Graph) {
+        let done = self.attached.enter().and_then(|()| self.queue.wait());
+        if done.is_ok() {
+            // SAFETY: it runs no more, and nobody else has it.
+            let _failed = unsafe { result::graph::exec_destroy(graph.0) };
+        }
     }
 }
 
@@ -285,6 +365,8 @@ impl Drop for Gpu {
     fn drop(&mut self) {
         // What fails here has failed before.
         let _failed = self.attached.enter();
+        let mut graphs = std::mem::take(&mut *lock(&self.graphs));
+        graphs.clear(self);
         self.queue.close();
         let lanes = self.lanes.get_mut().unwrap_or_else(PoisonError::into_inner);
         lanes.iter().for_each(Queue::close);

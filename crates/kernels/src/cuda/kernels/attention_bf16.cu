@@ -302,6 +302,8 @@ template <int kDim>
 HERD_INLINE void attention_split(const float* qkv, const Item& item, const Cache& cache, const Heads& heads,
                                  const u32* partials_start, float* partials) {
   using Attention = Attention<kDim, 1>;
+  // So many that the grid has a round size.
+  if (item.rows == 0) return;
   __shared__ __align__(16) u8 ring[kStages * Attention::kStage];
   const Query query[2] = {query_of(item, cache, heads, lane_id() / 4), query_of(item, cache, heads, lane_id() / 4 + 8)};
   Attention attention;
