@@ -6,7 +6,10 @@
 What herd's `bench engine --random bench/maverick-rank-of-8.json` runs as a whole is measured here part by part, the fastest
 way that PyTorch has for each, captured in CUDA graphs, over so many copies of the weights that none comes out of a cache. A
 step is the sum of the parts' medians over all layers: no exchange, no sampling, no gap between kernels. So it flatters
-PyTorch, but for the width of the experts' weights, which it has no FP8 kernel for.
+PyTorch. Its experts' weights are bf16, twice as many bytes as herd's: what it has for FP8 weights wants FP8 activations,
+too, which are other numbers. That is measured beside it, as `ms_per_step_fp8`.
+
+Exit status: 3 without PyTorch or a GPU.
 """
 
 import argparse
@@ -21,7 +24,8 @@ HIDDEN, HEADS, KV_HEADS, HEAD, VOCAB = 5120, 40, 8, 128, 202048
 DENSE, EXPERT, EXPERTS, LAYERS = 16384, 8192, 16, 48
 # Sequences: how many of a rank's 16 experts have rows when eight such ranks decode, each with one row per sequence.
 STREAMS = {1: 1, 8: 6, 32: 14, 64: 16}
-CONTEXTS = (1024, 8192)
+# A little less than a chunk of attention, so that sequences that go on stay in their first one.
+CONTEXTS = (1024, 7680)
 # Bytes that a pass over all copies reads at least: more than any second-level cache holds.
 PASS_BYTES = 512 << 20
 
@@ -29,7 +33,8 @@ try:
     import torch
     import torch.nn.functional as F
 except ImportError:
-    sys.exit("no PyTorch on this machine")
+    print("no PyTorch on this machine", file=sys.stderr)
+    sys.exit(3)
 
 
 def values(*shape, scale=0.02):
@@ -65,14 +70,14 @@ def copies(bytes_each):
 
 
 def best(*ways):
-    """Of those ways that this PyTorch has."""
+    """Of those ways that this PyTorch has; None if it has none of them."""
     taken = []
     for way in ways:
         try:
             taken.append(microseconds(way))
-        except (RuntimeError, TypeError, AttributeError) as error:
+        except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
             print(f"skipped: {str(error).splitlines()[0]}", file=sys.stderr)
-    return min(taken)
+    return min(taken, default=None)
 
 
 def projections(rows):
@@ -161,8 +166,37 @@ def experts(rows, active):
 
         return run
 
+    def scaled(values):
+        """FP8 with a scale per row."""
+        scale = values.abs().amax(-1).clamp_min(1e-12).float() / 448
+        return (values / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale
+
+    narrow = []
+
+    def grouped_fp8(copy, counts):
+        if not narrow:
+            narrow.extend([[scaled(gate_up[i]), scaled(down[i])] for i in range(2)])
+        (first, first_scale), (second, second_scale) = narrow[copy]
+        ends = torch.tensor(counts, device="cuda").cumsum(0).to(torch.int32)
+
+        def product(x, weights, weights_scale):
+            rows, rows_scale = scaled(x)
+            return torch._scaled_grouped_mm(rows, weights.transpose(-2, -1), rows_scale, weights_scale, offs=ends, out_dtype=torch.bfloat16)
+
+        def run():
+            gate, up = product(x, first, first_scale).chunk(2, -1)
+            return product(F.silu(gate) * up, second, second_scale)
+
+        return run
+
     cases = [(copy, rotated(shift)) for shift in (range(0, EXPERTS, 4) if active < 6 else (0,)) for copy in (0, 1)]
-    return best([grouped(*case) for case in cases], [one_by_one(*case) for case in cases])
+    wide = best([grouped(*case) for case in cases], [one_by_one(*case) for case in cases])
+    try:
+        fp8 = [grouped_fp8(*case) for case in cases]
+    except (RuntimeError, AttributeError) as error:
+        print(f"skipped: {str(error).splitlines()[0]}", file=sys.stderr)
+        return wide, None
+    return wide, best(fp8)
 
 
 def matrix_rate():
@@ -176,7 +210,8 @@ def main():
     parser.add_argument("--seconds", type=float, default=150, help="no case begins later")
     until = time.monotonic() + parser.parse_args().seconds
     if not torch.cuda.is_available():
-        sys.exit("no GPU")
+        print("no GPU", file=sys.stderr)
+        sys.exit(3)
     torch.manual_seed(7)
     torch.set_grad_enabled(False)
     result = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name(), "matrix_tflops": matrix_rate() / 1e12, "steps": []}
@@ -190,14 +225,18 @@ def main():
             "lm_head": head(streams),
         }
         torch.cuda.empty_cache()
-        parts["routed_experts"] = LAYERS / 2 * experts(streams, active)
+        wide, fp8 = experts(streams, active)
+        parts["routed_experts"] = LAYERS / 2 * wide
         for context in CONTEXTS:
             torch.cuda.empty_cache()
             if until < time.monotonic():
                 break
             all_parts = {**parts, "attention": LAYERS * attention(streams, context)}
             ms = {name: round(us / 1e3, 3) for name, us in all_parts.items()}
-            result["steps"].append({"streams": streams, "context": context, "ms": ms, "ms_per_step": round(sum(ms.values()), 3)})
+            step = {"streams": streams, "context": context, "ms": ms, "ms_per_step": round(sum(ms.values()), 3)}
+            if fp8 is not None:
+                step["ms_per_step_fp8"] = round(step["ms_per_step"] - ms["routed_experts"] + LAYERS / 2 * fp8 / 1e3, 3)
+            result["steps"].append(step)
     print(json.dumps(result))
 
 

@@ -77,7 +77,7 @@ pub fn measure_bandwidth(
 /// If the model is too small for the cases, cannot be loaded, or a step fails.
 pub fn run(model: &Model, options: &Options, report: &mut dyn FnMut(&Value)) -> anyhow::Result<()> {
     let context = model.config.context_tokens;
-    let longest = options.longest();
+    let longest = options.prompt.max(options.decoding_max()) + 1;
     ensure!(
         longest <= context,
         "the longest case has {longest} tokens, the model's context {context}; \
@@ -87,7 +87,8 @@ pub fn run(model: &Model, options: &Options, report: &mut dyn FnMut(&Value)) -> 
     let shape =
         Shape { moe_layers: model.config.moe_layers().len(), experts: model.config.experts };
     let placement = placement::plan(shape, options.workers, 0)?;
-    let kv = KvBlocks::holding(&model.config, options.streams_max(), longest);
+    let of = |streams, tokens| KvBlocks::holding(&model.config, streams, tokens);
+    let kv = of(1, options.prompt + 1).max(of(options.streams_max(), options.decoding_max()));
     let targets = |layer, expert, source| placement.targets(layer, expert, source);
     let (threads, look) = (options.threads, Look::AtTheEnd);
     let ranks = Ranks { model, placement: &placement, targets: &targets, threads, kv, look };
@@ -101,9 +102,9 @@ pub fn run(model: &Model, options: &Options, report: &mut dyn FnMut(&Value)) -> 
 }
 
 impl Options {
-    /// Tokens of the longest sequence of all cases.
-    fn longest(&self) -> u32 {
-        self.prompt.max(self.context + self.sampled_max()) + 1
+    /// Tokens of the longest sequence of the decode cases.
+    fn decoding_max(&self) -> u32 {
+        self.context.saturating_add(self.sampled_max())
     }
 
     /// Steps that are measured.
@@ -118,7 +119,8 @@ impl Options {
 
     /// Tokens that a sequence samples at most: while others are prefilled, in every step, and where kernels are measured.
     fn sampled_max(&self) -> u32 {
-        let (streams, prompts) = (self.streams_max(), self.streams_max() * self.context);
+        let streams = self.streams_max();
+        let prompts = streams.saturating_mul(self.context);
         let prefill = prompts.div_ceil(self.step_tokens() - streams) + streams;
         prefill + WARM_STEPS + self.decode.max(STEPS_MIN) + 1
     }
@@ -180,7 +182,7 @@ impl Bench<'_> {
                 self.step(&mut scheduler, &mut plan, &mut sum, 0)?;
             }
         }
-        self.report("prefill".into(), 1, (&sum, None), report);
+        self.report("prefill".into(), (1, 0), (&sum, None), report);
         Ok(())
     }
 
@@ -211,7 +213,7 @@ impl Bench<'_> {
         })?;
         ensure!(sum.tokens == u64::from(steps * streams), "every step decodes all streams");
         let case = if streams == 1 { "decode".into() } else { format!("decode-{streams}") };
-        self.report(case, streams, (&sum, times), report);
+        self.report(case, (streams, self.options.context), (&sum, times), report);
         Ok(())
     }
 
@@ -308,7 +310,7 @@ impl Bench<'_> {
     fn report(
         &self,
         case: String,
-        streams: u32,
+        (streams, context): (u32, u32),
         (sum, times): (&Sum, Option<Value>),
         report: &mut dyn FnMut(&Value),
     ) {
@@ -320,7 +322,7 @@ impl Bench<'_> {
             "threads": self.options.threads,
             "dtype": self.model.dtype.to_string(),
             "streams": streams,
-            "context": self.options.context,
+            "context": context,
             "tokens": sum.tokens,
             "seconds": round(sum.seconds),
             "tokens_per_s": round(sum.tokens as f64 / sum.seconds),

@@ -22,7 +22,7 @@ pub(crate) mod worker;
 use ::worker::{Gpu, Platform};
 use anyhow::Context;
 use kernels::cuda::nvml::{self, Nvml};
-use kernels::cuda::{Driver, Options};
+use kernels::cuda::{Driver, ImageCache, Options};
 use kernels::{Dtype, StepRoom};
 use std::path::Path;
 use std::sync::Arc;
@@ -87,9 +87,11 @@ impl std::fmt::Display for DeviceArg {
 
 impl DeviceArg {
     /// Opens the device for a tool, which has one step after the other as large as it likes.
-    pub(crate) fn open(self) -> anyhow::Result<Platform> {
+    ///
+    /// * `cache`: folder for compiled kernels
+    pub(crate) fn open(self, cache: Option<&Path>) -> anyhow::Result<Platform> {
         let wait_max = Duration::from_secs(DEFAULT_GPU_LIMIT_S);
-        self.open_with(Options { cache: None, wait_max }, None)
+        self.open_with(Options { cache: cache.map(ImageCache::new), wait_max }, None)
     }
 
     /// Opens the device; compiles the kernels of a GPU that are not in the cache.

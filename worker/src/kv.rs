@@ -69,6 +69,12 @@ impl KvBlocks {
         Self { full: sequences.saturating_mul(full), chunked: sequences.saturating_mul(chunked) }
     }
 
+    /// What holds either.
+    #[must_use]
+    pub fn max(self, other: Self) -> Self {
+        Self { full: self.full.max(other.full), chunked: self.chunked.max(other.chunked) }
+    }
+
     /// Bytes it takes in memory, once all of it is used.
     #[must_use]
     pub fn bytes(self, config: &Config, dtype: Dtype) -> u64 {

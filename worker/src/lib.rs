@@ -84,6 +84,20 @@ pub enum Ended {
     Failed(String),
 }
 
+/// Waits until the device has failed, for all workers of the process.
+async fn failure(platform: Platform) -> String {
+    let mut look = tokio::time::interval(LOOK_EVERY);
+    loop {
+        look.tick().await;
+        if let Some(failure) = platform.failure() {
+            return failure;
+        }
+    }
+}
+
+/// How often a worker without steps looks whether its device is well.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
 /// Longest that a drained worker waits for its router to leave it.
 const LEAVE_MAX: Duration = Duration::from_secs(30);
 
@@ -101,7 +115,7 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
     let reached = config.advertise.clone().unwrap_or_else(|| address.to_string());
     let mut card = registration::card(&config, &reached, &incarnation);
     card.exchange = transport.address();
-    let (platform, dtype) = (&config.model.platform, config.model.dtype);
+    let (platform, dtype) = (config.model.platform.clone(), config.model.dtype);
     let (profile, nvml) = (platform.profile(dtype), platform.nvml());
     let runner = runner::start(&config, transport).await?;
     let (stop, mut stopped) = watch::channel(());
@@ -133,6 +147,8 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
             () = drained => Ended::Drained,
             // Whoever cannot step must not stay a member.
             reason = runner::end(&mut thread) => Ended::Failed(reason),
+            // Without a step the thread does not notice.
+            reason = failure(platform) => Ended::Failed(reason),
             // Only ever an error: the worker was dropped.
             _ = stopped.changed() => return,
         };

@@ -73,7 +73,7 @@ impl pb::experts_server::Experts for Service {
         Ok(Response::new(pb::HeldResponse { layers }))
     }
 
-    type SendStream = ReceiverStream<Result<pb::ExpertPiece, Status>>;
+    type SendStream = ReceiverStream<Piece>;
 
     async fn send(
         &self,
@@ -83,14 +83,17 @@ impl pb::experts_server::Experts for Service {
         self.check(&model, &profile)?;
         let (piece, pieces) = mpsc::channel(PIECES_MAX);
         let (model, mut stopped) = (Arc::clone(&self.model), self.stopped.clone());
+        // Reading waits, for a GPU for instance. It ends when nobody takes pieces any more.
+        tokio::task::spawn_blocking(move || send(&model, layers, &piece));
+        let (passed, passing) = mpsc::channel(1);
         telemetry::spawn("worker.experts", async move {
             tokio::select! {
-                () = send(&model, layers, piece) => {}
+                () = pass(pieces, passed) => {}
                 // Only ever an error: the worker was dropped.
                 _ = stopped.changed() => {}
             }
         });
-        Ok(Response::new(ReceiverStream::new(pieces)))
+        Ok(Response::new(ReceiverStream::new(passing)))
     }
 }
 
@@ -210,12 +213,11 @@ struct Taken {
 
 /// Takes a share from one peer, as far as it comes.
 async fn take_from(
-    model: &Model,
+    model: &Arc<Model>,
     mut client: ExpertsClient<Channel>,
     wanted: &Wanted,
     share: Vec<Key>,
 ) -> Taken {
-    let mut taken = Taken::default();
     let request = pb::SendRequest {
         model: wanted.model.clone(),
         profile: wanted.profile.clone(),
@@ -223,22 +225,39 @@ async fn take_from(
     };
     let mut pieces = match timeout(PIECE_MAX, client.send(request)).await {
         Ok(Ok(answer)) => answer.into_inner(),
-        Ok(Err(_)) | Err(_) => return taken,
+        Ok(Err(_)) | Err(_) => return Taken::default(),
     };
-    let mut coming = Coming::new(share);
+    // Putting them in place waits, for a GPU for instance. It ends when no more pieces come.
+    let (piece, arrived) = mpsc::channel(PIECES_MAX);
+    let putting = {
+        let model = Arc::clone(model);
+        tokio::task::spawn_blocking(move || put(&model, Coming::new(share), arrived))
+    };
     loop {
-        let piece = match timeout(PIECE_MAX, pieces.message()).await {
-            Ok(Ok(Some(piece))) => piece,
-            Ok(Ok(None)) => return taken,
+        let next = match timeout(PIECE_MAX, pieces.message()).await {
+            Ok(Ok(Some(next))) => next,
+            Ok(Ok(None)) => break,
             Ok(Err(status)) => {
                 tracing::debug!(%status, "a peer stopped sending experts");
-                return taken;
+                break;
             }
             Err(_) => {
                 tracing::warn!("a peer sends no more experts; the rest comes from disk");
-                return taken;
+                break;
             }
         };
+        if piece.send(next).await.is_err() {
+            break;
+        }
+    }
+    drop(piece);
+    putting.await.unwrap_or_default()
+}
+
+/// Puts pieces in place as they come.
+fn put(model: &Model, mut coming: Coming, mut pieces: mpsc::Receiver<pb::ExpertPiece>) -> Taken {
+    let mut taken = Taken::default();
+    while let Some(piece) = pieces.blocking_recv() {
         taken.bytes += piece.bytes.len();
         match coming.put(&piece, |layer| model.blank_expert(layer)) {
             Ok(None) => {}
@@ -248,10 +267,11 @@ async fn take_from(
             }
             Err(error) => {
                 tracing::warn!(%error, "a peer's experts are refused; the rest comes from disk");
-                return taken;
+                break;
             }
         }
     }
+    taken
 }
 
 /// Why a piece cannot be used.
@@ -328,17 +348,24 @@ impl Coming {
     }
 }
 
+type Piece = Result<pb::ExpertPiece, Status>;
+
+/// Passes pieces on, until one side has enough.
+async fn pass(mut from: mpsc::Receiver<Piece>, to: mpsc::Sender<Piece>) {
+    while let Some(piece) = from.recv().await {
+        if to.send(piece).await.is_err() {
+            return;
+        }
+    }
+}
+
 /// Sends experts, as far as this process has them, until the peer has enough.
-async fn send(
-    model: &Model,
-    layers: Vec<pb::ExpertIds>,
-    piece: mpsc::Sender<Result<pb::ExpertPiece, Status>>,
-) {
+fn send(model: &Model, layers: Vec<pb::ExpertIds>, to: &mpsc::Sender<Piece>) {
     for key in keys(layers) {
         let Some(expert) = model.expert(key) else { return };
-        for wire in pieces(key, &expert) {
-            let wire = wire.map_err(|error| Status::unavailable(error.to_string()));
-            if piece.send(wire).await.is_err() {
+        for piece in pieces(key, &expert) {
+            let piece = piece.map_err(|error| Status::unavailable(error.to_string()));
+            if to.blocking_send(piece).is_err() {
                 return;
             }
         }

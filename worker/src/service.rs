@@ -90,7 +90,9 @@ impl Service {
         let still_wanted = move || newest.load(Ordering::SeqCst) == epoch;
         let wanted = experts_of(view, rank);
         // What an earlier view needed and no seat holds any more makes room first.
-        self.model.forget_unused(&wanted);
+        let (model, kept) = (Arc::clone(&self.model), wanted.clone());
+        let forgetting = tokio::task::spawn_blocking(move || model.forget_unused(&kept));
+        forgetting.await.map_err(|error| Status::internal(error.to_string()))?;
         let missing = self.model.missing(&wanted).len();
         peers::take(&self.model, (view, rank), &self.model.missing(&wanted), &still_wanted).await;
         let left = self.model.missing(&wanted).len();

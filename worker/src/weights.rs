@@ -240,13 +240,19 @@ impl Model {
 
     /// Takes one in.
     pub(crate) fn keep(&self, key: Key, expert: Held) {
-        lock(&self.experts).insert(key, expert);
+        // What it replaces, if anything, goes after the lock: a GPU takes its time to free memory.
+        let _replaced = lock(&self.experts).insert(key, expert);
     }
 
     /// Drops the experts that no worker of this process uses any more, but those that are wanted.
     pub fn forget_unused(&self, wanted: &[Vec<usize>]) {
         let wanted: BTreeSet<Key> = keys(wanted).collect();
-        lock(&self.experts).retain(|key, held| held.is_used() || wanted.contains(key));
+        let is_kept = |key: &Key, held: &mut Held| held.is_used() || wanted.contains(key);
+        // Freed after the lock.
+        let _unused: Vec<(Key, Held)> = {
+            let mut experts = lock(&self.experts);
+            experts.extract_if(.., |key, held| !is_kept(key, held)).collect()
+        };
     }
 
     fn loader(&self) -> Loader<'_> {

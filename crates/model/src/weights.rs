@@ -1,7 +1,5 @@
-//! The weights of one rank in a device's form, and which bytes of a checkpoint they come from.
-//!
-//! An attention rank holds the dense part ([`Dense`]); an expert rank holds some experts of every MoE
-//! layer. Both kinds are reference-counted, so that ranks which are threads of one process share them.
+//! The dense weights of a rank in a device's form: everything but the routed experts. Ranks that are threads of one process
+//! share them.
 
 use kernels::Device;
 

@@ -31,6 +31,9 @@ pub(crate) struct Args {
     /// What the ranks compute on: cpu, or cuda:N for a GPU, which they share.
     #[arg(long, default_value_t)]
     device: DeviceArg,
+    /// Folder for compiled kernels of a GPU, of this user alone; without one they are compiled at every start.
+    #[arg(long, env = "HERD_KERNEL_CACHE")]
+    kernel_cache: Option<PathBuf>,
     /// Tokens to generate greedily after the prompt.
     #[arg(long, default_value_t = 0)]
     greedy: u32,
@@ -43,7 +46,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let platform = args.device.open()?;
+    let platform = args.device.open(args.kernel_cache.as_deref())?;
     let model = worker::Model::open_for(&args.model, args.dtype.into(), platform)?;
     if args.verify {
         model.checkpoint().verify(&|_, _| {})?;

@@ -44,7 +44,7 @@ pub enum CudaError {
     NoCompiler,
     /// The kernels' compiler is too old.
     #[error(
-        "the NVRTC that was found first is of CUDA {}.{}, herd needs {}.{} or newer: put the folder of a newer one first on          LD_LIBRARY_PATH, and no libnvrtc.so of another before it",
+        "the NVRTC that was found first is of CUDA {}.{}, herd needs {}.{} or newer: put the folder of a newer one first on LD_LIBRARY_PATH, and no libnvrtc.so of another before it",
         found.0, found.1, needed.0, needed.1
     )]
     OldCompiler { found: (i32, i32), needed: (i32, i32) },
@@ -233,9 +233,9 @@ impl Driver {
         Ok(address)
     }
 
-    /// A device that hangs has failed, whoever noticed it.
+    /// A device that hangs, or whose context is spoilt, has failed, whoever noticed it.
     fn noted<T>(&self, result: Result<T, CudaError>) -> Result<T, CudaError> {
-        if let Err(error @ CudaError::Hangs { .. }) = &result {
+        if let Err(error @ (CudaError::Hangs { .. } | CudaError::Failed { .. })) = &result {
             self.fail(error.clone());
         }
         result
@@ -354,8 +354,8 @@ impl Driver {
         }
     }
 
-    /// What every kernel has taken since, the longest first; measures no more. Each was measured with what lies between
-    /// it and the next one on the device.
+    /// What every kernel has taken since, the longest first; measures no more. What the host needs to launch one counts
+    /// where the device has nothing else to do: kernels of less than some 10 us look slower than they are.
     ///
     /// # Errors
     ///

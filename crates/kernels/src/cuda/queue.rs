@@ -6,11 +6,12 @@
 use super::driver::CudaError;
 use super::pinned::{PINNED_BYTES, Pinned};
 use super::real::failed;
-use super::wait::Patience;
+use super::wait::{Patience, SPIN};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// After so many calls the host waits until the device is through with those up to so many calls ago. The driver's
 /// queue holds some thousand, and in a call that finds it full nobody can give up. The device has work all the time.
@@ -19,10 +20,15 @@ const FENCE_EVERY: u32 = 256;
 /// Up to so many bytes the driver takes a copy of what is to be written before it returns, and waits for nothing.
 const STAGED_MAX: usize = 64 << 10;
 
+/// A copy of one piece takes some 0.1 ms.
+const SPIN_BESIDE: Duration = Duration::from_micros(20);
+
 /// A stream; the context of its device is current wherever one of its methods is called.
 pub(super) struct Queue {
     stream: sys::CUstream,
     patience: Arc<Patience>,
+    /// How long whoever waits does nothing but ask.
+    spin: Duration,
     /// Events that nobody waits for.
     events: Mutex<Vec<sys::CUevent>>,
     /// Calls since the fence was made anew.
@@ -40,13 +46,24 @@ unsafe impl Send for Queue {}
 unsafe impl Sync for Queue {}
 
 impl Queue {
+    /// For steps: whoever waits spins, lest a token comes later.
     pub(super) fn new(patience: Arc<Patience>) -> Result<Self, CudaError> {
+        Self::spinning(patience, SPIN)
+    }
+
+    /// For copies beside the steps: whoever waits leaves the processor to those who prepare the next ones.
+    pub(super) fn beside(patience: Arc<Patience>) -> Result<Self, CudaError> {
+        Self::spinning(patience, SPIN_BESIDE)
+    }
+
+    fn spinning(patience: Arc<Patience>, spin: Duration) -> Result<Self, CudaError> {
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(failed("cuStreamCreate"))?;
         let pinned = || Pinned::new().map_err(failed("cuMemHostAlloc"));
         Ok(Self {
             stream,
             patience,
+            spin,
             events: Mutex::default(),
             calls: AtomicU32::new(0),
             // An event that was never recorded counts as passed.
@@ -137,7 +154,7 @@ impl Queue {
 
     /// Waits until the device has passed the event.
     fn passed(&self, event: sys::CUevent) -> Result<(), CudaError> {
-        self.patience.wait(|| {
+        self.patience.wait_spinning(self.spin, || {
             // SAFETY: the event was made in this context.
             match unsafe { result::event::query(event) } {
                 Ok(()) => Ok(true),

@@ -13,13 +13,17 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_void};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// CUDA 13.0: the kernels' compiler makes nothing that older drivers load.
 const VERSION_MIN: i32 = 13_000;
 
 /// What the kernels of routed experts take, which have no smaller form: A100 and later GPUs for datacenters have it.
 const SHARED_NEEDED: u32 = 112 * 1024;
+
+/// Copies beside the steps at once: enough for all that PCI Express carries, and with the steps' queue fewer than a device
+/// keeps apart without being told to (8).
+const LANES: usize = 4;
 
 /// Shared memory that a kernel may use without asking.
 const SHARED_FREE: u32 = 48 * 1024;
@@ -30,6 +34,7 @@ pub(super) struct Gpu {
     queue: Queue,
     /// Queues for copies beside the steps, as far as nobody has taken them.
     lanes: Mutex<Vec<Queue>>,
+    lane_is_free: Condvar,
     kernels: BTreeMap<&'static str, sys::CUfunction>,
     patience: Arc<Patience>,
     /// While kernels are measured.
@@ -98,14 +103,17 @@ impl Attached {
 impl Gpu {
     /// Opens a device and loads the kernels.
     pub(super) fn open(ordinal: u32, options: &Options) -> Result<Self, CudaError> {
-        let attached = Attached::new(ordinal)?;
         compile::version()?;
+        let attached = Attached::new(ordinal)?;
         attached.enter()?;
         let patience = Arc::new(Patience::new(format!("cuda:{ordinal}"), options.wait_max));
         let queue = Queue::new(Arc::clone(&patience))?;
-        let (kernels, lanes) = (BTreeMap::new(), Mutex::default());
+        let lanes = (0..LANES).map(|_| Queue::beside(Arc::clone(&patience)));
+        let lanes = Mutex::new(lanes.collect::<Result<_, _>>()?);
+        let (kernels, lane_is_free) = (BTreeMap::new(), Condvar::new());
         let (timed, graphs) = (Mutex::default(), Mutex::default());
-        let mut gpu = Self { queue, lanes, kernels, patience, timed, graphs, attached };
+        let mut gpu =
+            Self { queue, lanes, lane_is_free, kernels, patience, timed, graphs, attached };
         gpu.load(options.cache.as_ref())?;
         Ok(gpu)
     }
@@ -213,7 +221,7 @@ impl Gpu {
         self.attached.enter()?;
         let timed = lock(&self.timed).take();
         self.queue.wait()?;
-        timed.map_or(Ok(Vec::new()), Timed::read)
+        timed.map_or(Ok(Vec::new()), |timed| timed.read())
     }
 
     /// Copies to the device beside the steps, and waits until it is there.
@@ -229,16 +237,22 @@ impl Gpu {
         self.on_a_lane(|lane| lane.read(address, out))
     }
 
-    /// There are as many lanes as there ever were copies at once: those who load are few.
     fn on_a_lane(
         &self,
         copy: impl FnOnce(&Queue) -> Result<(), CudaError>,
     ) -> Result<(), CudaError> {
         self.attached.enter()?;
-        let spare = lock(&self.lanes).pop();
-        let lane = spare.map_or_else(|| Queue::new(Arc::clone(&self.patience)), Ok)?;
-        let result = copy(&lane);
+        let lane = loop {
+            let mut lanes = lock(&self.lanes);
+            if let Some(lane) = lanes.pop() {
+                break lane;
+            }
+            // Whoever has one waits no longer than the limit.
+            drop(self.lane_is_free.wait(lanes).unwrap_or_else(PoisonError::into_inner));
+        };
+        let result = self.patience.check().and_then(|()| copy(&lane));
         lock(&self.lanes).push(lane);
+        self.lane_is_free.notify_one();
         result
     }
 
@@ -257,6 +271,9 @@ impl Gpu {
         unsafe { self.launch_on(stream, launch, args) }?;
         if let Some((timed, before)) = timed.as_mut().zip(before) {
             timed.note(launch.kernel, [before, Timed::event(stream)?]);
+            // The events.
+            self.queue.enqueued()?;
+            self.queue.enqueued()?;
         }
         drop(timed);
         self.queue.enqueued()

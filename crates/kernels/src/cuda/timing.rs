@@ -53,20 +53,21 @@ impl Timed {
     }
 
     /// What they took. The device has passed all of them.
-    pub(super) fn read(self) -> Result<Vec<KernelTime>, CudaError> {
-        let mut taken = Vec::with_capacity(self.launches.len());
-        for (kernel, [before, behind]) in self.launches {
+    pub(super) fn read(&self) -> Result<Vec<KernelTime>, CudaError> {
+        let taken = self.launches.iter().map(|&(kernel, [before, behind])| {
             // SAFETY: both were recorded, and the device has passed them.
             let milliseconds = unsafe { result::event::elapsed(before, behind) };
-            for event in [before, behind] {
-                // SAFETY: nobody else has it.
-                unsafe { result::event::destroy(event) }.map_err(failed("cuEventDestroy"))?;
-            }
-            taken.push((
-                kernel,
-                f64::from(milliseconds.map_err(failed("cuEventElapsedTime"))?) / 1e3,
-            ));
+            Ok((kernel, f64::from(milliseconds.map_err(failed("cuEventElapsedTime"))?) / 1e3))
+        });
+        Ok(summed(taken.collect::<Result<Vec<_>, CudaError>>()?.into_iter()))
+    }
+}
+
+impl Drop for Timed {
+    fn drop(&mut self) {
+        for event in self.launches.iter().flat_map(|(_, around)| around) {
+            // SAFETY: nobody else has it. What fails here has failed before.
+            let _failed = unsafe { result::event::destroy(*event) };
         }
-        Ok(summed(taken.into_iter()))
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 /// How long whoever waits does nothing but ask: longer than a step of a few rows takes, so that none of these is
 /// later than with a wait of CUDA's, which spins for all of it.
-const SPIN: Duration = Duration::from_millis(20);
+pub(super) const SPIN: Duration = Duration::from_millis(20);
 
 /// After that, naps of this part of what was waited: what is noticed late by that is under two percent.
 const NAP_PART: u32 = 64;
@@ -40,6 +40,19 @@ impl Patience {
     /// [`CudaError::Hangs`] if that takes longer than the limit, and from then on at once. Those of `is_done`.
     pub(super) fn wait(
         &self,
+        is_done: impl FnMut() -> Result<bool, CudaError>,
+    ) -> Result<(), CudaError> {
+        self.wait_spinning(SPIN, is_done)
+    }
+
+    /// The same, but from `spin` on with naps.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Patience::wait`].
+    pub(super) fn wait_spinning(
+        &self,
+        spin: Duration,
         mut is_done: impl FnMut() -> Result<bool, CudaError>,
     ) -> Result<(), CudaError> {
         self.check()?;
@@ -56,7 +69,7 @@ impl Patience {
             }
             // Somebody else may have lost patience.
             self.check()?;
-            if waited < SPIN {
+            if waited < spin {
                 std::hint::spin_loop();
             } else {
                 std::thread::sleep(NAP_MAX.min(waited / NAP_PART));

@@ -28,7 +28,8 @@ pub struct NormWeights(pub(super) Buffer);
 /// Token embeddings `[vocab, hidden]`.
 pub struct EmbeddingTable(pub(super) Embedding);
 
-/// One routed expert.
+/// One routed expert. Its parts in memory are weights and scales of gate and up, then those of down; they are the same on
+/// all processes that hold this expert in this profile.
 pub struct ExpertOnDevice {
     pub(super) expert: Expert,
 }
@@ -247,8 +248,6 @@ impl Loader {
     }
 }
 
-/// What it is made of, in memory: weights and scales of gate and up, then those of down. Equal on all processes that hold
-/// this expert in this profile.
 impl ExpertOnDevice {
     fn parts(&self) -> [Option<&Buffer>; 4] {
         match &self.expert {

@@ -31,6 +31,8 @@ fn device_that_does_not_finish_has_failed_and_nothing_waits_for_it_again() {
     let mut x = Tensor::new(&driver, Dtype::Bf16, (0, SIZE)).unwrap();
     x.resize(SIZE).unwrap();
     let mut out = Tensor::new(&driver, Dtype::F32, (0, SIZE)).unwrap();
+    // Nothing is freed in between: that waits.
+    out.resize(SIZE).unwrap();
     for rows in [1, SIZE] {
         x.resize(rows).unwrap();
         // The emulated device comes to the end of the first one only.
