@@ -5,8 +5,11 @@
 
 use crate::engine::EngineError;
 use crate::weights::Model;
+use all2all::{RouteTables, Routes};
 use kernels::cuda::weights::{ExpertOnDevice, Loader};
-use kernels::cuda::{CacheOnDevice, Cuda, CudaError, Driver, ExpertsOnDevice};
+use kernels::cuda::{
+    CacheOnDevice, Cuda, CudaError, Driver, ExpertsOnDevice, RouteTable, RouteTableParts,
+};
 use kernels::{
     Cache, Cpu, DeviceError, Dtype, ExpertWeights, Experts, Level, Pool, RowMemory, Staged,
     Temperature,
@@ -57,19 +60,25 @@ impl Platform {
         }
     }
 
-    /// Experts in this platform's form.
-    pub(crate) fn place(&self, experts: Vec<Experts>, dtype: Dtype) -> Result<Placed, DeviceError> {
+    /// Experts and routes of a view in this platform's form.
+    pub(crate) fn place(
+        &self,
+        experts: Vec<Experts>,
+        dtype: Dtype,
+        routes: &Routes,
+    ) -> Result<Placed, DeviceError> {
         match self {
             Self::Cpu => Ok(Placed::Cpu(experts)),
-            Self::Cuda(gpu) => Ok(Placed::Cuda(gpu.place(experts, dtype)?)),
+            Self::Cuda(gpu) => Ok(Placed::Cuda(gpu.place(experts, dtype)?, gpu.routes(routes)?)),
         }
     }
 }
 
-/// Experts in the form of their platform, `[moe layers]`.
+/// What a rank needs of a view, in the form of its platform: experts, `[moe layers]`, and where its rows go, if the device
+/// has to know.
 pub(crate) enum Placed {
     Cpu(Vec<Experts>),
-    Cuda(Vec<ExpertsOnDevice>),
+    Cuda(Vec<ExpertsOnDevice>, Arc<RouteTable>),
 }
 
 /// A GPU and the weights on it.
@@ -89,8 +98,15 @@ struct OnGpu {
 impl Gpu {
     /// Ranks on this device.
     #[must_use]
-    pub fn new(driver: Driver) -> Self {
-        Self { driver: Arc::new(driver), weights: Arc::default() }
+    pub fn new(driver: impl Into<Arc<Driver>>) -> Self {
+        Self { driver: driver.into(), weights: Arc::default() }
+    }
+
+    fn routes(&self, routes: &Routes) -> Result<Arc<RouteTable>, CudaError> {
+        let RouteTables { targets, spans } = routes.tables();
+        let targets: Vec<_> = targets.iter().map(|(rank, slot)| (rank.0, *slot)).collect();
+        let parts = RouteTableParts { spans, targets: &targets };
+        RouteTable::new(&self.driver, parts).map(Arc::new)
     }
 
     fn place(
@@ -183,7 +199,7 @@ pub(crate) trait Backend: Staged + Sized {
     ) -> Result<Self::Cache, DeviceError>;
 
     /// Takes what was placed for it.
-    fn take(placed: Placed) -> Vec<Self::Experts>;
+    fn take(placed: Placed) -> (Vec<Self::Experts>, Self::Routes);
 }
 
 impl Backend for Cpu {
@@ -204,10 +220,10 @@ impl Backend for Cpu {
         Cache::new(model.dtype, heads.kv_heads, heads.head_dim, &layers, blocks)
     }
 
-    fn take(placed: Placed) -> Vec<Experts> {
+    fn take(placed: Placed) -> (Vec<Experts>, ()) {
         match placed {
-            Placed::Cpu(experts) => experts,
-            Placed::Cuda(_) => unreachable!("a process has one platform"),
+            Placed::Cpu(experts) => (experts, ()),
+            Placed::Cuda(..) => unreachable!("a process has one platform"),
         }
     }
 }
@@ -218,8 +234,8 @@ impl Backend for Cuda {
         let temperature = temperature
             .map(|t| Temperature { floor_scale: t.floor_scale, attn_scale: t.attn_scale });
         fits(model).map_err(EngineError::Unsupported)?;
-        let (gpu, moe_layers) = (gpu(model), model.config.moe_layers().len());
-        let cuda = Self::new(&gpu.driver, model.dtype, (temperature, moe_layers));
+        let moe = (model.config.moe_layers().len(), model.config.experts);
+        let cuda = Self::new(&gpu(model).driver, model.dtype, temperature, moe);
         Ok(cuda.map_err(DeviceError::Cuda)?)
     }
 
@@ -235,9 +251,9 @@ impl Backend for Cuda {
         Ok(self.cache(shape(&model.config), &pools(&model.config), blocks)?)
     }
 
-    fn take(placed: Placed) -> Vec<ExpertsOnDevice> {
+    fn take(placed: Placed) -> (Vec<ExpertsOnDevice>, Arc<RouteTable>) {
         match placed {
-            Placed::Cuda(experts) => experts,
+            Placed::Cuda(experts, routes) => (experts, routes),
             Placed::Cpu(_) => unreachable!("a process has one platform"),
         }
     }

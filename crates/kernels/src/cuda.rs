@@ -23,6 +23,7 @@ mod experts_f32;
 mod finite;
 mod gate;
 mod image_cache;
+mod lent;
 mod linear_bf16;
 mod linear_f32;
 mod matrix;
@@ -42,6 +43,7 @@ pub(crate) mod travel;
 pub mod weights;
 
 pub use device::{CacheOnDevice, Cuda};
+pub use dispatch::{RouteTable, RouteTableParts};
 pub use driver::{CudaError, Driver};
 pub use image_cache::ImageCache;
 pub use real::{Memory, memory};

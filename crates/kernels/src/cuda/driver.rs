@@ -6,6 +6,8 @@ use super::emulated::Emulated;
 use super::image_cache::ImageCache;
 use super::real::Gpu;
 use std::sync::OnceLock;
+#[cfg(feature = "emulated")]
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Why a GPU cannot be used.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -63,6 +65,9 @@ pub struct Driver {
     kind: Kind,
     /// The first failure; most spoil the device for the whole process.
     failed: OnceLock<CudaError>,
+    /// Times that the host has waited for what it copies.
+    #[cfg(feature = "emulated")]
+    reads: AtomicU64,
 }
 
 enum Kind {
@@ -78,7 +83,7 @@ impl Driver {
     ///
     /// [`CudaError`] with what is missing and what to do about it.
     pub fn open(ordinal: u32, cache: Option<&ImageCache>) -> Result<Self, CudaError> {
-        Ok(Self { kind: Kind::Gpu(Gpu::open(ordinal, cache)?), failed: OnceLock::new() })
+        Ok(Self::of(Kind::Gpu(Gpu::open(ordinal, cache)?)))
     }
 
     /// A device without a GPU: the kernels run on the CPU, slowly.
@@ -88,7 +93,23 @@ impl Driver {
     /// [`CudaError::Failed`] if the kernels cannot be compiled.
     #[cfg(feature = "emulated")]
     pub fn emulated() -> Result<Self, CudaError> {
-        Ok(Self { kind: Kind::Emulated(Emulated::open()?), failed: OnceLock::new() })
+        Ok(Self::of(Kind::Emulated(Emulated::open()?)))
+    }
+
+    /// How often something was copied to the host so far. For tests.
+    #[cfg(feature = "emulated")]
+    #[must_use]
+    pub fn reads(&self) -> u64 {
+        self.reads.load(Ordering::Relaxed)
+    }
+
+    fn of(kind: Kind) -> Self {
+        Self {
+            kind,
+            failed: OnceLock::new(),
+            #[cfg(feature = "emulated")]
+            reads: AtomicU64::new(0),
+        }
     }
 
     /// What the device is, for people and for numeric profiles: its architecture, and its name.
@@ -153,6 +174,8 @@ impl Driver {
 
     /// Waits for all that was enqueued, and copies to the host.
     pub(crate) fn read(&self, address: u64, out: &mut [u8]) -> Result<(), CudaError> {
+        #[cfg(feature = "emulated")]
+        self.reads.fetch_add(1, Ordering::Relaxed);
         match &self.kind {
             Kind::Gpu(gpu) => gpu.read(address, out),
             #[cfg(feature = "emulated")]

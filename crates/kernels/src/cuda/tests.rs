@@ -13,6 +13,7 @@ mod experts;
 mod experts_f32;
 mod finite;
 mod gate;
+mod lending;
 mod linear_bf16;
 mod linear_f32;
 mod rms_norm;
