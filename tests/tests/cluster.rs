@@ -6,7 +6,7 @@
 use herd::cluster::{Cluster, Config};
 use kernels::Dtype;
 use router::engine::{EngineHandle, Event, Finish, Generate, Sampling};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use worker::{KvBlocks, Model};
@@ -14,9 +14,12 @@ use worker::{KvBlocks, Model};
 /// Nothing here should take ten seconds; a hang must fail instead.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+fn toy_folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("models/toy-maverick")
+}
+
 fn toy(dtype: Dtype) -> Arc<Model> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    Arc::new(Model::open(&root.join("models/toy-maverick"), dtype).unwrap())
+    Arc::new(Model::open(&toy_folder(), dtype).unwrap())
 }
 
 async fn start(model: &Arc<Model>, workers: u16) -> Cluster {
@@ -120,11 +123,22 @@ async fn concurrent_streams_equal_sequential_ones_on_any_number_of_workers_bf16(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn lost_and_joining_workers_change_no_token_and_end_no_stream() {
-    let model = toy(Dtype::Bf16);
-    let want = one_by_one(&model, 48).await;
-    let mut cluster = start(&model, 4).await;
+    check_losses(&toy(Dtype::Bf16), 48).await;
+}
+
+/// The workers of a process share a GPU, and lend each other rows there.
+#[tokio::test(flavor = "multi_thread")]
+async fn lost_and_joining_workers_on_a_gpu_change_no_token_and_end_no_stream() {
+    let gpu = worker::Gpu::new(Arc::new(kernels::cuda::Driver::emulated().unwrap()));
+    let platform = worker::Platform::Cuda(gpu);
+    check_losses(&Arc::new(Model::open_for(&toy_folder(), Dtype::F32, platform).unwrap()), 4).await;
+}
+
+async fn check_losses(model: &Arc<Model>, count: u32) {
+    let want = one_by_one(model, count).await;
+    let mut cluster = start(model, 4).await;
     let engine = cluster.engine.clone();
-    let streams = tokio::spawn(async move { all(&engine, 48).await });
+    let streams = tokio::spawn(async move { all(&engine, count).await });
     let steps = |cluster: &Cluster| cluster.engine.status_json()["steps"].as_u64().unwrap();
     for round in 0..3 {
         let before = steps(&cluster);

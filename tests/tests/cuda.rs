@@ -1,7 +1,12 @@
 //! The CUDA kernels and the host's side of them, on the emulated device: golden cases through the engine and the
 //! exchange. In the f32 profile the device has the CPU's order of operations, so its bits are the CPU's.
+//!
+//! With `HERD_TEST_GPU` set to the number of a GPU, all this runs there.
 
 #![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
+
+#[path = "cuda/lending.rs"]
+mod lending;
 
 use herd::cluster::{Cluster, Config};
 use herd::logits::{Options, Outcome, max_difference, run};
@@ -14,14 +19,17 @@ use safetensors::SafeTensors;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use worker::{Ended, Gpu, KvBlocks, Model, Platform};
 
 const PLAIN: Options = Options { workers: 1, threads: 1, chunk: 512, greedy: 4, redundancy: 0 };
 
+/// Where the program was built, or, on another machine, in the working directory.
 fn case(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(name)
+    let built = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folder = if built.exists() { built } else { Path::new("tests") };
+    folder.join("golden").join(name)
 }
 
 fn prompt(dir: &Path) -> Vec<u32> {
@@ -32,8 +40,18 @@ fn prompt(dir: &Path) -> Vec<u32> {
     ids.chunks_exact(8).map(id).collect()
 }
 
-fn emulated() -> Platform {
-    Platform::Cuda(Gpu::new(Arc::new(Driver::emulated().unwrap())))
+/// The GPU, whose kernels are compiled once; or an emulated device that nobody else has.
+fn device() -> Arc<Driver> {
+    static REAL: LazyLock<Option<Arc<Driver>>> = LazyLock::new(|| {
+        let number = std::env::var("HERD_TEST_GPU").ok()?;
+        let options = kernels::cuda::Options { cache: None, wait_max: Duration::from_secs(30) };
+        Some(Arc::new(Driver::open(number.parse().unwrap(), &options).unwrap()))
+    });
+    REAL.clone().unwrap_or_else(|| Arc::new(Driver::emulated().unwrap()))
+}
+
+fn gpu() -> Platform {
+    Platform::Cuda(Gpu::new(device()))
 }
 
 fn outcome(dir: &Path, (dtype, platform): (Dtype, Platform), options: Options) -> Outcome {
@@ -45,7 +63,7 @@ fn outcome(dir: &Path, (dtype, platform): (Dtype, Platform), options: Options) -
 fn check_f32(name: &str, options: Options) {
     let dir = case(name);
     let want = outcome(&dir, (Dtype::F32, Platform::Cpu), PLAIN);
-    let got = outcome(&dir, (Dtype::F32, emulated()), options);
+    let got = outcome(&dir, (Dtype::F32, gpu()), options);
     assert_eq!(got.experts, want.experts, "{name}");
     assert_eq!(got.greedy, want.greedy, "{name}");
     let differ = got.logits.iter().zip(&want.logits).filter(|(a, b)| a.to_bits() != b.to_bits());
@@ -76,7 +94,7 @@ fn bf16_tiny_in_bf16() {
     let want = expected.tensor("logits").unwrap().data();
     let want: Vec<f32> =
         want.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
-    let got = outcome(&dir, (Dtype::Bf16, emulated()), PLAIN);
+    let got = outcome(&dir, (Dtype::Bf16, gpu()), PLAIN);
     let worst = max_difference(&got.logits, &want);
     assert!(0.0 < worst && worst <= 0.225, "a logit is off by {worst}");
 }
@@ -91,7 +109,7 @@ fn fp8_tiny_in_bf16() {
         let got = outcome(&dir, (Dtype::Bf16, platform), PLAIN);
         max_difference(&got.logits, &exact.logits)
     };
-    let (cpu, device) = (off(Platform::Cpu), off(emulated()));
+    let (cpu, device) = (off(Platform::Cpu), off(gpu()));
     assert!(0.0 < device && device <= 2.0 * cpu, "a logit is off by {device}, on the CPU by {cpu}");
 }
 
@@ -100,23 +118,25 @@ fn fp8_experts_take_a_byte_per_weight_on_the_device() {
     let of = |name: &str, platform| {
         Model::open_for(&case(name), Dtype::Bf16, platform).unwrap().footprint()
     };
-    let (cpu, gpu) = (of("fp8-tiny", Platform::Cpu), of("fp8-tiny", emulated()));
-    assert_eq!((gpu.dense, gpu.experts), (cpu.dense, cpu.experts));
+    let (cpu, fp8) = (of("fp8-tiny", Platform::Cpu), of("fp8-tiny", gpu()));
+    assert_eq!((fp8.dense, fp8.experts), (cpu.dense, cpu.experts));
     // Scales are as large as before, and few.
-    assert!(cpu.expert / 2 < gpu.expert && gpu.expert < cpu.expert * 6 / 10, "{gpu:?} {cpu:?}");
-    assert_eq!(of("bf16-tiny", Platform::Cpu), of("bf16-tiny", emulated()));
+    assert!(cpu.expert / 2 < fp8.expert && fp8.expert < cpu.expert * 6 / 10, "{fp8:?} {cpu:?}");
+    assert_eq!(of("bf16-tiny", Platform::Cpu), of("bf16-tiny", gpu()));
 }
 
 #[test]
-fn ranks_replicas_and_chunks_change_no_bit_in_bf16() {
+fn ranks_replicas_and_chunks_change_no_bit() {
     for name in ["maverick-tiny", "scout-tiny", "fp8-tiny"] {
         let dir = case(name);
-        let want = outcome(&dir, (Dtype::Bf16, emulated()), PLAIN);
-        for (workers, chunk, redundancy) in [(1, 1, 0), (2, 5, 0), (4, 33, 1)] {
-            let options = Options { workers, chunk, redundancy, ..PLAIN };
-            let got = outcome(&dir, (Dtype::Bf16, emulated()), options);
-            assert_eq!(got.greedy, want.greedy, "{name} {options:?}");
-            assert!(got.logits == want.logits, "{name} {options:?}: other bits");
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            let want = outcome(&dir, (dtype, gpu()), PLAIN);
+            for (workers, chunk, redundancy) in [(1, 1, 0), (2, 5, 0), (4, 33, 1)] {
+                let options = Options { workers, chunk, redundancy, ..PLAIN };
+                let got = outcome(&dir, (dtype, gpu()), options);
+                assert_eq!(got.greedy, want.greedy, "{name} {dtype} {options:?}");
+                assert!(got.logits == want.logits, "{name} {dtype} {options:?}: other bits");
+            }
         }
     }
 }
@@ -126,7 +146,7 @@ fn fp8_tiny_over_2_ranks() {
     check_f32("fp8-tiny", Options { workers: 2, ..PLAIN });
 }
 
-/// A rank that is alone serves its rows on the device, where nobody else sees what an expert makes of them.
+/// Rows stay on the device, where nobody else sees what an expert makes of them; with several ranks each looks at its own.
 #[test]
 fn expert_that_gives_no_number_fails_the_step_and_is_named() {
     let from = case("maverick-tiny");
@@ -149,9 +169,13 @@ fn expert_that_gives_no_number_fails_the_step_and_is_named() {
     bytes[spoilt].fill(0xff);
     std::fs::write(&file, bytes).unwrap();
     for dtype in [Dtype::F32, Dtype::Bf16] {
-        let model = Model::open_for(&dir, dtype, emulated()).unwrap();
-        let error = run(&model, &prompt(&from), PLAIN).unwrap_err().to_string();
-        assert!(error.contains("the result of the routed expert of MoE layer"), "{dtype}: {error}");
+        let model = Model::open_for(&dir, dtype, gpu()).unwrap();
+        for workers in [1, 3] {
+            let options = Options { workers, ..PLAIN };
+            let error = run(&model, &prompt(&from), options).unwrap_err().to_string();
+            let place = "the result of the routed expert of MoE layer";
+            assert!(error.contains(place), "{dtype} over {workers}: {error}");
+        }
     }
     std::fs::remove_dir_all(&dir).unwrap();
 }
@@ -267,12 +291,14 @@ async fn tokens_of(cluster: &Cluster) -> Vec<Vec<u32>> {
 async fn steps_that_repeat_themselves_are_graphs_with_the_same_bits() {
     let mut heard = Vec::new();
     for workers in [1, 2] {
-        let driver = Arc::new(Driver::emulated().unwrap());
+        let driver = device();
+        let before = driver.graphs();
         let cluster = cluster(Platform::Cuda(Gpu::new(Arc::clone(&driver))), workers).await;
         heard.push(tokens_of(&cluster).await);
-        let GraphFigures { made, replayed, enqueued, refused } = driver.graphs();
+        let GraphFigures { made, replayed, refused, .. } = driver.graphs();
+        let (made, replayed) = (made - before.made, replayed - before.replayed);
         match workers {
-            1 => assert!(20 < replayed && made < replayed / 3, "{made} {replayed} {enqueued}"),
+            1 => assert!(20 < replayed && made < replayed / 3, "{made} {replayed}"),
             _ => assert_eq!((made, replayed), (0, 0)),
         }
         assert_eq!(refused, None);
@@ -284,12 +310,18 @@ async fn steps_that_repeat_themselves_are_graphs_with_the_same_bits() {
 /// Weights that no file holds, a context that is filled before decoding is measured, and the kernels' own times.
 #[test]
 fn bench_counts_what_a_step_reads() {
+    bench_counts_of(1);
+    bench_counts_of(2);
+}
+
+#[track_caller]
+fn bench_counts_of(workers: u16) {
     let text = std::fs::read_to_string(case("fp8-tiny").join("config.json")).unwrap();
     let config = model::config::Config::parse(&text).unwrap();
     let options = SynthOptions { experts: SynthExperts::Fp8, ..SynthOptions::default() };
-    let model = Model::random(config, &options, Dtype::Bf16, emulated());
+    let model = Model::random(config, &options, Dtype::Bf16, gpu());
     let options = herd::bench::Options {
-        workers: 2,
+        workers,
         threads: 1,
         streams: vec![1, 3],
         context: 20,

@@ -4,9 +4,9 @@
 //! through [`Struck`], a wrapper around the exchange, so that neither the engine nor the transports know
 //! of them. While nothing is armed, a place costs one relaxed read.
 
-use crate::joined::Plantable;
+use crate::plantable::Plantable;
 use all2all::{
-    Aborter, AllToAll, Arrived, ExchangeError, HostRows, LayerKey, Pending, Sent, StepOutcome, View,
+    Aborter, AllToAll, Arrived, ExchangeError, LayerKey, Pending, Sent, StepOutcome, View,
 };
 use ids::{Epoch, StepId};
 use kernels::Dtype;
@@ -228,10 +228,10 @@ impl<'a, A: Plantable> Struck<'a, A> {
 }
 
 impl<A: Plantable> AllToAll for Struck<'_, A> {
-    type Rows<'r> = HostRows<'r>;
-    type RowsMut<'r> = &'r mut [u8];
-    type Experts<'r> = &'r [u16];
-    type Offsets = [u32];
+    type Rows<'r> = A::Rows<'r>;
+    type RowsMut<'r> = A::RowsMut<'r>;
+    type Experts<'r> = A::Experts<'r>;
+    type Offsets = A::Offsets;
 
     fn view(&self) -> &View {
         self.inner.view()
@@ -250,45 +250,42 @@ impl<A: Plantable> AllToAll for Struck<'_, A> {
     fn dispatch_send(
         &mut self,
         key: LayerKey,
-        rows: HostRows<'_>,
-        experts: &[u16],
+        rows: A::Rows<'_>,
+        experts: A::Experts<'_>,
     ) -> Result<Sent, ExchangeError> {
         self.key = key;
-        self.strike(Phase::Dispatch, rows.len());
+        self.strike(Phase::Dispatch, A::count(&rows));
         let sent = self.inner.dispatch_send(key, rows, experts);
         self.sent(sent)
     }
 
     fn dispatch_recv(&mut self, sent: Sent) -> Result<Arrived, ExchangeError> {
         let arrived = self.inner.dispatch_recv(sent)?;
-        let rows = self.inner.arrived(&arrived).0.len();
+        let rows = A::count(&self.inner.arrived(&arrived).0);
         self.strike(Phase::Experts, rows);
         Ok(arrived)
     }
 
-    fn arrived(&self, arrived: &Arrived) -> (HostRows<'_>, &[u32]) {
+    fn arrived(&self, arrived: &Arrived) -> (A::Rows<'_>, &A::Offsets) {
         self.inner.arrived(arrived)
     }
 
     fn combine_send(
         &mut self,
         arrived: Arrived,
-        results: HostRows<'_>,
+        results: A::Rows<'_>,
     ) -> Result<Pending, ExchangeError> {
-        if !self.strike(Phase::Combine, results.len()) {
-            let sent = self.inner.combine_send(arrived, results);
-            return self.sent(sent);
-        }
-        let mut bytes = results.bytes.to_vec();
-        match self.dtype {
-            Dtype::F32 => bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes()),
-            Dtype::Bf16 => bytes[..2].copy_from_slice(&half::bf16::NAN.to_le_bytes()),
-        }
-        let sent = self.inner.combine_send(arrived, HostRows { bytes: &bytes, ..results });
+        // One result per row that has arrived.
+        let rows = A::count(&self.inner.arrived(&arrived).0);
+        let sent = if self.strike(Phase::Combine, rows) {
+            self.inner.combine_send_spoilt(arrived, results, self.dtype)
+        } else {
+            self.inner.combine_send(arrived, results)
+        };
         self.sent(sent)
     }
 
-    fn combine_recv(&mut self, pending: Pending, out: &mut [u8]) -> Result<(), ExchangeError> {
+    fn combine_recv(&mut self, pending: Pending, out: A::RowsMut<'_>) -> Result<(), ExchangeError> {
         self.inner.combine_recv(pending, out)
     }
 

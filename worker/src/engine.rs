@@ -1,15 +1,17 @@
 //! One rank's steps: device, weights, KV cache and exchange of a view.
 
 use crate::chaos::{Hooks, Struck};
-use crate::exchange::{Rows, Served, StepExchange};
+use crate::exchange::{HostExchange, Rows, Served, StepExchange};
 use crate::finite::{NonFinite, Place};
-use crate::joined::{Joined, Plantable, Transport};
+use crate::joined::{Joined, Transport};
 use crate::kv::KvBlocks;
+use crate::loans::StepLoans;
 use crate::observe::{Eyes, Observer};
+use crate::plantable::Plantable;
 use crate::platform::{Backend, Placed, Platform};
 use crate::tally::Tally;
 use crate::weights::{Model, ModelError};
-use all2all::local::Hub;
+use all2all::local::{Hub, Lending};
 use all2all::tcp::Peer;
 use all2all::{Aborter, AllToAll, ExchangeError, Fault, Reason, Routes, StepOutcome, View};
 use ids::{Epoch, ExpertId, Rank, StepId};
@@ -107,7 +109,7 @@ impl Seat {
         let routes = Routes::new(shard.rank, model.config.experts, shard.held, shard.targets)?;
         let own = shard.held.iter().map(|ranks| ranks[shard.rank.index()].clone());
         Ok(Self {
-            experts: model.experts(&local, still_wanted)?,
+            experts: model.experts(&local, &routes, still_wanted)?,
             local: own.collect(),
             view: View {
                 epoch: shard.epoch,
@@ -235,7 +237,8 @@ impl Engine {
     }
 
     /// Ends the running step of this rank from another thread.
-    pub(crate) fn aborter(&self) -> Option<Aborter> {
+    #[must_use]
+    pub fn aborter(&self) -> Option<Aborter> {
         on_device!(&self.0, rank => rank.seated.as_ref().map(|seated| seated.joined.aborter()))
     }
 
@@ -268,13 +271,16 @@ struct RankEngine<D: Backend> {
     /// Of its experts, for other ranks.
     results: D::Wire,
     tally: Arc<Tally>,
+    /// Of a MoE layer, wherever they are.
+    experts: usize,
     seated: Option<Seated<D>>,
 }
 
 struct Seated<D: Backend> {
     experts: Vec<D::Experts>,
+    routes: D::Routes,
     served: Served,
-    joined: Joined,
+    joined: Joined<D>,
 }
 
 impl<D: Backend> RankEngine<D> {
@@ -305,26 +311,27 @@ impl<D: Backend> RankEngine<D> {
             hooks: Hooks::default(),
             dtype: model.dtype,
             tally: Arc::new(Tally::new(config.moe_layers().len(), config.experts)),
+            experts: config.experts,
             seated: None,
         })
     }
 
     fn take(&mut self, seat: Seat) -> Result<(), EngineError> {
         let Seat { experts, local, view, peers } = seat;
-        let experts = D::take(experts);
+        let (experts, routes) = D::take(experts);
         self.device.expect_rows(&experts, view.ranks, &mut self.results)?;
-        let served = Served { tally: Arc::clone(&self.tally), local };
-        match &mut self.seated {
-            Some(seated) => {
-                seated.joined.reconfigure(view)?;
-                seated.experts = experts;
-                seated.served = served;
-            }
-            None => {
-                let joined = self.transport.join(view, &peers)?;
-                self.seated = Some(Seated { experts, served, joined });
-            }
-        }
+        let served = Served { tally: Arc::clone(&self.tally), experts: self.experts, local };
+        let joined = match self.seated.take() {
+            Some(mut seated) => match seated.joined.reconfigure(view) {
+                Ok(()) => seated.joined,
+                Err(error) => {
+                    self.seated = Some(seated);
+                    return Err(error.into());
+                }
+            },
+            None => self.transport.join(view, &peers)?,
+        };
+        self.seated = Some(Seated { experts, routes, served, joined });
         Ok(())
     }
 
@@ -335,77 +342,120 @@ impl<D: Backend> RankEngine<D> {
         deadline: Instant,
         eyes: Eyes<'_>,
     ) -> Result<Vec<Sampled>, EngineError> {
-        let Seated { experts, served, joined } =
+        let Seated { experts, routes, served, joined } =
             self.seated.as_mut().ok_or(EngineError::Unseated)?;
         let rank = RankStep {
+            step,
             device: &mut self.device,
             forward: &mut self.forward,
-            row_bytes: self.row_bytes,
-            results: &mut self.results,
             dtype: self.dtype,
             hooks: &self.hooks,
             served,
             deadline,
         };
         let pass = Pass { dense: &self.dense, experts, cache: &mut self.cache, step: batch };
+        let results = (self.row_bytes, &mut self.results);
         match joined {
-            Joined::Local(local) => rank.run(step, pass, local, eyes),
-            Joined::Tcp(tcp) => rank.run(step, pass, tcp, eyes),
+            Joined::Lending(lending) => rank.lend(pass, lending, routes, eyes),
+            Joined::Tcp(tcp, Some(lone)) => {
+                tcp.begin_step(tcp.view().epoch, step, deadline)?;
+                let result = rank.lend(pass, lone, routes, eyes);
+                match tcp.end_step() {
+                    StepOutcome::Complete => result,
+                    StepOutcome::Faulted(fault) => result.and(Err(EngineError::Step(fault))),
+                }
+            }
+            Joined::Local(local) => rank.send(pass, local, results, eyes),
+            Joined::Tcp(tcp, None) => rank.send(pass, tcp, results, eyes),
         }
     }
 }
 
 /// What a rank's step needs besides its operands.
 struct RankStep<'a, D: Backend> {
+    step: StepId,
     device: &'a mut D,
     forward: &'a mut Forward<D>,
-    row_bytes: usize,
-    results: &'a mut D::Wire,
     dtype: Dtype,
     hooks: &'a Hooks,
     served: &'a Served,
     deadline: Instant,
 }
 
+/// What came of a forward pass.
+type Passed<T> = Result<T, ForwardError<ExchangeError>>;
+
 impl<D: Backend> RankStep<'_, D> {
-    fn run<A: Plantable>(
+    /// A step whose rows travel through the host's memory.
+    fn send<A: HostExchange + Plantable>(
         self,
-        step: StepId,
         mut pass: Pass<'_, D>,
         all2all: &mut A,
+        (row_bytes, results): (usize, &mut D::Wire),
         mut eyes: Eyes<'_>,
     ) -> Result<Vec<Sampled>, EngineError> {
+        let mut all2all = self.begin(all2all)?;
+        let rows = Rows { bytes: row_bytes, dtype: self.dtype };
+        let mut exchange = StepExchange::new(&mut all2all, self.step, (rows, results), self.served);
+        let passed = self.forward.run(self.device, &mut pass, &mut exchange, &mut eyes);
+        let found = exchange.found;
+        let passed = passed.and_then(|sampled| {
+            let bad = self.device.noted(self.forward.logits())?.bad;
+            Ok((sampled, found.or_else(|| located(bad?, pass.step))))
+        });
+        end(&mut all2all, passed)
+    }
+
+    /// A step whose rows stay where they are.
+    fn lend(
+        self,
+        mut pass: Pass<'_, D>,
+        all2all: &mut Lending<D::Lent>,
+        routes: &D::Routes,
+        mut eyes: Eyes<'_>,
+    ) -> Result<Vec<Sampled>, EngineError> {
+        let mut all2all = self.begin(all2all)?;
+        let mut exchange = StepLoans::new(&mut all2all, self.step, routes);
+        let passed = self.forward.run(self.device, &mut pass, &mut exchange, &mut eyes);
+        let passed = passed.and_then(|sampled| {
+            let noted = self.device.noted(self.forward.logits())?;
+            self.served.count_noted(noted.served);
+            Ok((sampled, noted.bad.and_then(|bad| located(bad, pass.step))))
+        });
+        end(&mut all2all, passed)
+    }
+
+    fn begin<'s, A: Plantable>(&self, all2all: &'s mut A) -> Result<Struck<'s, A>, EngineError>
+    where
+        Self: 's,
+    {
         let epoch = all2all.view().epoch;
         let mut all2all = Struck::new(all2all, self.hooks, self.dtype);
-        all2all.begin_step(epoch, step, self.deadline)?;
-        let rows = Rows { bytes: self.row_bytes, dtype: self.dtype };
-        let results = (rows, self.results);
-        let mut exchange = StepExchange::new(&mut all2all, step, results, self.served);
-        let result = self.forward.run(self.device, &mut pass, &mut exchange, &mut eyes);
-        let mut found = exchange.found;
-        let result = result.and_then(|sampled| {
-            if found.is_none() {
-                let bad = self.device.bad_value(self.forward.logits())?;
-                found = bad.and_then(|bad| located(bad, pass.step));
-            }
-            Ok(sampled)
-        });
-        match result {
-            Ok(sampled) => match (all2all.end_step(), found) {
-                (StepOutcome::Faulted(fault), _) => Err(EngineError::Step(fault)),
-                (StepOutcome::Complete, Some(found)) => Err(EngineError::NonFinite(found)),
-                (StepOutcome::Complete, None) => Ok(sampled),
-            },
-            Err(ForwardError::Exchange(error)) => {
-                all2all.end_step();
-                Err(error.into())
-            }
-            Err(ForwardError::Device(error)) => {
-                // The others wait for this rank's rows: tell them at once.
-                all2all.aborter().abort(epoch, Reason::Abandoned);
-                all2all.end_step();
-                Err(error.into())
-            }
+        all2all.begin_step(epoch, self.step, self.deadline)?;
+        Ok(all2all)
+    }
+}
+
+/// Ends a step. Of what it chose nothing counts if a value was not finite.
+fn end<A: Plantable>(
+    all2all: &mut Struck<'_, A>,
+    passed: Passed<(Vec<Sampled>, Option<NonFinite>)>,
+) -> Result<Vec<Sampled>, EngineError> {
+    match passed {
+        Ok((sampled, found)) => match (all2all.end_step(), found) {
+            (StepOutcome::Faulted(fault), _) => Err(EngineError::Step(fault)),
+            (StepOutcome::Complete, Some(found)) => Err(EngineError::NonFinite(found)),
+            (StepOutcome::Complete, None) => Ok(sampled),
+        },
+        Err(ForwardError::Exchange(error)) => {
+            all2all.end_step();
+            Err(error.into())
+        }
+        Err(ForwardError::Device(error)) => {
+            // The others wait for this rank's rows: tell them at once.
+            all2all.aborter().abort(all2all.view().epoch, Reason::Abandoned);
+            all2all.end_step();
+            Err(error.into())
         }
     }
 }

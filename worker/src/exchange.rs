@@ -11,13 +11,25 @@ use std::sync::Arc;
 /// The experts of a rank, and the count of what they have to do.
 pub(crate) struct Served {
     pub(crate) tally: Arc<Tally>,
+    /// Of a MoE layer, wherever they are.
+    pub(crate) experts: usize,
     /// `[moe layers]`, ascending.
     pub(crate) local: Vec<Vec<ExpertId>>,
 }
 
 impl Served {
+    /// Of rows that arrived here.
     fn count(&self, moe_layer: usize, offsets: &[u32]) {
-        self.tally.count(moe_layer, &self.local[moe_layer], offsets);
+        let rows = offsets.windows(2).map(|ends| ends[1] - ends[0]);
+        self.tally.count(moe_layer, &self.local[moe_layer], rows);
+    }
+
+    /// Of rows that were served where they are, `[moe layers][experts]`.
+    pub(crate) fn count_noted(&self, rows: &[u32]) {
+        let layers = rows.chunks_exact(self.experts.max(1));
+        for ((moe_layer, local), rows) in self.local.iter().enumerate().zip(layers) {
+            self.tally.count(moe_layer, local, rows.iter().copied());
+        }
     }
 }
 
@@ -32,8 +44,6 @@ pub(crate) struct Rows {
 enum Layer {
     Idle,
     Sent(Sent),
-    /// This rank is alone, and serves its rows where they are.
-    Alone,
     Pending(Pending),
 }
 
@@ -65,7 +75,6 @@ impl<'a, A, D: Staged> StepExchange<'a, A, D> {
             row_bytes: rows.bytes,
             dtype: rows.dtype,
             served,
-
             experts: Vec::new(),
             index: 0,
             found: None,
@@ -111,15 +120,11 @@ impl<A: HostExchange, D: Staged> MoeExchange<D> for StepExchange<'_, A, D> {
 
     fn dispatch(
         &mut self,
+        _: &mut D,
         layer: usize,
-        rows: &D::Wire,
-        route: &D::Route,
+        (rows, route): (&D::Wire, &D::Route),
     ) -> Result<(), ExchangeError> {
         let layer = u16::try_from(layer).expect("layers are numbered in 16 bits");
-        if D::SERVES_ALONE && self.exchange.view().ranks == 1 {
-            (self.index, self.layer) = (layer, Layer::Alone);
-            return Ok(());
-        }
         let key = LayerKey { step: self.step, layer };
         self.experts.clear();
         self.experts.extend_from_slice(route.experts());
@@ -130,19 +135,9 @@ impl<A: HostExchange, D: Staged> MoeExchange<D> for StepExchange<'_, A, D> {
         Ok(())
     }
 
-    fn serve(
-        &mut self,
-        device: &mut D,
-        own: (&mut D::Wire, &D::Route),
-        experts: &D::Experts,
-    ) -> Result<(), ExchangeError> {
+    fn serve(&mut self, device: &mut D, experts: &D::Experts) -> Result<(), ExchangeError> {
         let sent = match std::mem::replace(&mut self.layer, Layer::Idle) {
             Layer::Sent(sent) => sent,
-            Layer::Alone => {
-                device.serve_alone(usize::from(self.index), own, experts);
-                self.layer = Layer::Alone;
-                return Ok(());
-            }
             Layer::Idle | Layer::Pending(_) => {
                 unreachable!("the forward pass dispatches before it serves")
             }
@@ -157,11 +152,9 @@ impl<A: HostExchange, D: Staged> MoeExchange<D> for StepExchange<'_, A, D> {
         Ok(())
     }
 
-    fn combine(&mut self, results: &mut D::Wire) -> Result<(), ExchangeError> {
+    fn combine(&mut self, _: &mut D, results: &mut D::Wire) -> Result<(), ExchangeError> {
         let pending = match std::mem::replace(&mut self.layer, Layer::Idle) {
             Layer::Pending(pending) => pending,
-            // The results are where the rows were.
-            Layer::Alone => return Ok(()),
             Layer::Idle | Layer::Sent(_) => {
                 unreachable!("the forward pass serves before it combines")
             }

@@ -4,6 +4,8 @@
 //! from it. The rows that a rank sends, the results it gets back and the logits are looked at: one pass
 //! over memory that the exchange has just touched. It only reads, so no bit of a result depends on it.
 //!
+//! Where rows stay on the device, the device looks, for the same rank and at the same values.
+//!
 //! It is the rank of the sequence that looks, not that of the expert: only it knows whose row it is, and it
 //! sees what happens on the way, too.
 
@@ -31,7 +33,7 @@ pub enum Place {
         expert: u16,
         rank: u16,
     },
-    /// What came back from the routed experts of a MoE layer, where the rank has them all.
+    /// What came back from the routed experts of a MoE layer, where rows stay on the device, which does not say more.
     Routed {
         layer: u16,
     },

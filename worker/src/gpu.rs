@@ -2,12 +2,13 @@
 //! them stays in the host's memory.
 
 use crate::weights::{Model, ModelError};
+use all2all::{RouteTables, Routes};
 use kernels::cuda::nvml::Nvml;
 use kernels::cuda::weights::{
     EmbeddingTable, ExpertOnDevice, ExpertPart, ExpertSizes, ExpertStorage, Loader, NormWeights,
     Weights,
 };
-use kernels::cuda::{Cuda, CudaError, Driver, ExpertsOnDevice};
+use kernels::cuda::{Cuda, CudaError, Driver, ExpertsOnDevice, RouteTable, RouteTableParts};
 use kernels::{Dtype, StepRoom, Storage};
 use model::checkpoint::names::{self, Fused, Mlp};
 use model::checkpoint::{ExpertFormat, TensorInfo};
@@ -128,6 +129,14 @@ impl Gpu {
         layers: Vec<Vec<Arc<ExpertOnDevice>>>,
     ) -> Result<Vec<ExpertsOnDevice>, CudaError> {
         layers.into_iter().map(|experts| ExpertsOnDevice::new(&self.driver, experts)).collect()
+    }
+
+    /// Where a rank's rows go, on the device.
+    pub(crate) fn routes(&self, routes: &Routes) -> Result<Arc<RouteTable>, CudaError> {
+        let RouteTables { targets, spans } = routes.tables();
+        let targets: Vec<_> = targets.iter().map(|(rank, slot)| (rank.0, *slot)).collect();
+        let parts = RouteTableParts { spans, targets: &targets };
+        RouteTable::new(&self.driver, parts).map(Arc::new)
     }
 
     fn loader(&self, from: &load::Loader<'_>) -> Loader {

@@ -1,11 +1,10 @@
 //! Where a worker exchanges rows, and its end of it in a view.
 
-use crate::exchange::HostExchange;
-use all2all::local::{Hub, Local};
+use all2all::local::{Hub, Lending, Local};
 use all2all::tcp::{Identity, Mesh, Options, Peer, Tcp};
 use all2all::{Aborter, AllToAll, ExchangeError, View};
 use ids::Epoch;
-use kernels::RowMemory;
+use kernels::{RowMemory, Staged};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -142,66 +141,71 @@ impl Transport {
         }
     }
 
-    pub(crate) fn join(&self, view: View, peers: &[Peer]) -> Result<Joined, ExchangeError> {
+    pub(crate) fn join<D: Staged>(
+        &self,
+        view: View,
+        peers: &[Peer],
+    ) -> Result<Joined<D>, ExchangeError> {
         match self {
-            Self::Local(hub) => Ok(Joined::Local(hub.join(view)?)),
-            Self::Mesh(mesh, _) => Ok(Joined::Tcp(mesh.join(view, peers)?)),
+            Self::Local(hub) if D::LENDERS_MAX == 0 => Ok(Joined::Local(hub.join(view)?)),
+            Self::Local(hub) => Ok(Joined::Lending(hub.lend(few_enough::<D>(view)?)?)),
+            Self::Mesh(mesh, _) => {
+                Ok(Joined::Tcp(mesh.join(view.clone(), peers)?, lone::<D>(view)?))
+            }
         }
     }
 }
 
-/// An exchange that can spoil a frame.
-pub(crate) trait Plantable: HostExchange {
-    /// The next frame with rows for another rank arrives changed. Only where [`Transport::sums`].
-    fn corrupt_next_frame(&mut self);
-
-    /// Not so after all; false if it has been sent.
-    fn keep_next_frame(&mut self) -> bool;
+/// The view, if its ranks can share a device.
+fn few_enough<D: Staged>(view: View) -> Result<View, ExchangeError> {
+    if view.ranks <= D::LENDERS_MAX {
+        return Ok(view);
+    }
+    let reason = "more ranks than can share a device; give some of them a process of their own";
+    Err(ExchangeError::Join { rank: view.me, epoch: view.epoch, reason })
 }
 
-impl Plantable for Local {
-    fn corrupt_next_frame(&mut self) {}
-
-    fn keep_next_frame(&mut self) -> bool {
-        false
-    }
-}
-
-impl Plantable for Tcp {
-    fn corrupt_next_frame(&mut self) {
-        Self::corrupt_next_frame(self);
-    }
-
-    fn keep_next_frame(&mut self) -> bool {
-        Self::keep_next_frame(self)
-    }
+/// What a rank that is alone in its view lends its rows to: itself, where a device can.
+fn lone<D: Staged>(view: View) -> Result<Option<Lending<D::Lent>>, ExchangeError> {
+    (view.ranks == 1 && 0 < D::LENDERS_MAX).then(|| Hub::new().lend(view)).transpose()
 }
 
 /// A rank's end of the exchange in a view.
-pub(crate) enum Joined {
+pub(crate) enum Joined<D: Staged> {
     Local(Local),
-    Tcp(Tcp),
+    /// Within one process, on one device.
+    Lending(Lending<D::Lent>),
+    /// Between processes; with where a rank has its rows that is alone.
+    Tcp(Tcp, Option<Lending<D::Lent>>),
 }
 
-impl Joined {
+impl<D: Staged> Joined<D> {
     pub(crate) fn view(&self) -> &View {
         match self {
             Self::Local(local) => local.view(),
-            Self::Tcp(tcp) => tcp.view(),
+            Self::Lending(lending) => lending.view(),
+            Self::Tcp(tcp, _) => tcp.view(),
         }
     }
 
     pub(crate) fn aborter(&self) -> Aborter {
         match self {
             Self::Local(local) => local.aborter(),
-            Self::Tcp(tcp) => tcp.aborter(),
+            Self::Lending(lending) => lending.aborter(),
+            Self::Tcp(tcp, _) => tcp.aborter(),
         }
     }
 
     pub(crate) fn reconfigure(&mut self, view: View) -> Result<(), ExchangeError> {
         match self {
             Self::Local(local) => local.reconfigure(view, RECONFIGURE_MAX),
-            Self::Tcp(tcp) => tcp.reconfigure(view, RECONFIGURE_MAX),
+            Self::Lending(lending) => lending.reconfigure(few_enough::<D>(view)?, RECONFIGURE_MAX),
+            Self::Tcp(tcp, was_lone) => {
+                let lone = lone::<D>(view.clone())?;
+                tcp.reconfigure(view, RECONFIGURE_MAX)?;
+                *was_lone = lone;
+                Ok(())
+            }
         }
     }
 }

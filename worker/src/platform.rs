@@ -8,7 +8,9 @@ use crate::engine::EngineError;
 use crate::gpu::Gpu;
 use crate::weights::Model;
 use kernels::cuda::nvml::Nvml;
-use kernels::cuda::{Arriving, CacheOnDevice, Cuda, Driver, ExpertsOnDevice, WireOnDevice};
+use kernels::cuda::{
+    Arriving, CacheOnDevice, Cuda, Driver, ExpertsOnDevice, RouteTable, WireOnDevice,
+};
 use kernels::{
     Cache, Cpu, Device, DeviceError, Dtype, Experts, Level, Pool, RowMemory, Staged, StepRoom,
     Temperature,
@@ -105,10 +107,11 @@ impl Platform {
     }
 }
 
-/// Experts in the form of their platform, `[moe layers]`.
+/// What a rank needs of a view, in the form of its platform: experts, `[moe layers]`, and where its rows go, if the device
+/// has to know.
 pub(crate) enum Placed {
     Cpu(Vec<Experts>),
-    Cuda(Vec<ExpertsOnDevice>),
+    Cuda(Vec<ExpertsOnDevice>, Arc<RouteTable>),
 }
 
 /// A device that can be a rank.
@@ -127,7 +130,7 @@ pub(crate) trait Backend: Staged + Sized {
     ) -> Result<Self::Cache, DeviceError>;
 
     /// Takes what was placed for it.
-    fn take(placed: Placed) -> Vec<Self::Experts>;
+    fn take(placed: Placed) -> (Vec<Self::Experts>, Self::Routes);
 
     /// Takes the memory that its steps will need, if it has memory of its own.
     fn reserve_for(&mut self, _: &Model, _: &mut Forward<Self>) -> Result<(), EngineError> {
@@ -163,10 +166,10 @@ impl Backend for Cpu {
         Cache::new(model.dtype, heads.kv_heads, heads.head_dim, &layers, blocks)
     }
 
-    fn take(placed: Placed) -> Vec<Experts> {
+    fn take(placed: Placed) -> (Vec<Experts>, ()) {
         match placed {
-            Placed::Cpu(experts) => experts,
-            Placed::Cuda(_) => unreachable!("a process has one platform"),
+            Placed::Cpu(experts) => (experts, ()),
+            Placed::Cuda(..) => unreachable!("a process has one platform"),
         }
     }
 }
@@ -189,9 +192,9 @@ impl Backend for Cuda {
         Ok(self.cache(shape(&model.config), &pools(&model.config), blocks)?)
     }
 
-    fn take(placed: Placed) -> Vec<ExpertsOnDevice> {
+    fn take(placed: Placed) -> (Vec<ExpertsOnDevice>, Arc<RouteTable>) {
         match placed {
-            Placed::Cuda(experts) => experts,
+            Placed::Cuda(experts, routes) => (experts, routes),
             Placed::Cpu(_) => unreachable!("a process has one platform"),
         }
     }
@@ -223,8 +226,8 @@ fn device(model: &Model, driver: &Arc<Driver>) -> Result<Cuda, DeviceError> {
     let temperature = model.config.temperature.as_ref();
     let temperature =
         temperature.map(|t| Temperature { floor_scale: t.floor_scale, attn_scale: t.attn_scale });
-    let moe_layers = model.config.moe_layers().len();
-    Ok(Cuda::new(driver, model.dtype, (temperature, moe_layers))?)
+    let moe = (model.config.moe_layers().len(), model.config.experts);
+    Ok(Cuda::new(driver, model.dtype, temperature, moe)?)
 }
 
 /// What a worker of this model takes at its start, besides weights and KV cache, and with a view of so many ranks: told

@@ -1,6 +1,7 @@
-//! What the experts of this worker had to do: rows per layer and expert, counted as they arrive.
+//! What the experts of this worker had to do: rows per layer and expert, counted as they arrive, or on the device where they
+//! never do.
 //!
-//! Rows of steps that fail afterwards count too: the work was done, and plans need shares, not sums.
+//! Rows of steps that fail afterwards may count too: plans need shares, not sums.
 
 use ids::ExpertId;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,13 +19,17 @@ impl Tally {
         Self { experts, rows: (0..moe_layers * experts).map(|_| AtomicU64::new(0)).collect() }
     }
 
-    /// Counts the rows that arrived for a layer.
+    /// Counts the rows of a layer.
     ///
     /// * `local`: the experts of this rank, ascending
-    /// * `offsets`: where the rows of each begin, `[local experts + 1]`
-    pub(crate) fn count(&self, moe_layer: usize, local: &[ExpertId], offsets: &[u32]) {
-        for (expert, bounds) in local.iter().zip(offsets.windows(2)) {
-            let rows = bounds[1] - bounds[0];
+    /// * `rows`: of each of them
+    pub(crate) fn count(
+        &self,
+        moe_layer: usize,
+        local: &[ExpertId],
+        rows: impl IntoIterator<Item = u32>,
+    ) {
+        for (expert, rows) in local.iter().zip(rows) {
             if 0 < rows {
                 let index = moe_layer * self.experts + expert.index();
                 self.rows[index].fetch_add(u64::from(rows), Ordering::Relaxed);
@@ -48,9 +53,9 @@ mod tests {
     fn rows_are_counted_under_their_layer_and_expert_once() {
         let tally = Tally::new(2, 4);
         assert_eq!(tally.take(), None);
-        tally.count(0, &[ExpertId(1), ExpertId(3)], &[0, 2, 2]);
-        tally.count(1, &[ExpertId(0), ExpertId(3)], &[0, 1, 4]);
-        tally.count(1, &[ExpertId(0), ExpertId(3)], &[0, 0, 5]);
+        tally.count(0, &[ExpertId(1), ExpertId(3)], [2, 0]);
+        tally.count(1, &[ExpertId(0), ExpertId(3)], [1, 3]);
+        tally.count(1, &[ExpertId(0), ExpertId(3)], [0, 5]);
         assert_eq!(tally.take(), Some(vec![vec![0, 2, 0, 0], vec![1, 0, 0, 8]]));
         assert_eq!(tally.take(), None);
     }

@@ -2,6 +2,7 @@
 
 use crate::held::{Blank, Held};
 use crate::platform::{Placed, Platform};
+use all2all::Routes;
 use kernels::cuda::CudaError;
 use kernels::{Cpu, DeviceError, Dtype, Experts};
 use model::checkpoint::{Checkpoint, CheckpointError};
@@ -149,6 +150,7 @@ impl Model {
     pub(crate) fn experts(
         &self,
         wanted: &[Vec<usize>],
+        routes: &Routes,
         still_wanted: &(dyn Fn() -> bool + Sync),
     ) -> Result<Placed, ModelError> {
         use rayon::prelude::*;
@@ -169,7 +171,7 @@ impl Model {
         loop {
             // Another worker of this process may have forgotten what was just read for this one.
             if let Some(found) = self.find(wanted) {
-                return self.placed(found);
+                return self.placed(found, routes);
             }
             let _reading = lock(&self.reading);
             let missing = self.missing(wanted);
@@ -188,8 +190,8 @@ impl Model {
         wanted.iter().enumerate().map(layer_of).collect()
     }
 
-    /// Experts as the ranks of this platform use them.
-    fn placed(&self, layers: Vec<Vec<Held>>) -> Result<Placed, ModelError> {
+    /// Experts and routes as the ranks of this platform use them.
+    fn placed(&self, layers: Vec<Vec<Held>>, routes: &Routes) -> Result<Placed, ModelError> {
         const ONE: &str = "a process has one platform";
         match &self.platform {
             Platform::Cpu => {
@@ -206,7 +208,8 @@ impl Model {
                     Held::Cpu(_) => unreachable!("{ONE}"),
                 };
                 let slots = |layer: Vec<Held>| layer.into_iter().map(on_device).collect();
-                Ok(Placed::Cuda(gpu.layers(layers.into_iter().map(slots).collect())?))
+                let experts = gpu.layers(layers.into_iter().map(slots).collect())?;
+                Ok(Placed::Cuda(experts, gpu.routes(routes)?))
             }
         }
     }

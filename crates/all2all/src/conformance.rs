@@ -82,10 +82,19 @@ pub trait Network: Send + Sync + 'static {
 /// Makes one test of every check, so that no transport leaves one out.
 ///
 /// * `$network`: an expression that makes a new [`Network`]
-/// * `$allocations`: a `fn() -> u64` that counts the allocations of the calling thread so far
+/// * `$allocations`: a `fn() -> u64` that counts the allocations of the calling thread so far; left out
+///   where rows lie on a device, which the host cannot reach without
 #[macro_export]
 macro_rules! conformance {
     ($network:expr, $allocations:expr) => {
+        $crate::conformance!($network);
+
+        #[test]
+        fn check_hot_path_allocates_nothing() {
+            $crate::conformance::check_hot_path_allocates_nothing(&|| $network, $allocations);
+        }
+    };
+    ($network:expr) => {
         $crate::conformance!(@tests $network;
             check_abort_ends_its_epoch_wherever_it_falls
             check_abort_of_an_old_epoch_is_void
@@ -105,11 +114,6 @@ macro_rules! conformance {
             check_slow_rank_joins_a_step_that_waits_for_it
             check_step_is_all_or_nothing
         );
-
-        #[test]
-        fn check_hot_path_allocates_nothing() {
-            $crate::conformance::check_hot_path_allocates_nothing(&|| $network, $allocations);
-        }
     };
     (@tests $network:expr; $($check:ident)*) => {
         $(

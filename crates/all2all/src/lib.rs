@@ -14,7 +14,7 @@ mod step;
 pub mod tcp;
 
 pub use error::{ExchangeError, Fault, FaultKind, Phase, Reason};
-pub use routes::{Routes, RoutesError, View};
+pub use routes::{RouteTables, Routes, RoutesError, View};
 
 use ids::{Epoch, Rank, StepId};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -82,18 +82,18 @@ impl Aborter {
 /// local experts, send their results, wait for the own results. Between the first two the caller runs
 /// the shared expert.
 ///
-/// On a GPU the calls only enqueue: rows, chosen experts and offsets are device buffers (hence the
-/// associated types), no call waits for the device, and a fault shows in [`AllToAll::end_step`]. On a
-/// CPU they run at once and may report the fault as soon as it is seen; `end_step` repeats it.
+/// Where ranks share a GPU ([`local::Lending`]) the calls only pass on what is enqueued there: rows are
+/// device buffers (hence the associated types), and no call waits for the device. A fault may be
+/// reported as soon as it is seen; [`AllToAll::end_step`] repeats it.
 ///
 /// Rules: epochs only rise; a step is all or nothing; a fault
 /// poisons until `reconfigure`; nothing outlasts the step's deadline; aborts may race with anything;
 /// exactly one result per row, in the order of the rows; rows are moved unchanged; no allocation once
 /// the buffers have seen the largest step; what a masked rank writes is never read.
 pub trait AllToAll: Send {
-    /// Rows in device memory.
+    /// Rows, in the memory of host or device.
     type Rows<'a>;
-    /// Rows in device memory, to be overwritten.
+    /// Rows to be overwritten.
     type RowsMut<'a>;
     /// The chosen expert of every row.
     type Experts<'a>;

@@ -1,29 +1,36 @@
 //! The exchange between ranks that are threads of one process.
 //!
-//! Every rank has an inbox with one slot per (phase, source). A sender packs the rows of a destination
-//! into a buffer of its own and swaps it with the slot's empty one; the receiver swaps it out again.
-//! So a row is copied twice (packed by the sender, sorted by the receiver), nothing is allocated
-//! once the buffers have grown, and a lock is held for a few swaps only.
+//! Every rank has an inbox with one slot per (phase, source). A sender puts what is for a destination
+//! into a parcel of its own and swaps it with the slot's empty one; the receiver swaps it out again.
+//! Nothing is allocated once the parcels have grown, and a lock is held for a few swaps only.
+//!
+//! Parcels of [`Local`] hold rows in host memory: each is copied twice (packed by the sender, sorted by
+//! the receiver). Those of [`Lending`] say where rows are.
 //!
 //! One slot per phase is enough: a rank sends layer `l + 1` only after it has all results of layer `l`,
 //! and its peer sent those only after it had emptied the slot.
 
-use crate::error::{ExchangeError, Fault, FaultKind, Phase, Reason};
-use crate::step::{At, Halt, State, Step};
+use crate::error::{ExchangeError, FaultKind, Phase};
+use crate::step::At;
 use crate::{
-    Aborter, AllToAll, Arrived, HostRows, LayerKey, Pending, Sent, StepOutcome, View, active_ranks,
-    lock,
+    Aborter, AllToAll, Arrived, HostRows, LayerKey, Pending, Sent, StepOutcome, View, lock,
 };
-use ids::{Epoch, Rank, StepId};
+use ids::{Epoch, StepId};
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
+mod end;
 mod inbox;
 mod layer;
+mod lending;
 
-use inbox::{Group, Parcel, Stop};
-use layer::Layer;
+use end::End;
+use inbox::Group;
+use layer::{Layer, Parcel};
+
+pub use lending::Lending;
 
 /// Where the ranks of a process find each other.
 #[derive(Default)]
@@ -33,7 +40,8 @@ pub struct Hub {
 
 /// Epochs with members, and the newest that ever had one.
 struct Groups {
-    by_epoch: BTreeMap<Epoch, Weak<Group>>,
+    /// Each a [`Group`] of one kind of parcels.
+    by_epoch: BTreeMap<Epoch, Weak<dyn Any + Send + Sync>>,
     newest: Epoch,
 }
 
@@ -54,25 +62,28 @@ impl Hub {
     ///
     /// # Errors
     ///
-    /// [`ExchangeError::Join`] if the view has a [defect](View::defect), the rank is taken, the sizes
-    /// disagree, or the epoch is over because everybody has left it.
+    /// [`ExchangeError::Join`] if the view has a [defect](View::defect), the rank is taken, the sizes or
+    /// the ways of exchange disagree, or the epoch is over because everybody has left it.
     pub fn join(self: &Arc<Self>, view: View) -> Result<Local, ExchangeError> {
-        let group = self.group(&view)?;
-        let stop = Arc::new(Stop::default());
-        stop.moved(&group, view.me);
-        Ok(Local {
-            hub: Arc::clone(self),
-            group,
-            stop,
-            state: State::Idle,
-            packed: parcels(&view),
-            taken: parcels(&view),
-            layer: Layer::default(),
-            view,
-        })
+        Ok(Local { end: End::join(self, view)?, layer: Layer::default() })
     }
 
-    fn group(&self, view: &View) -> Result<Arc<Group>, ExchangeError> {
+    /// The same for ranks that lend each other rows.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Hub::join`].
+    pub fn lend<L: Clone + Send + 'static>(
+        self: &Arc<Self>,
+        view: View,
+    ) -> Result<Lending<L>, ExchangeError> {
+        Lending::join(self, view)
+    }
+
+    fn group<P: Default + Send + 'static>(
+        &self,
+        view: &View,
+    ) -> Result<Arc<Group<P>>, ExchangeError> {
         let refuse = |reason| ExchangeError::Join { rank: view.me, epoch: view.epoch, reason };
         if let Some(defect) = view.defect() {
             return Err(refuse(defect));
@@ -80,12 +91,15 @@ impl Hub {
         let mut groups = lock(&self.groups);
         groups.by_epoch.retain(|_, group| 0 < group.strong_count());
         let group = match groups.by_epoch.get(&view.epoch).and_then(Weak::upgrade) {
-            Some(group) => group,
+            Some(group) => group
+                .downcast::<Group<P>>()
+                .map_err(|_| refuse("its ranks exchange rows in another way"))?,
             // Whoever has begun the newer epoch never comes back to this one.
             None if view.epoch < groups.newest => return Err(refuse("a newer epoch has begun")),
             None => {
                 let group = Arc::new(Group::new(view.ranks));
-                groups.by_epoch.insert(view.epoch, Arc::downgrade(&group));
+                let known: Weak<Group<P>> = Arc::downgrade(&group);
+                groups.by_epoch.insert(view.epoch, known);
                 groups.newest = view.epoch;
                 group
             }
@@ -102,83 +116,10 @@ impl Hub {
     }
 }
 
-fn parcels(view: &View) -> Vec<Parcel> {
-    (0..view.ranks).map(|_| Parcel::default()).collect()
-}
-
 /// One rank's end of the in-process exchange. Dropping it tells the peers that it is gone.
 pub struct Local {
-    hub: Arc<Hub>,
-    group: Arc<Group>,
-    /// Shared with the aborters, for life.
-    stop: Arc<Stop>,
-    view: View,
-    state: State,
-    /// `[destination]`: buffers for packing, swapped with the slots.
-    packed: Vec<Parcel>,
-    /// `[source]`: what was received last.
-    taken: Vec<Parcel>,
+    end: End<Parcel>,
     layer: Layer,
-}
-
-impl Local {
-    /// Records the fault of the step and tells the peers, so that none waits for its deadline.
-    fn fault(
-        &mut self,
-        kind: FaultKind,
-        suspects: Vec<Rank>,
-        (layer, phase): (u16, Phase),
-    ) -> Fault {
-        self.group.tell_fault(self.view.me);
-        let fault = Fault { kind, suspects, layer, phase };
-        self.state = State::Faulted(fault.clone());
-        fault
-    }
-
-    fn faulted(
-        &mut self,
-        kind: FaultKind,
-        suspects: Vec<Rank>,
-        place: (u16, Phase),
-    ) -> ExchangeError {
-        ExchangeError::Faulted(self.fault(kind, suspects, place))
-    }
-
-    /// The step that is open and stands where this call belongs; any other call abandons it.
-    fn running(&mut self, key: LayerKey, at: Option<At>) -> Result<Step, ExchangeError> {
-        self.state.running(key, at).map_err(|halt| match halt {
-            Halt::Faulted(fault) => ExchangeError::Faulted(fault),
-            Halt::Abandoned(place) => {
-                self.faulted(FaultKind::Aborted(Reason::Abandoned), vec![], place)
-            }
-        })
-    }
-
-    /// Swaps the packed parcels into the slots of their destinations.
-    fn send(&mut self, key: LayerKey, phase: Phase) -> Result<(), ExchangeError> {
-        let (me, packed, inboxes) = (self.view.me, &mut self.packed, &self.group.inboxes);
-        let full = active_ranks(&self.view)
-            .find(|to| !inboxes[to.index()].put((key, phase), me, &mut packed[to.index()]));
-        match full {
-            None => Ok(()),
-            Some(to) => Err(self.faulted(FaultKind::Corrupt, vec![to], (key.layer, phase))),
-        }
-    }
-
-    /// Waits until every active rank's parcel of this layer and phase is here, and takes them.
-    fn receive(&mut self, key: LayerKey, phase: Phase) -> Result<(), ExchangeError> {
-        let step = self.running(key, Some(At::Layer(key.layer, phase)))?;
-        let inbox = &self.group.inboxes[self.view.me.index()];
-        let wait = (&self.view, &*self.stop, step.deadline);
-        inbox
-            .take((key, phase), wait, &mut self.taken)
-            .map_err(|(kind, suspects)| self.faulted(kind, suspects, (key.layer, phase)))
-    }
-
-    /// Notes where the open step stands.
-    fn moved_to(&mut self, step: Step, at: At) {
-        self.state = State::Step(Step { at, ..step });
-    }
 }
 
 impl AllToAll for Local {
@@ -188,7 +129,7 @@ impl AllToAll for Local {
     type Offsets = [u32];
 
     fn view(&self) -> &View {
-        &self.view
+        &self.end.view
     }
 
     fn begin_step(
@@ -197,35 +138,7 @@ impl AllToAll for Local {
         step: StepId,
         deadline: Instant,
     ) -> Result<(), ExchangeError> {
-        let current = self.view.epoch;
-        if epoch < current {
-            return Err(ExchangeError::StaleEpoch { got: epoch, current });
-        }
-        if epoch > current {
-            return Err(ExchangeError::NotReady { got: epoch, current });
-        }
-        let start = (0, Phase::Dispatch);
-        match &self.state {
-            State::Faulted(_) => return Err(ExchangeError::Poisoned { epoch }),
-            State::Step(open) => {
-                let place = open.place();
-                self.fault(FaultKind::Aborted(Reason::Abandoned), vec![], place);
-                return Err(ExchangeError::Poisoned { epoch });
-            }
-            State::Idle => {}
-        }
-        if let Some(reason) = self.stop.reason(epoch) {
-            self.fault(FaultKind::Aborted(reason), vec![], start);
-            return Err(ExchangeError::Poisoned { epoch });
-        }
-        // A peer whose last step failed after this rank's own was complete.
-        let inbox = &self.group.inboxes[self.view.me.index()];
-        if let Some(by) = inbox.faulted_peer(&self.view) {
-            self.fault(FaultKind::Aborted(Reason::PeerFaulted), vec![by], start);
-            return Err(ExchangeError::Poisoned { epoch });
-        }
-        self.state = State::Step(Step { id: step, deadline, at: At::Between(0) });
-        Ok(())
+        self.end.begin_step(epoch, step, deadline)
     }
 
     fn dispatch_send(
@@ -234,22 +147,22 @@ impl AllToAll for Local {
         rows: HostRows<'_>,
         experts: &[u16],
     ) -> Result<Sent, ExchangeError> {
-        let step = self.running(key, None)?;
-        self.moved_to(step, At::Layer(key.layer, Phase::Dispatch));
-        self.layer.pack(&self.view, key.layer, (rows, experts), &mut self.packed);
-        self.send(key, Phase::Dispatch)?;
+        let step = self.end.running(key, None)?;
+        self.end.moved_to(step, At::Layer(key.layer, Phase::Dispatch));
+        self.layer.pack(&self.end.view, key.layer, (rows, experts), &mut self.end.packed);
+        self.end.send(key, Phase::Dispatch)?;
         Ok(Sent(key))
     }
 
     fn dispatch_recv(&mut self, sent: Sent) -> Result<Arrived, ExchangeError> {
         let key = sent.0;
-        self.receive(key, Phase::Dispatch)?;
-        let local = self.view.routes.local_experts(key.layer);
-        match self.layer.sort(&self.view, local, &self.taken) {
+        self.end.receive(key, Phase::Dispatch)?;
+        let local = self.end.view.routes.local_experts(key.layer);
+        match self.layer.sort(&self.end.view, local, &self.end.taken) {
             Ok(()) => Ok(Arrived(key)),
             Err(from) => {
                 let place = (key.layer, Phase::Dispatch);
-                Err(self.faulted(FaultKind::Corrupt, vec![from], place))
+                Err(self.end.faulted(FaultKind::Corrupt, vec![from], place))
             }
         }
     }
@@ -264,69 +177,34 @@ impl AllToAll for Local {
         results: HostRows<'_>,
     ) -> Result<Pending, ExchangeError> {
         let key = arrived.0;
-        let step = self.running(key, Some(At::Layer(key.layer, Phase::Dispatch)))?;
-        self.moved_to(step, At::Layer(key.layer, Phase::Combine));
-        self.layer.unsort(&self.view, results, &self.taken, &mut self.packed);
-        self.send(key, Phase::Combine)?;
+        let step = self.end.running(key, Some(At::Layer(key.layer, Phase::Dispatch)))?;
+        self.end.moved_to(step, At::Layer(key.layer, Phase::Combine));
+        self.layer.unsort(&self.end.view, results, &self.end.taken, &mut self.end.packed);
+        self.end.send(key, Phase::Combine)?;
         Ok(Pending(key))
     }
 
     fn combine_recv(&mut self, pending: Pending, out: &mut [u8]) -> Result<(), ExchangeError> {
         let key = pending.0;
         let place = (key.layer, Phase::Combine);
-        let step = self.running(key, Some(At::Layer(key.layer, Phase::Combine)))?;
-        self.receive(key, Phase::Combine)?;
-        if let Err(from) = self.layer.gather(&self.taken, out) {
-            return Err(self.faulted(FaultKind::Corrupt, vec![from], place));
+        let step = self.end.running(key, Some(At::Layer(key.layer, Phase::Combine)))?;
+        self.end.receive(key, Phase::Combine)?;
+        if let Err(from) = self.layer.gather(&self.end.taken, out) {
+            return Err(self.end.faulted(FaultKind::Corrupt, vec![from], place));
         }
-        self.moved_to(step, At::Between(key.layer));
+        self.end.moved_to(step, At::Between(key.layer));
         Ok(())
     }
 
     fn end_step(&mut self) -> StepOutcome {
-        let fault = match &self.state {
-            State::Faulted(fault) => fault.clone(),
-            State::Step(step) => {
-                let place = step.place();
-                let stopped = self.stop.reason(self.view.epoch);
-                let left = matches!(step.at, At::Layer(..)).then_some(Reason::Abandoned);
-                match stopped.or(left) {
-                    Some(reason) => self.fault(FaultKind::Aborted(reason), vec![], place),
-                    None => {
-                        self.state = State::Idle;
-                        return StepOutcome::Complete;
-                    }
-                }
-            }
-            State::Idle => {
-                let kind = FaultKind::Aborted(Reason::Abandoned);
-                self.fault(kind, vec![], (0, Phase::Dispatch))
-            }
-        };
-        StepOutcome::Faulted(fault)
+        self.end.end_step()
     }
 
     fn aborter(&self) -> Aborter {
-        let stop = Arc::clone(&self.stop);
-        Aborter::new(move |epoch, reason| stop.abort(epoch, reason))
+        self.end.aborter()
     }
 
     fn reconfigure(&mut self, next: View, _budget: Duration) -> Result<(), ExchangeError> {
-        if next.epoch <= self.view.epoch {
-            return Err(ExchangeError::StaleEpoch { got: next.epoch, current: self.view.epoch });
-        }
-        // Joining first: on an error this end still serves the old view.
-        let group = self.hub.group(&next)?;
-        self.group.tell_closed(self.view.me);
-        self.stop.moved(&group, next.me);
-        (self.packed, self.taken, self.state) = (parcels(&next), parcels(&next), State::Idle);
-        (self.group, self.view) = (group, next);
-        Ok(())
-    }
-}
-
-impl Drop for Local {
-    fn drop(&mut self) {
-        self.group.tell_closed(self.view.me);
+        self.end.reconfigure(next)
     }
 }

@@ -53,6 +53,15 @@ pub struct Routes {
     local: Vec<usize>,
 }
 
+/// What [`Routes`] hold: row `i` takes target `first + i % count`.
+#[derive(Clone, Copy, Debug)]
+pub struct RouteTables<'a> {
+    /// Rank and slot.
+    pub targets: &'a [(Rank, u16)],
+    /// `[moe layers][experts]`: where its targets begin, and how many there are.
+    pub spans: &'a [Vec<(u32, u32)>],
+}
+
 impl Routes {
     /// The routes of rank `me`.
     ///
@@ -107,6 +116,12 @@ impl Routes {
     pub fn target(&self, layer: u16, expert: u16, row: usize) -> (Rank, u16) {
         let (first, count) = self.spans[usize::from(layer)][usize::from(expert)];
         self.targets[first as usize + row % count as usize]
+    }
+
+    /// The same as tables, for a device that finds the targets itself.
+    #[must_use]
+    pub fn tables(&self) -> RouteTables<'_> {
+        RouteTables { targets: &self.targets, spans: &self.spans }
     }
 
     /// How many experts of a layer this rank holds.

@@ -24,6 +24,7 @@ mod finite;
 mod gate;
 mod graphs;
 mod image_cache;
+mod lent;
 mod linear_bf16;
 mod linear_f32;
 mod matrix;
@@ -49,6 +50,7 @@ mod wait;
 pub mod weights;
 
 pub use device::{Arriving, CacheOnDevice, Cuda};
+pub use dispatch::{RouteTable, RouteTableParts};
 pub use driver::{CudaError, Driver, Options, Taken};
 pub use graphs::GraphFigures;
 pub use image_cache::ImageCache;

@@ -46,4 +46,4 @@ pub use matrix::{Matrix, MatrixError, Panel, Storage};
 pub use philox::philox4x32;
 pub use rope::{Llama3Scaling, RopeSpec, inv_freq};
 pub use sample::{Sampled, Sampling, sample_row};
-pub use staged::{Bad, BadPlace, RouteOnHost, Staged, TensorOnHost, WireOnHost};
+pub use staged::{Bad, BadPlace, Loan, Noted, RouteOnHost, Staged, TensorOnHost, WireOnHost};

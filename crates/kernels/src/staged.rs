@@ -1,10 +1,11 @@
-//! What the host sees of a device's buffers, where an exchange moves rows through the host's memory.
+//! How rows of a device get to other ranks: through the host's memory, or, where several ranks share a device, not at all.
 //!
 //! On a CPU the buffers are the host's own. On a GPU looking at one waits for the device and copies.
 
 use crate::cpu;
 use crate::device::{Device, DeviceError};
 use std::borrow::Cow;
+use std::convert::Infallible;
 
 /// Rows as they travel.
 pub trait WireOnHost {
@@ -49,33 +50,65 @@ pub enum BadPlace {
     Logits,
 }
 
+/// Rows that stay where they are, lent to the other ranks on the device. Results take their place.
+pub trait Loan: Clone + Send + 'static {
+    /// Number of rows.
+    fn rows(&self) -> usize;
+
+    /// Makes a value of the first row no number.
+    fn spoil(&self);
+}
+
+/// What a device has noted of a step that is over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Noted<'a> {
+    /// The first value that is infinite or not a number: in the logits, and in rows that were lent. Other rows the host
+    /// has seen.
+    pub bad: Option<Bad>,
+    /// Rows per expert that were served where they are, `[moe layers][experts of the model]`, the local experts first.
+    /// Means something only if all layers' were.
+    pub served: &'a [u32],
+}
+
 /// A device whose buffers the host sees.
 pub trait Staged:
     Device<Wire: WireOnHost, Route: RouteOnHost, Tensor: TensorOnHost, Arrived = [u8], Offsets = [u32]>
 {
+    /// How many ranks on the same device can lend each other rows ([`Staged::lend`]); 0 if none can.
+    const LENDERS_MAX: u16;
+
+    /// Rows of a rank that others may use.
+    type Lent: Loan;
+
+    /// Who serves a rank's rows, in all MoE layers.
+    type Routes: Send;
+
     /// Bytes of a row of `columns` elements on the wire.
     fn row_bytes(&self, columns: usize) -> usize;
 
-    /// Whether a rank that has all experts can serve its own rows without the host: [`Staged::serve_alone`].
-    const SERVES_ALONE: bool = false;
-
-    /// Runs the experts of a MoE layer, all of which this rank has, over its own rows. The results take their place.
-    fn serve_alone(
+    /// Lends rows for a MoE layer. Whatever the device does to them next must wait until all to whom they were lent are
+    /// through with [`Staged::serve`], or it happens elsewhere in its memory.
+    fn lend(
         &mut self,
-        _moe_layer: usize,
-        _rows: (&mut Self::Wire, &Self::Route),
-        _experts: &Self::Experts,
-    ) {
-        unreachable!("a device that does not serve alone")
-    }
+        moe_layer: usize,
+        rows: (&Self::Wire, &Self::Route),
+        routes: &Self::Routes,
+    ) -> Self::Lent;
 
-    /// The first value of the step that is infinite or not a number: in its logits, and in the rows of
-    /// [`Staged::serve_alone`]. Other rows the host has seen.
+    /// Runs the local experts over their rows of all that was lent, `[ranks]`. The results take their place.
+    ///
+    /// * `here`: the MoE layer, and this rank
+    fn serve(&mut self, here: (usize, u16), lent: &[Option<Self::Lent>], experts: &Self::Experts);
+
+    /// All have served the rows that were lent last: they are results now.
+    fn regain(&mut self, moe_layer: usize, rows: &mut Self::Wire);
+
+    /// What it has noted of the step.
     ///
     /// # Errors
     ///
     /// What went wrong on the device during the step.
-    fn bad_value(&mut self, logits: &Self::Tensor) -> Result<Option<Bad>, DeviceError>;
+    fn noted(&mut self, logits: &Self::Tensor) -> Result<Noted<'_>, DeviceError>;
 }
 
 impl WireOnHost for cpu::Wire {
@@ -100,15 +133,42 @@ impl TensorOnHost for cpu::Tensor {
     }
 }
 
+impl Loan for Infallible {
+    fn rows(&self) -> usize {
+        match *self {}
+    }
+
+    fn spoil(&self) {
+        match *self {}
+    }
+}
+
 impl Staged for cpu::Cpu {
+    const LENDERS_MAX: u16 = 0;
+    type Lent = Infallible;
+    type Routes = ();
+
     fn row_bytes(&self, columns: usize) -> usize {
         Self::row_bytes(self, columns)
     }
 
-    fn bad_value(&mut self, logits: &cpu::Tensor) -> Result<Option<Bad>, DeviceError> {
+    fn lend(&mut self, _: usize, _: (&cpu::Wire, &cpu::Route), (): &()) -> Infallible {
+        unreachable!("a CPU does not lend")
+    }
+
+    fn serve(&mut self, _: (usize, u16), _: &[Option<Infallible>], _: &cpu::Experts) {
+        unreachable!("a CPU does not lend")
+    }
+
+    fn regain(&mut self, _: usize, _: &mut cpu::Wire) {
+        unreachable!("a CPU does not lend")
+    }
+
+    fn noted(&mut self, logits: &cpu::Tensor) -> Result<Noted<'_>, DeviceError> {
         let columns = logits.data().len().checked_div(logits.rows()).unwrap_or(0);
         let is_bad = |row: &[f32]| row.iter().fold(false, |any, value| any | !value.is_finite());
         let row = logits.data().chunks_exact(columns.max(1)).position(is_bad);
-        Ok(row.map(|row| Bad { place: BadPlace::Logits, row }))
+        let bad = row.map(|row| Bad { place: BadPlace::Logits, row });
+        Ok(Noted { bad, served: &[] })
     }
 }

@@ -32,30 +32,24 @@ pub trait MoeExchange<D: Device> {
     /// The step has failed; its results are void.
     fn dispatch(
         &mut self,
-        layer: usize,
-        rows: &D::Wire,
-        route: &D::Route,
-    ) -> Result<(), Self::Error>;
-
-    /// Waits for the rows of the local experts, runs these and sends the results back. `own`: the rows that were
-    /// dispatched, and where they went; a rank that is alone may serve them where they are.
-    ///
-    /// # Errors
-    ///
-    /// As for `dispatch`.
-    fn serve(
-        &mut self,
         device: &mut D,
-        own: (&mut D::Wire, &D::Route),
-        experts: &D::Experts,
+        layer: usize,
+        own: (&D::Wire, &D::Route),
     ) -> Result<(), Self::Error>;
 
-    /// Waits for the results of this rank's own rows, in their order.
+    /// Waits for the rows of the local experts, runs these and sends the results back.
     ///
     /// # Errors
     ///
     /// As for `dispatch`.
-    fn combine(&mut self, results: &mut D::Wire) -> Result<(), Self::Error>;
+    fn serve(&mut self, device: &mut D, experts: &D::Experts) -> Result<(), Self::Error>;
+
+    /// Waits for the results of this rank's own rows, in their order. `own` are the rows that were dispatched.
+    ///
+    /// # Errors
+    ///
+    /// As for `dispatch`.
+    fn combine(&mut self, device: &mut D, own: &mut D::Wire) -> Result<(), Self::Error>;
 }
 
 /// Why a forward pass ended early.
@@ -267,11 +261,11 @@ impl<D: Device> Forward<D> {
         exchange: &mut X,
     ) -> Result<(), X::Error> {
         device.pack(&self.h, &self.route, &mut self.wire);
-        exchange.dispatch(moe_layer, &self.wire, &self.route)?;
+        exchange.dispatch(device, moe_layer, (&self.wire, &self.route))?;
         // While the rows travel.
         self.shared.run(device, &self.h, shared);
-        exchange.serve(device, (&mut self.wire, &self.route), experts)?;
-        exchange.combine(&mut self.wire)?;
+        exchange.serve(device, experts)?;
+        exchange.combine(device, &mut self.wire)?;
         device.add_wire(&self.wire, &mut self.shared.out);
         device.add(&mut self.x, &self.shared.out);
         Ok(())

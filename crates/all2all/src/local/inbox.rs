@@ -21,22 +21,22 @@ const SPINS: u32 = 32;
 /// in a process, so that the peer may need this very core.
 const YIELDS: u32 = 4;
 
-/// The ranks of one epoch.
-pub(super) struct Group {
-    pub(super) inboxes: Vec<Inbox>,
+/// The ranks of one epoch, and the parcels on their way between them.
+pub(super) struct Group<P> {
+    pub(super) inboxes: Vec<Inbox<P>>,
     pub(super) joined: Mutex<Vec<bool>>,
 }
 
-pub(super) struct Inbox {
-    state: Mutex<InboxState>,
+pub(super) struct Inbox<P> {
+    state: Mutex<InboxState<P>>,
     /// Counts what others have written, so that a rank can look without the lock.
     written: AtomicU64,
     news: Condvar,
 }
 
-struct InboxState {
+struct InboxState<P> {
     /// `[phase][source]`
-    slots: [Vec<Slot>; 2],
+    slots: [Vec<Slot<P>>; 2],
     /// `[source]`: it has left this epoch.
     closed: Vec<bool>,
     /// `[source]`: its step has failed, and it is still here.
@@ -46,21 +46,13 @@ struct InboxState {
 }
 
 #[derive(Default)]
-struct Slot {
+struct Slot<P> {
     /// What the parcel belongs to; `None` if the slot is empty.
     key: Option<LayerKey>,
-    parcel: Parcel,
+    parcel: P,
 }
 
-/// Rows from one rank to another.
-#[derive(Default)]
-pub(super) struct Parcel {
-    pub(super) rows: Vec<u8>,
-    /// Slot of the expert at the receiver, per row; empty in the combine phase.
-    pub(super) slots: Vec<u16>,
-}
-
-impl Group {
+impl<P: Default> Group<P> {
     pub(super) fn new(ranks: u16) -> Self {
         let slots = || (0..ranks).map(|_| Slot::default()).collect();
         let inbox = |_| Inbox {
@@ -78,7 +70,9 @@ impl Group {
             joined: Mutex::new(vec![false; usize::from(ranks)]),
         }
     }
+}
 
+impl<P> Group<P> {
     /// Tells every rank that the step of `by` has failed.
     pub(super) fn tell_fault(&self, by: Rank) {
         self.tell_all(|state| state.faulted[by.index()] = true);
@@ -89,7 +83,7 @@ impl Group {
         self.tell_all(|state| state.closed[by.index()] = true);
     }
 
-    fn tell_all(&self, tell: impl Fn(&mut InboxState)) {
+    fn tell_all(&self, tell: impl Fn(&mut InboxState<P>)) {
         for inbox in &self.inboxes {
             tell(&mut lock(&inbox.state));
             inbox.written.fetch_add(1, Ordering::Release);
@@ -98,14 +92,9 @@ impl Group {
     }
 }
 
-impl Inbox {
+impl<P> Inbox<P> {
     /// Swaps a parcel into an empty slot; false if the slot is still full.
-    pub(super) fn put(
-        &self,
-        (key, phase): (LayerKey, Phase),
-        from: Rank,
-        parcel: &mut Parcel,
-    ) -> bool {
+    pub(super) fn put(&self, (key, phase): (LayerKey, Phase), from: Rank, parcel: &mut P) -> bool {
         let mut state = lock(&self.state);
         let slot = &mut state.slots[phase as usize][from.index()];
         if slot.key.is_some() {
@@ -129,8 +118,8 @@ impl Inbox {
     pub(super) fn take(
         &self,
         (key, phase): (LayerKey, Phase),
-        (view, stop, deadline): (&View, &Stop, Instant),
-        taken: &mut [Parcel],
+        (view, stop, deadline): (&View, &Stop<P>, Instant),
+        taken: &mut [P],
     ) -> Result<(), (FaultKind, Vec<Rank>)> {
         let mut looks = 0;
         let mut state = lock(&self.state);
@@ -189,7 +178,7 @@ impl Inbox {
     }
 }
 
-impl InboxState {
+impl<P> InboxState<P> {
     /// How many parcels are still to come.
     fn needed(&self, view: &View, key: LayerKey, phase: Phase) -> usize {
         let slots = &self.slots[phase as usize];
@@ -224,21 +213,24 @@ impl InboxState {
 }
 
 /// The aborts of one end, across all of its epochs.
-#[derive(Default)]
-pub(super) struct Stop(Mutex<StopState>);
+pub(super) struct Stop<P>(Mutex<StopState<P>>);
 
-#[derive(Default)]
-struct StopState {
+struct StopState<P> {
     /// The newest epoch that is over, and why.
     through: Option<(Epoch, Reason)>,
     /// Where the end may be waiting.
-    at: Option<(Weak<Group>, Rank)>,
+    at: (Weak<Group<P>>, Rank),
 }
 
-impl Stop {
+impl<P> Stop<P> {
+    /// Of an end that waits here.
+    pub(super) fn new(group: &Arc<Group<P>>, me: Rank) -> Self {
+        Self(Mutex::new(StopState { through: None, at: (Arc::downgrade(group), me) }))
+    }
+
     /// The end now waits here.
-    pub(super) fn moved(&self, group: &Arc<Group>, me: Rank) {
-        lock(&self.0).at = Some((Arc::downgrade(group), me));
+    pub(super) fn moved(&self, group: &Arc<Group<P>>, me: Rank) {
+        lock(&self.0).at = (Arc::downgrade(group), me);
     }
 
     /// Why `epoch` is over, if it is.
@@ -248,16 +240,14 @@ impl Stop {
 
     /// Ends `epoch` and wakes the end. The first reason for an epoch stands.
     pub(super) fn abort(&self, epoch: Epoch, reason: Reason) {
-        let at = {
+        let (group, me) = {
             let mut state = lock(&self.0);
             if state.through.is_none_or(|(through, _)| through < epoch) {
                 state.through = Some((epoch, reason));
             }
             state.at.clone()
         };
-        let Some((group, me)) = at.and_then(|(group, me)| Some((group.upgrade()?, me))) else {
-            return;
-        };
+        let Some(group) = group.upgrade() else { return };
         let inbox = &group.inboxes[me.index()];
         // Under the lock, lest it falls between the owner's look and its sleep.
         let _awake = lock(&inbox.state);

@@ -1,8 +1,15 @@
 //! The rows of one layer on their way: packed by destination, sorted by expert, and back.
 
-use super::inbox::Parcel;
 use crate::{HostRows, View, active_ranks};
 use ids::Rank;
+
+/// Rows from one rank to another.
+#[derive(Default)]
+pub(super) struct Parcel {
+    rows: Vec<u8>,
+    /// Slot of the expert at the receiver, per row; empty in the combine phase.
+    slots: Vec<u16>,
+}
 
 /// Buffers and bookkeeping of one layer; reused by the next.
 #[derive(Default)]

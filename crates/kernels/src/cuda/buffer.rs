@@ -32,6 +32,10 @@ impl Buffer {
         Ok(buffer)
     }
 
+    pub(crate) fn driver(&self) -> &Driver {
+        &self.driver
+    }
+
     pub(crate) fn address(&self) -> u64 {
         self.address
     }

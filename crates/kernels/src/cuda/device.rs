@@ -4,16 +4,18 @@ use super::attention_f32::attention_f32;
 use super::attention_plans::Attention;
 use super::batch::{Batch, StepRules};
 use super::cache::Cache;
+use super::dispatch::{RouteTable, SOURCES_MAX};
 use super::driver::{CudaError, Driver};
 use super::elementwise::{add, pack, select, swiglu};
 use super::embed::embed;
-use super::finite::Flags;
+use super::finite::Notes;
 use super::gate::gate;
+use super::lent::LentRows;
 use super::linear_bf16::linear_bf16;
 use super::linear_f32::linear_f32;
 use super::positions::positions;
 use super::rms_norm::rms_norm;
-use super::routed::{Expected, ExpertsOnDevice, StagedRows};
+use super::routed::{Expected, ExpertsOnDevice, RoutedRows, StagedRows};
 use super::sample::{Choices, is_plain, sample};
 use super::tensor::Tensor;
 use super::travel::{RouteOnDevice, WireOnDevice};
@@ -25,7 +27,7 @@ use crate::device::{
 };
 use crate::level::Dtype;
 use crate::sample::{Sampled, sample_row};
-use crate::staged::{Bad, BadPlace, Staged, TensorOnHost};
+use crate::staged::{Bad, BadPlace, Noted, Staged, TensorOnHost};
 use std::borrow::Cow;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -59,8 +61,11 @@ pub struct Cuda {
     temperature: Option<Temperature>,
     batch: Arc<Mutex<Option<Batch>>>,
     choices: Choices,
-    flags: Flags,
+    notes: Notes,
+    /// Experts of a MoE layer, wherever they are.
+    experts: usize,
     attention: Attention,
+    routed: RoutedRows,
     staged: StagedRows,
     /// What memory was taken for.
     room: Option<StepRoom>,
@@ -80,7 +85,7 @@ pub struct Arriving<'a> {
 
 impl Cuda {
     /// * `temperature`: what the model's layers without rotary embedding do to queries
-    /// * `moe_layers`: how many of them there are
+    /// * `moe_layers`, `experts`: how many MoE layers there are, and experts of each
     ///
     /// # Errors
     ///
@@ -88,7 +93,8 @@ impl Cuda {
     pub fn new(
         driver: &Arc<Driver>,
         dtype: Dtype,
-        (temperature, moe_layers): (Option<Temperature>, usize),
+        temperature: Option<Temperature>,
+        (moe_layers, experts): (usize, usize),
     ) -> Result<Self, CudaError> {
         let cuda = Self {
             driver: Arc::clone(driver),
@@ -96,8 +102,10 @@ impl Cuda {
             temperature,
             batch: Arc::new(Mutex::new(Some(Batch::new(driver)?))),
             choices: Choices::new(driver)?,
-            flags: Flags::new(driver, slot_of_hidden(moe_layers))?,
+            notes: Notes::new(driver, (flag_of_hidden(moe_layers), moe_layers * experts))?,
+            experts,
             attention: Attention::new(driver)?,
+            routed: RoutedRows::new(driver)?,
             staged: StagedRows::new(driver)?,
             room: None,
         };
@@ -123,6 +131,7 @@ impl Cuda {
             results.reserve((rows, hidden))?;
         }
         let expected = Expected { slots, hidden, width, dtype: self.dtype, through_host };
+        self.routed.reserve(&expected, rows)?;
         self.staged.reserve(&expected, rows)
     }
 
@@ -244,7 +253,7 @@ impl Device for Cuda {
                 self.driver.begin_step()?;
                 batch.upload(step, &rules)?;
                 let number = self.attention.begin(&step.rows)?;
-                self.flags.reset(&self.driver)?;
+                self.notes.reset(&self.driver)?;
                 Ok((batch, number))
             });
         let (batch, number) = uploaded.map_err(|error| self.spoilt(error))?;
@@ -322,7 +331,9 @@ impl Device for Cuda {
     ) {
         assert_eq!(offsets.len(), experts.slots() + 1, "one offset per local expert and the end");
         let results = results.overwritten(experts.hidden());
-        self.attempt(|this| this.staged.run((arrived, offsets), experts, results));
+        self.attempt(|this| {
+            this.staged.run(&mut this.routed, (arrived, offsets), experts, results)
+        });
     }
 
     fn add_wire(&mut self, wire: &WireOnDevice, x: &mut Tensor) {
@@ -381,55 +392,89 @@ fn within(what: &'static str, value: usize, limit: usize) -> Result<(), DeviceEr
     if value <= limit { Ok(()) } else { Err(DeviceError::LargeStep { what, value, limit }) }
 }
 
-/// Slots of [`Flags`].
+/// Flags of [`Notes`].
 const LOGITS: usize = 0;
 
-fn slot_of_hidden(moe_layer: usize) -> usize {
+fn flag_of_hidden(moe_layer: usize) -> usize {
     1 + 2 * moe_layer
 }
 
-fn slot_of_routed(moe_layer: usize) -> usize {
+fn flag_of_routed(moe_layer: usize) -> usize {
     2 + 2 * moe_layer
 }
 
-fn place_of(slot: usize) -> BadPlace {
-    let layer = slot.saturating_sub(1) / 2;
-    match slot {
+fn place_of(flag: usize) -> BadPlace {
+    let layer = flag.saturating_sub(1) / 2;
+    match flag {
         LOGITS => BadPlace::Logits,
-        _ if slot == slot_of_hidden(layer) => BadPlace::Hidden { layer },
+        _ if flag == flag_of_hidden(layer) => BadPlace::Hidden { layer },
         _ => BadPlace::Routed { layer },
     }
 }
 
 impl Staged for Cuda {
-    const SERVES_ALONE: bool = true;
+    const LENDERS_MAX: u16 = SOURCES_MAX;
+    type Lent = LentRows;
+    type Routes = Arc<RouteTable>;
 
     fn row_bytes(&self, columns: usize) -> usize {
         columns * self.dtype.bytes()
     }
 
-    fn serve_alone(
+    fn lend(
         &mut self,
         moe_layer: usize,
-        (wire, route): (&mut WireOnDevice, &RouteOnDevice),
+        (wire, route): (&WireOnDevice, &RouteOnDevice),
+        routes: &Arc<RouteTable>,
+    ) -> LentRows {
+        self.attempt(|this| this.notes.look(&this.driver, &wire.tensor, flag_of_hidden(moe_layer)));
+        match self.driver.failure() {
+            None => LentRows::new(&wire.tensor, &route.route, routes),
+            // What was not made is not there.
+            Some(_) => LentRows::none(&wire.tensor, &route.route, routes),
+        }
+    }
+
+    fn serve(
+        &mut self,
+        (moe_layer, me): (usize, u16),
+        lent: &[Option<LentRows>],
         experts: &ExpertsOnDevice,
     ) {
+        let Some(dtype) = experts.dtype() else { return };
+        let shape = (dtype, experts.hidden());
+        let source = |loan: &Option<LentRows>| {
+            loan.as_ref().map(|loan| loan.source(moe_layer, shape)).unwrap_or_default()
+        };
         self.attempt(|this| {
-            let rows = wire.in_place();
-            this.flags.look(&this.driver, rows, slot_of_hidden(moe_layer))?;
-            this.staged.run_alone((rows, &route.route), experts)?;
-            this.flags.look(&this.driver, rows, slot_of_routed(moe_layer))
+            let served = this.notes.numbers_at(moe_layer * this.experts, experts.slots());
+            this.routed.serve(lent.iter().map(source), (moe_layer, me, served), experts)
         });
     }
 
-    fn bad_value(&mut self, logits: &Tensor) -> Result<Option<Bad>, DeviceError> {
-        self.attempt(|this| this.flags.look(&this.driver, logits, LOGITS));
+    fn regain(&mut self, moe_layer: usize, wire: &mut WireOnDevice) {
+        let rows = wire.in_place();
+        self.attempt(|this| this.notes.look(&this.driver, rows, flag_of_routed(moe_layer)));
+    }
+
+    fn noted(&mut self, logits: &Tensor) -> Result<Noted<'_>, DeviceError> {
+        self.attempt(|this| this.notes.look(&this.driver, logits, LOGITS));
         self.failure()?;
-        let found = self.flags.found().map_err(|error| self.spoilt(error))?;
-        // What was seen first in the step is what went wrong.
-        let slots = (1..found.len()).chain([LOGITS]);
-        let bad = |slot: usize| Some(Bad { place: place_of(slot), row: found[slot]? as usize });
-        Ok(slots.into_iter().find_map(bad))
+        match self.notes.read() {
+            Ok((flags, served)) => {
+                // What was seen first in the step is what went wrong.
+                let bad = |(flag, row): (usize, Option<u32>)| {
+                    Some(Bad { place: place_of(flag), row: row? as usize })
+                };
+                let mut flags = flags.enumerate();
+                let in_logits = flags.next().and_then(bad);
+                Ok(Noted { bad: flags.find_map(bad).or(in_logits), served })
+            }
+            Err(error) => {
+                self.driver.fail(error.clone());
+                Err(DeviceError::Cuda(error))
+            }
+        }
     }
 }
 

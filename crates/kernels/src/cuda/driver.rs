@@ -107,6 +107,9 @@ pub struct Driver {
     collected: Mutex<Collected>,
     /// The first failure; most spoil the device for the whole process.
     failed: OnceLock<CudaError>,
+    /// Times that the host has waited for what it copies.
+    #[cfg(feature = "emulated")]
+    reads: AtomicU64,
 }
 
 /// Launches that are not enqueued yet.
@@ -140,7 +143,16 @@ impl Driver {
     fn of(kind: Kind) -> Self {
         let (bytes, allocations) = (AtomicU64::new(0), AtomicU64::new(0));
         let (ranks, collected) = (AtomicU32::new(0), Mutex::default());
-        Self { kind, bytes, allocations, ranks, collected, failed: OnceLock::new() }
+        Self {
+            kind,
+            bytes,
+            allocations,
+            ranks,
+            collected,
+            failed: OnceLock::new(),
+            #[cfg(feature = "emulated")]
+            reads: AtomicU64::new(0),
+        }
     }
 
     /// No device: [`Driver::taken`] says what would be taken of one. It computes nothing.
@@ -168,6 +180,13 @@ impl Driver {
     #[cfg(feature = "emulated")]
     pub fn emulated_until(kernels: u64, wait_max: Duration) -> Result<Self, CudaError> {
         Ok(Self::of(Kind::Emulated(Box::new(Emulated::open()?.hanging_after(kernels, wait_max)))))
+    }
+
+    /// How often something was copied to the host so far. For tests.
+    #[cfg(feature = "emulated")]
+    #[must_use]
+    pub fn reads(&self) -> u64 {
+        self.reads.load(Ordering::Relaxed)
     }
 
     /// What the device is, for people and for numeric profiles: its architecture, and its name.
@@ -327,6 +346,8 @@ impl Driver {
 
     /// Waits for all that was enqueued, and copies to the host.
     pub(crate) fn read(&self, address: u64, out: &mut [u8]) -> Result<(), CudaError> {
+        #[cfg(feature = "emulated")]
+        self.reads.fetch_add(1, Ordering::Relaxed);
         self.flush()?;
         self.noted(match &self.kind {
             Kind::Gpu(gpu) => gpu.read(address, out),

@@ -7,7 +7,7 @@ use super::driver::CudaError;
 use super::graphs::{GraphFigures, Graphs, List, Runner};
 use super::sources::SOURCES;
 use super::timing::{KernelTime, summed};
-use super::wait::Patience;
+use super::wait::{Patience, SPIN};
 use libloading::Library;
 use std::collections::BTreeMap;
 use std::ffi::{CString, c_char, c_void};
@@ -69,7 +69,7 @@ impl Emulated {
 
     /// Waits for what was enqueued: all of it has run, or will never do.
     fn wait(&self) -> Result<(), CudaError> {
-        self.patience.wait(|| Ok(0 < self.kernels_left.load(Ordering::Relaxed)))
+        self.patience.wait(SPIN, || Ok(0 < self.kernels_left.load(Ordering::Relaxed)))
     }
 
     pub(super) fn allocate(&self, what: &'static str, bytes: usize) -> Result<u64, CudaError> {

@@ -3,7 +3,7 @@
 use super::args::{Launch, args, blocks, int};
 use super::buffer::Buffer;
 use super::driver::{CudaError, Driver};
-use super::tensor::Tensor;
+use super::tensor::{Tensor, remake};
 use crate::level::Dtype;
 use std::sync::Arc;
 
@@ -12,8 +12,9 @@ const ROWS: usize = 4;
 
 /// Chosen expert and score of every row.
 pub(super) struct Route {
+    driver: Arc<Driver>,
     /// u16 per row.
-    experts: Buffer,
+    experts: Arc<Buffer>,
     /// f32 per row.
     scores: Buffer,
     rows: usize,
@@ -23,7 +24,16 @@ impl Route {
     /// Of no rows.
     pub(super) fn new(driver: &Arc<Driver>) -> Result<Self, CudaError> {
         let empty = || Buffer::new(driver, "routes", 0);
-        Ok(Self { experts: empty()?, scores: empty()?, rows: 0 })
+        let (driver, experts, scores) = (Arc::clone(driver), Arc::new(empty()?), empty()?);
+        Ok(Self { driver, experts, scores, rows: 0 })
+    }
+
+    /// These choices. For tests.
+    #[cfg(test)]
+    #[cfg(feature = "emulated")]
+    pub(super) fn put(&mut self, experts: &[u16]) {
+        self.resize(experts.len()).unwrap();
+        self.experts.fill(0, bytemuck::cast_slice(experts)).unwrap();
     }
 
     pub(super) fn rows(&self) -> usize {
@@ -31,7 +41,7 @@ impl Route {
     }
 
     /// u16 `[rows]` on the device.
-    pub(super) fn experts(&self) -> &Buffer {
+    pub(super) fn experts(&self) -> &Arc<Buffer> {
         &self.experts
     }
 
@@ -40,9 +50,9 @@ impl Route {
         &self.scores
     }
 
-    /// Has room for so many rows.
+    /// Has room for so many rows. As [`Tensor::resize`]: the experts may be shared.
     pub(super) fn reserve(&mut self, rows: usize) -> Result<(), CudaError> {
-        self.experts.reserve("routes", rows * 2)?;
+        remake(&mut self.experts, &self.driver, ("routes", rows * 2))?;
         self.scores.reserve("routes", rows * 4)
     }
 
@@ -81,7 +91,7 @@ pub(super) fn gate(driver: &Driver, logits: &Tensor, route: &mut Route) -> Resul
     route.resize(rows)?;
     let grid = [blocks(rows.div_ceil(ROWS)), 1, 1];
     let launch = Launch { kernel: "herd_gate", grid, block: 32 * blocks(ROWS), shared: 0 };
-    let args = args![logits.buffer(), int(experts), int(rows), &route.experts, &route.scores];
+    let args = args![logits.buffer(), int(experts), int(rows), &*route.experts, &route.scores];
     // SAFETY: the kernel's five parameters: logits of so many rows and experts, and a place per row in the results.
     unsafe { driver.launch(launch, &args) }
 }

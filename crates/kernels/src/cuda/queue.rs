@@ -154,7 +154,7 @@ impl Queue {
 
     /// Waits until the device has passed the event.
     fn passed(&self, event: sys::CUevent) -> Result<(), CudaError> {
-        self.patience.wait_spinning(self.spin, || {
+        self.patience.wait(self.spin, || {
             // SAFETY: the event was made in this context.
             match unsafe { result::event::query(event) } {
                 Ok(()) => Ok(true),

@@ -2,11 +2,10 @@
 
 use super::args::blocks;
 use super::buffer::Buffer;
-use super::dispatch::{Arrivals, RouteTable, RouteTableParts, Source, Sources, dispatch};
+use super::dispatch::{Arrivals, RouteTable, RouteTableParts, Serving, Source, Sources, dispatch};
 use super::driver::{CudaError, Driver};
 use super::experts::{ExpertTable, SlotLoad, experts};
 use super::experts_f32::{PlainTable, experts_f32};
-use super::gate::Route;
 use super::tensor::Tensor;
 use super::weights::{Expert, ExpertOnDevice};
 use crate::level::Dtype;
@@ -95,7 +94,6 @@ impl ExpertsOnDevice {
         &self,
         driver: &Driver,
         (sources, arrivals): (&Sources, &Arrivals),
-        rows: usize,
         act: &mut Tensor,
     ) -> Result<(), CudaError> {
         match &self.table {
@@ -105,9 +103,10 @@ impl ExpertsOnDevice {
                 experts_f32(driver, (sources, arrivals), table, act)
             }
             Some(Table::Tiled(table)) => {
-                let (_, width, slots) = table.sizes();
-                act.become_of(Dtype::Bf16, width);
-                let load = if rows <= FEW_ROWS * slots { SlotLoad::Few } else { SlotLoad::Many };
+                act.become_of(Dtype::Bf16, table.sizes().1);
+                // Rows of all ranks spread over all experts, and these over the ranks.
+                let few = sources.rows() <= FEW_ROWS * sources.experts();
+                let load = if few { SlotLoad::Few } else { SlotLoad::Many };
                 experts(driver, (sources, arrivals), table, load, act)
             }
         }
@@ -123,36 +122,78 @@ pub(super) struct Expected<'a> {
     /// Of an expert.
     pub(super) width: usize,
     pub(super) dtype: Dtype,
-    /// Rows of other ranks come, too.
+    /// Rows of other processes may come, too.
     pub(super) through_host: bool,
 }
 
-/// The experts of a rank over rows of one source: those that came through the host, whose experts are slots, or its own
-/// where it has all experts.
-pub(super) struct StagedRows {
+/// The experts of a rank over rows in device memory, whoever has put them there.
+pub(super) struct RoutedRows {
     driver: Arc<Driver>,
     sources: Sources,
+    arrivals: Arrivals,
+    act: Tensor,
+}
+
+impl RoutedRows {
+    pub(super) fn new(driver: &Arc<Driver>) -> Result<Self, CudaError> {
+        Ok(Self {
+            driver: Arc::clone(driver),
+            sources: Sources::new(driver)?,
+            arrivals: Arrivals::new(driver)?,
+            act: Tensor::new(driver, Dtype::F32, (0, 0))?,
+        })
+    }
+
+    /// Has room for so many rows, of all sources together.
+    pub(super) fn reserve(
+        &mut self,
+        expected: &Expected<'_>,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let Expected { slots, width, dtype, .. } = *expected;
+        self.act.reserve_bytes(rows * width * dtype.bytes())?;
+        let slots = slots.iter().copied().max().unwrap_or(0);
+        self.arrivals.reserve(slots, rows)
+    }
+
+    /// Runs the experts over their rows of all sources, and leaves the results with these.
+    ///
+    /// * `served`: where to note how many rows each expert has; or null
+    pub(super) fn serve(
+        &mut self,
+        sources: impl Iterator<Item = Source>,
+        (layer, me, served): (usize, u16, u64),
+        experts: &ExpertsOnDevice,
+    ) -> Result<(), CudaError> {
+        let Self { driver, sources: known, arrivals, act } = self;
+        known.set(sources)?;
+        // Where nothing was reserved it grows, and not in every step.
+        let rows = known.rows();
+        let rows = if rows <= arrivals.rows_max() { rows } else { rows.next_power_of_two() };
+        arrivals.reserve(experts.slots(), rows)?;
+        let serving = Serving { layer, me, slots: experts.slots(), served };
+        dispatch(driver, known, serving, arrivals)?;
+        experts.run(driver, (known, arrivals), act)
+    }
+}
+
+/// Rows that came through the host, grouped by the slot of their expert, on their way to the experts.
+pub(super) struct StagedRows {
+    driver: Arc<Driver>,
     /// Slot of every row, u16.
     slots: Buffer,
     rows: Buffer,
-    /// By number of experts, which layers may differ in.
-    served: BTreeMap<usize, Served>,
-    /// What `sources` holds.
-    source: Option<Source>,
-    act: Tensor,
+    /// By number of local experts, which layers may differ in: every one is served here, in the slot of its number.
+    identities: BTreeMap<usize, RouteTable>,
 }
 
 impl StagedRows {
     pub(super) fn new(driver: &Arc<Driver>) -> Result<Self, CudaError> {
-        let nothing = Source { experts: 0, rows: 0, results: 0, count: 0 };
         Ok(Self {
             driver: Arc::clone(driver),
-            sources: Sources::new(driver, &[nothing])?,
             slots: Buffer::new(driver, "slots of rows", 0)?,
             rows: Buffer::new(driver, "arrived rows", 0)?,
-            served: BTreeMap::new(),
-            source: None,
-            act: Tensor::new(driver, Dtype::F32, (0, 0))?,
+            identities: BTreeMap::new(),
         })
     }
 
@@ -162,34 +203,25 @@ impl StagedRows {
         expected: &Expected<'_>,
         rows: usize,
     ) -> Result<(), CudaError> {
-        let Expected { slots, hidden, width, dtype, through_host } = *expected;
-        self.act.reserve_bytes(rows * width * dtype.bytes())?;
-        if through_host {
-            self.slots.reserve("slots of rows", rows * size_of::<u16>())?;
-            self.rows.reserve("arrived rows", rows * hidden * dtype.bytes())?;
+        let Expected { slots, hidden, dtype, through_host, .. } = *expected;
+        if !through_host {
+            return Ok(());
         }
-        self.served.retain(|known, _| slots.contains(known));
+        self.slots.reserve("slots of rows", rows * size_of::<u16>())?;
+        self.rows.reserve("arrived rows", rows * hidden * dtype.bytes())?;
+        self.identities.retain(|known, _| slots.contains(known));
         for &slots in slots {
-            self.served(slots, rows)?;
+            if let Entry::Vacant(entry) = self.identities.entry(slots) {
+                entry.insert(identity(&self.driver, slots)?);
+            }
         }
         Ok(())
-    }
-
-    /// How rows find so many slots, with room for so many rows.
-    fn served(&mut self, slots: usize, rows: usize) -> Result<&mut Served, CudaError> {
-        Ok(match self.served.entry(slots) {
-            Entry::Occupied(known) if rows <= known.get().arrivals.rows_max() => known.into_mut(),
-            entry @ (Entry::Vacant(_) | Entry::Occupied(_)) => {
-                let routes = identity(&self.driver, slots)?;
-                let arrivals = Arrivals::new(&self.driver, slots, rows)?;
-                entry.insert_entry(Served { routes, arrivals }).into_mut()
-            }
-        })
     }
 
     /// Runs the experts over `arrived`, grouped by slot as `offsets` say; `results` has their shape afterwards.
     pub(super) fn run(
         &mut self,
+        routed: &mut RoutedRows,
         (arrived, offsets): (&[u8], &[u32]),
         experts: &ExpertsOnDevice,
         results: &mut Tensor,
@@ -204,57 +236,19 @@ impl StagedRows {
         results.resize(slots.len())?;
         self.slots.put("slots of rows", bytemuck::cast_slice(&slots))?;
         self.rows.put("arrived rows", arrived)?;
-        let (experts_at, rows) = (self.slots.address(), self.rows.address());
+        let (wanted, rows) = (self.slots.address(), self.rows.address());
         let results = results.buffer().address();
-        self.serve(Source { experts: experts_at, rows, results, count }, experts)
-    }
-
-    /// Runs the experts over rows of this rank that wait in device memory. It has all experts; results take the
-    /// rows' place, which nobody reads any more when they are written.
-    ///
-    /// # Panics
-    ///
-    /// If rows, choices and experts do not belong together.
-    pub(super) fn run_alone(
-        &mut self,
-        (rows, route): (&mut Tensor, &Route),
-        experts: &ExpertsOnDevice,
-    ) -> Result<(), CudaError> {
-        assert_eq!(
-            (rows.rows(), rows.columns()),
-            (route.rows(), experts.hidden()),
-            "rows and choices"
-        );
-        assert_eq!(Some(rows.dtype()), experts.dtype(), "of one profile");
-        let (wanted, count) = (route.experts().address(), blocks(rows.rows()));
-        let rows = rows.buffer().address();
-        self.serve(Source { experts: wanted, rows, results: rows, count }, experts)
-    }
-
-    fn serve(&mut self, source: Source, experts: &ExpertsOnDevice) -> Result<(), CudaError> {
-        let (slots, rows) = (experts.slots(), source.count as usize);
-        if self.source != Some(source) {
-            self.sources.buffer().fill(0, &source.to_bytes())?;
-            self.source = Some(source);
-        }
-        let known = self.served.get(&slots).map_or(0, |known| known.arrivals.rows_max());
-        // Where nothing was reserved it grows, and not in every step.
-        self.served(slots, if rows <= known { rows } else { rows.next_power_of_two() })?;
-        let Served { routes, arrivals } = self.served.get_mut(&slots).expect("just made");
-        dispatch(&self.driver, &self.sources, routes, arrivals)?;
-        experts.run(&self.driver, (&self.sources, arrivals), rows, &mut self.act)
+        let routes = match self.identities.entry(experts.slots()) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(entry) => entry.insert(identity(&self.driver, experts.slots())?),
+        };
+        let source = Source { wanted, rows, results, count, routes: routes.addresses() };
+        routed.serve(std::iter::once(source), (0, 0, 0), experts)
     }
 }
 
-/// How rows find the slots of a layer.
-struct Served {
-    routes: RouteTable,
-    arrivals: Arrivals,
-}
-
-/// Every expert is served here, in the slot of its number.
 fn identity(driver: &Arc<Driver>, slots: usize) -> Result<RouteTable, CudaError> {
-    let spans: Vec<(u32, u32)> = (0..blocks(slots)).map(|slot| (slot, 1)).collect();
+    let spans = (0..blocks(slots)).map(|slot| (slot, 1)).collect();
     let targets: Vec<(u16, u16)> = (0..).take(slots).map(|slot| (0, slot)).collect();
-    RouteTable::new(driver, RouteTableParts { spans: &spans, targets: &targets, me: 0, slots })
+    RouteTable::new(driver, RouteTableParts { spans: &[spans], targets: &targets })
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 /// Activations `[rows, columns]`: f32, or bf16 where they are operands of products in the bf16 profile.
 pub struct Tensor {
     driver: Arc<Driver>,
-    buffer: Buffer,
+    buffer: Arc<Buffer>,
     dtype: Dtype,
     rows: usize,
     columns: usize,
@@ -22,23 +22,30 @@ impl Tensor {
         (room, columns): (usize, usize),
     ) -> Result<Self, CudaError> {
         let buffer = Buffer::new(driver, "activations", room * columns * dtype.bytes())?;
-        Ok(Self { driver: Arc::clone(driver), buffer, dtype, rows: 0, columns })
+        Ok(Self { driver: Arc::clone(driver), buffer: Arc::new(buffer), dtype, rows: 0, columns })
     }
 
     /// A tensor of these values, rounded if it is bf16. For tests.
     #[cfg(test)]
     #[cfg(feature = "emulated")]
     pub(super) fn of(driver: &Arc<Driver>, dtype: Dtype, columns: usize, values: &[f32]) -> Self {
-        let mut tensor = Self::new(driver, dtype, (0, columns)).unwrap();
-        tensor.resize(values.len() / columns).unwrap();
         let bytes: Vec<u8> = match dtype {
             Dtype::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
             Dtype::Bf16 => {
                 values.iter().flat_map(|x| crate::math::bf16_bits(*x).to_le_bytes()).collect()
             }
         };
-        tensor.buffer.fill(0, &bytes).unwrap();
+        let mut tensor = Self::new(driver, dtype, (0, columns)).unwrap();
+        tensor.put(&bytes);
         tensor
+    }
+
+    /// Rows of these bytes. For tests.
+    #[cfg(test)]
+    #[cfg(feature = "emulated")]
+    pub(super) fn put(&mut self, bytes: &[u8]) {
+        self.resize(bytes.len() / (self.columns * self.dtype.bytes())).unwrap();
+        self.buffer.fill(0, bytes).unwrap();
     }
 
     /// The values on the host, widened. Waits for the device.
@@ -88,20 +95,39 @@ impl Tensor {
         &self.driver
     }
 
+    /// The memory, which stays as it is while somebody has it.
+    pub(super) fn share(&self) -> Arc<Buffer> {
+        Arc::clone(&self.buffer)
+    }
+
     /// Has room for so many rows of f32, whatever it becomes.
     pub(super) fn reserve(&mut self, rows: usize) -> Result<(), CudaError> {
         self.reserve_bytes(rows * self.columns * Dtype::F32.bytes())
     }
 
     pub(super) fn reserve_bytes(&mut self, bytes: usize) -> Result<(), CudaError> {
-        self.buffer.reserve("activations", bytes)
+        remake(&mut self.buffer, &self.driver, ("activations", bytes))
     }
 
-    /// Makes room for a result of `rows` rows; its content is lost if the buffer must grow, which it does only beyond
-    /// the largest step so far.
+    /// Makes room for a result of `rows` rows; its content is lost if the buffer must be another, which happens only
+    /// beyond the largest step so far, and after a step in which somebody did not give back what it [shared](Self::share).
     pub(super) fn resize(&mut self, rows: usize) -> Result<(), CudaError> {
         self.reserve_bytes(rows * self.columns * self.dtype.bytes())?;
         self.rows = rows;
         Ok(())
     }
+}
+
+/// Another buffer instead of one that is too small, or that somebody else has, who may still let kernels read it and
+/// write to it.
+pub(super) fn remake(
+    buffer: &mut Arc<Buffer>,
+    driver: &Arc<Driver>,
+    (what, bytes): (&'static str, usize),
+) -> Result<(), CudaError> {
+    if let Some(own) = Arc::get_mut(buffer) {
+        return own.reserve(what, bytes);
+    }
+    *buffer = Arc::new(Buffer::new(driver, what, bytes.max(buffer.bytes()))?);
+    Ok(())
 }

@@ -15,6 +15,7 @@ mod experts_f32;
 mod finite;
 mod gate;
 mod hang;
+mod lending;
 mod linear_bf16;
 mod linear_f32;
 mod nvml;

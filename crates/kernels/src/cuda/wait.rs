@@ -33,24 +33,12 @@ impl Patience {
         Self { device, limit, hangs: AtomicBool::new(false) }
     }
 
-    /// Waits until `is_done`.
+    /// Waits until `is_done`; from `spin` on with naps.
     ///
     /// # Errors
     ///
     /// [`CudaError::Hangs`] if that takes longer than the limit, and from then on at once. Those of `is_done`.
     pub(super) fn wait(
-        &self,
-        is_done: impl FnMut() -> Result<bool, CudaError>,
-    ) -> Result<(), CudaError> {
-        self.wait_spinning(SPIN, is_done)
-    }
-
-    /// The same, but from `spin` on with naps.
-    ///
-    /// # Errors
-    ///
-    /// As for [`Patience::wait`].
-    pub(super) fn wait_spinning(
         &self,
         spin: Duration,
         mut is_done: impl FnMut() -> Result<bool, CudaError>,
@@ -115,22 +103,22 @@ mod tests {
             asked += 1;
             Ok(asked == 1000)
         };
-        patience(Duration::from_secs(60)).wait(is_done).unwrap();
+        patience(Duration::from_secs(60)).wait(SPIN, is_done).unwrap();
         assert_eq!(asked, 1000);
         // Longer than it spins.
         let until = Instant::now() + 2 * SPIN;
-        patience(Duration::from_secs(60)).wait(|| Ok(until <= Instant::now())).unwrap();
+        patience(Duration::from_secs(60)).wait(SPIN, || Ok(until <= Instant::now())).unwrap();
         assert!(until <= Instant::now());
     }
 
     #[test]
     fn what_never_ends_is_given_up_and_not_waited_for_again() {
         let patience = patience(Duration::from_millis(30));
-        let text = patience.wait(|| Ok(false)).unwrap_err().to_string();
+        let text = patience.wait(SPIN, || Ok(false)).unwrap_err().to_string();
         assert!(text.starts_with("cuda:3 has not finished within 0.03 s"), "{text}");
         assert!(text.contains("--gpu-limit-s"), "{text}");
         let is_done = || panic!("nobody asks a device that hangs");
-        assert_eq!(patience.wait(is_done).unwrap_err().to_string(), text);
+        assert_eq!(patience.wait(SPIN, is_done).unwrap_err().to_string(), text);
     }
 
     #[test]
@@ -143,7 +131,7 @@ mod tests {
             }
             Ok(asked == 2)
         };
-        patience(Duration::from_millis(10)).wait(is_done).unwrap();
+        patience(Duration::from_millis(10)).wait(SPIN, is_done).unwrap();
     }
 
     /// What a process ends with that calls [`exit`] with 7, and whose libraries end it with 9 if they get to it.
@@ -182,7 +170,7 @@ mod tests {
     #[test]
     fn failure_of_the_device_ends_the_wait() {
         let failed = || Err(CudaError::Failed { what: "a kernel", error: "gone".into() });
-        let error = patience(Duration::from_secs(60)).wait(failed).unwrap_err();
+        let error = patience(Duration::from_secs(60)).wait(SPIN, failed).unwrap_err();
         assert_eq!(error.to_string(), "CUDA: a kernel: gone");
     }
 }

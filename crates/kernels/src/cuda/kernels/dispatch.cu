@@ -1,29 +1,19 @@
 // Which rows of which rank each local expert works on, grouped by its slot: of one slot by source, then by row.
 //
-//   sources      [sources_len]   of every rank: its rows of this step, and the expert that each wants
-//   spans        [experts]       where an expert's targets begin, and how many there are
-//   targets      [..]            rank and slot; row i of a source takes target first + i % count
-//   me                           this rank
+//   sources      [sources_len]   of every rank: its rows of this step, the expert that each wants, and who serves it
+//   layer, me                    the MoE layer, and this rank
 //   offsets      [slots + 1]     u32: where a slot's rows begin in `order`
 //   order        [rows_max]      source and row; only the first offsets[slots] are written. Rows past rows_max are
 //                                passed over: what other ranks claim must not lead out of this memory
+//   served       [slots]         u32: how many rows a slot has; or null
 //
-// Launch:  one block of 1024 threads per slot. Each counts the rows of earlier slots for itself, so none waits for
-//          another; there is nothing atomic about it.
+// Launch:  one block per slot, of as many warps as the rows fill, at most 32. Each counts the rows of earlier slots for
+//          itself, so none waits for another; there is nothing atomic about it.
 // Bound:   latency, 2 passes over all rows: some 4 us for 512 rows, 30 us for 16384.
 // Twin:    `Routes::target` of the exchange, in a test.
 
-constexpr int kThreads = 1024;
-constexpr int kWarps = kThreads / kWarp;
+constexpr int kWarps = 32;
 constexpr int kSourcesMax = 64;
-
-struct Source {
-  const u16* experts;  // [count]
-  const void* rows;
-  void* results;
-  u32 count;
-  u32 unused;
-};
 
 struct Span {
   u32 first, count;
@@ -33,24 +23,34 @@ struct Target {
   u16 rank, slot;
 };
 
+struct Source {
+  const u16* wanted;  // [count]
+  const void* rows;
+  void* results;
+  const Span* spans;      // [layers, experts]: where an expert's targets begin, and how many there are
+  const Target* targets;  // rank and slot; row i takes target first + i % count
+  u32 count, experts;
+};
+
 struct RowOfSource {
   u32 source, row;
 };
 
-struct Routes {
-  const Span* spans;
-  const Target* targets;
-  u32 experts, me;
-};
-
 constexpr u32 kElsewhere = 0xffffffffu;
 
-HERD_INLINE u32 slot_of(const Routes& routes, const Source& source, u32 row) {
-  const u32 expert = source.experts[row];
-  if (routes.experts <= expert) return kElsewhere;
-  const Span span = routes.spans[expert];
-  const Target target = routes.targets[span.first + row % span.count];
-  return target.rank == routes.me ? u32(target.slot) : kElsewhere;
+HERD_INLINE u32 slot_of(const Source& source, u32 row, u32 layer, u32 me) {
+  const u32 expert = source.wanted[row];
+  if (source.experts <= expert) return kElsewhere;
+  const Span span = source.spans[size_t(layer) * source.experts + expert];
+  const Target target = source.targets[span.first + row % span.count];
+  return target.rank == me ? u32(target.slot) : kElsewhere;
+}
+
+// *to = a source. As parameters of a kernel they are copied when it is enqueued; a copy of pageable memory might make the
+// host wait for the stream.
+extern "C" __global__ void herd_put_source(Source* to, const u16* wanted, const void* rows, void* results,
+                                           const Span* spans, const Target* targets, u32 count, u32 experts) {
+  *to = Source{wanted, rows, results, spans, targets, count, experts};
 }
 
 // Sum over the warp's lanes, for all of them.
@@ -59,15 +59,14 @@ HERD_INLINE u32 sum_warp(u32 x) {
   return x;
 }
 
-extern "C" __global__ void __launch_bounds__(1024) herd_dispatch(const Source* sources, int sources_len,
-                                                                 const Span* spans, const Target* targets,
-                                                                 u32 experts, u32 me, u32* offsets,
-                                                                 RowOfSource* order, u32 rows_max) {
+extern "C" __global__ void __launch_bounds__(1024) herd_dispatch(const Source* sources, int sources_len, u32 layer,
+                                                                 u32 me, u32* offsets, RowOfSource* order,
+                                                                 u32 rows_max, u32* served) {
   __shared__ u32 starts[kSourcesMax + 1];
   __shared__ u32 earlier_of[kWarps], mine_of[kWarps];
   const u32 slot = blockIdx.x;
   const int lane = lane_id(), warp = warp_id();
-  const Routes routes{spans, targets, experts, me};
+  if (threadIdx.x < kWarps) earlier_of[threadIdx.x] = mine_of[threadIdx.x] = 0;
   if (threadIdx.x == 0) {
     starts[0] = 0;
     for (int i = 0; i < sources_len; i++) starts[i + 1] = starts[i] + min(sources[i].count, rows_max - starts[i]);
@@ -75,14 +74,14 @@ extern "C" __global__ void __launch_bounds__(1024) herd_dispatch(const Source* s
   __syncthreads();
   // Rows of all sources in a line; a warp's share is a run of it, a multiple of 32.
   const u32 all = starts[sources_len];
-  const u32 share = (all + kThreads - 1) / kThreads * kWarp;
+  const u32 share = (all + blockDim.x - 1) / blockDim.x * kWarp;
   const u32 begin = min(share * warp, all), end = min(begin + share, all);
   auto find = [&](u32 at, RowOfSource& found) {
     if (end <= at) return kElsewhere;
     int source = 0;
     while (starts[source + 1] <= at) source++;
     found = {u32(source), at - starts[source]};
-    return slot_of(routes, sources[source], found.row);
+    return slot_of(sources[source], found.row, layer, me);
   };
   RowOfSource found{};
   u32 earlier = 0, mine = 0;
@@ -104,6 +103,7 @@ extern "C" __global__ void __launch_bounds__(1024) herd_dispatch(const Source* s
   if (threadIdx.x == 0) {
     offsets[slot] = first;
     if (slot + 1 == gridDim.x) offsets[slot + 1] = last;
+    if (served != nullptr) served[slot] = last - first;
   }
   for (u32 base = begin; base < end; base += kWarp) {
     const bool is_mine = find(base + lane, found) == slot;

@@ -22,12 +22,14 @@
 constexpr int kFewTiles = 4;
 constexpr int kFewRing = 14 * 1024;
 
+// As in `dispatch.cu`.
 struct Source {
-  const u16* experts;
+  const u16* wanted;
   const bf16* rows;
   bf16* results;
-  u32 count;
-  u32 unused;
+  const void* spans;
+  const void* targets;
+  u32 count, experts;
 };
 
 struct RowOfSource {

@@ -16,12 +16,14 @@
 
 constexpr int kRows = 8;
 
+// As in `dispatch.cu`.
 struct Source {
-  const u16* experts;
+  const u16* wanted;
   const float* rows;
   float* results;
-  u32 count;
-  u32 unused;
+  const void* spans;
+  const void* targets;
+  u32 count, experts;
 };
 
 struct RowOfSource {

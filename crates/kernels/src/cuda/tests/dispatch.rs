@@ -1,89 +1,173 @@
 //! The dispatch index against the exchange's rule.
 
 use super::super::buffer::Buffer;
-use super::super::dispatch::{Arrivals, RouteTable, RouteTableParts, Source, Sources, dispatch};
+use super::super::dispatch::{
+    Arrivals, RouteTable, RouteTableParts, Serving, Source, Sources, dispatch,
+};
 use super::driver;
 
-/// Offsets and order as the device found them.
+/// What every rank wants, and who serves it.
+struct Wishes {
+    buffers: Vec<Buffer>,
+    counts: Vec<u32>,
+}
+
+impl Wishes {
+    fn of(experts: &[Vec<u16>]) -> Self {
+        let of_rank = |experts: &Vec<u16>| {
+            Buffer::of(driver(), "experts", bytemuck::cast_slice(experts)).unwrap()
+        };
+        let count = |experts: &Vec<u16>| u32::try_from(experts.len()).unwrap();
+        Self {
+            buffers: experts.iter().map(of_rank).collect(),
+            counts: experts.iter().map(count).collect(),
+        }
+    }
+
+    fn sources(&self, routes: &[RouteTable]) -> Sources {
+        let source = |((buffer, count), routes): ((&Buffer, &u32), &RouteTable)| Source {
+            wanted: buffer.address(),
+            rows: 0,
+            results: 0,
+            count: *count,
+            routes: routes.addresses(),
+        };
+        let mut sources = Sources::new(driver()).unwrap();
+        sources.set(self.buffers.iter().zip(&self.counts).zip(routes).map(source)).unwrap();
+        sources
+    }
+}
+
+/// Offsets, order and numbers as the device found them.
 #[track_caller]
-fn found(experts: &[Vec<u16>], parts: RouteTableParts<'_>) -> (Vec<u32>, Vec<(u32, u32)>) {
-    let of_rank = |experts: &Vec<u16>| {
-        Buffer::of(driver(), "experts", bytemuck::cast_slice(experts)).unwrap()
-    };
-    let buffers: Vec<Buffer> = experts.iter().map(of_rank).collect();
-    let source = |(buffer, experts): (&Buffer, &Vec<u16>)| Source {
-        experts: buffer.address(),
-        rows: 0,
-        results: 0,
-        count: u32::try_from(experts.len()).unwrap(),
-    };
-    let sources: Vec<Source> = buffers.iter().zip(experts).map(source).collect();
-    let sources = Sources::new(driver(), &sources).unwrap();
-    let routes = RouteTable::new(driver(), parts).unwrap();
-    let rows = experts.iter().map(Vec::len).sum();
-    let mut arrivals = Arrivals::new(driver(), parts.slots, rows).unwrap();
-    dispatch(driver(), &sources, &routes, &mut arrivals).unwrap();
-    let mut offsets = vec![0_u32; parts.slots + 1];
+fn found(sources: &Sources, serving: Serving) -> (Vec<u32>, Vec<(u32, u32)>, Vec<u32>) {
+    let mut arrivals = Arrivals::new(driver()).unwrap();
+    arrivals.reserve(8, sources.rows()).unwrap();
+    let slots = serving.slots;
+    let numbers = Buffer::of(driver(), "numbers", &vec![0xff; (slots + 1) * 4]).unwrap();
+    let serving = Serving { served: numbers.address(), ..serving };
+    dispatch(driver(), sources, serving, &mut arrivals).unwrap();
+    let (mut offsets, mut served) = (vec![0_u32; slots + 1], vec![0_u32; slots + 1]);
     arrivals.offsets().read(bytemuck::cast_slice_mut(&mut offsets)).unwrap();
-    let mut order = vec![[0_u32; 2]; offsets[parts.slots] as usize];
+    numbers.read(bytemuck::cast_slice_mut(&mut served)).unwrap();
+    assert_eq!(served.pop(), Some(u32::MAX), "behind the slots nothing is written");
+    let mut order = vec![[0_u32; 2]; offsets[slots] as usize];
     arrivals.order().read(bytemuck::cast_slice_mut(&mut order)).unwrap();
-    (offsets, order.into_iter().map(|[source, row]| (source, row)).collect())
+    (offsets, order.into_iter().map(|[source, row]| (source, row)).collect(), served)
+}
+
+const EXPERTS: u16 = 24;
+const RANKS: u16 = 4;
+const SLOTS: usize = 7;
+const LAYERS: usize = 2;
+
+/// Expert e has 1 to 3 targets among the ranks, other ones for every source and layer; rank r holds all experts of the
+/// same e % 7 in one slot, another one in every layer.
+struct Routed {
+    spans: Vec<Vec<(u32, u32)>>,
+    targets: Vec<(u16, u16)>,
+}
+
+impl Routed {
+    fn of(source: u16) -> Self {
+        let (mut spans, mut targets) = (vec![Vec::new(); LAYERS], Vec::new());
+        for (layer, spans) in (0..).zip(&mut spans) {
+            for expert in 0..EXPERTS {
+                let count = 1 + (expert + source) % 3;
+                spans.push((u32::try_from(targets.len()).unwrap(), u32::from(count)));
+                for i in 0..count {
+                    targets.push(((expert + i + source * layer) % RANKS, (expert + layer) % 7));
+                }
+            }
+        }
+        Self { spans, targets }
+    }
+
+    fn target(&self, layer: usize, expert: u16, row: u32) -> (u16, u16) {
+        let (first, count) = self.spans[layer][usize::from(expert)];
+        self.targets[(first + row % count) as usize]
+    }
 }
 
 #[test]
 fn rows_are_grouped_by_slot_then_source_then_row() {
-    // Expert e has 1 to 3 targets among the 4 ranks; rank `me` holds some of them in slots of its own.
-    let (experts, ranks, slots) = (24_u16, 4_u16, 7_usize);
-    for me in 0..ranks {
-        let (mut spans, mut targets, mut held) = (Vec::new(), Vec::new(), 0_u16);
-        for expert in 0..experts {
-            let count = 1 + expert % 3;
-            spans.push((u32::try_from(targets.len()).unwrap(), u32::from(count)));
-            for i in 0..count {
-                let rank = (expert + i) % ranks;
-                targets.push((rank, if rank == me { held % 7 } else { 0 }));
-                held += u16::from(rank == me);
-            }
-        }
-        let parts = RouteTableParts { spans: &spans, targets: &targets, me, slots };
-        for counts in [[0, 0, 0, 0], [1, 0, 2, 0], [40, 33, 0, 31], [700, 1, 600, 64]] {
-            let of_rank = |(rank, count): (usize, &usize)| {
-                (0..*count)
-                    .map(|i| u16::try_from((i * 7 + rank * 5 + i / 11) % 24).unwrap())
-                    .collect()
-            };
-            let wanted: Vec<Vec<u16>> = counts.iter().enumerate().map(of_rank).collect();
-            let mut want: Vec<Vec<(u32, u32)>> = vec![Vec::new(); slots];
-            for (source, wanted) in (0..).zip(&wanted) {
+    let routed: Vec<Routed> = (0..RANKS).map(Routed::of).collect();
+    let table = |of: &Routed| {
+        RouteTable::new(driver(), RouteTableParts { spans: &of.spans, targets: &of.targets })
+            .unwrap()
+    };
+    let tables: Vec<RouteTable> = routed.iter().map(table).collect();
+    for counts in [[0, 0, 0, 0], [1, 0, 2, 0], [40, 33, 0, 31], [700, 1, 600, 64]] {
+        let of_rank = |(rank, count): (usize, &usize)| {
+            (0..*count).map(|i| u16::try_from((i * 7 + rank * 5 + i / 11) % 24).unwrap()).collect()
+        };
+        let wanted: Vec<Vec<u16>> = counts.iter().enumerate().map(of_rank).collect();
+        let wishes = Wishes::of(&wanted);
+        let sources = wishes.sources(&tables);
+        for (me, layer) in (0..RANKS).flat_map(|me| (0..LAYERS).map(move |layer| (me, layer))) {
+            let mut want: Vec<Vec<(u32, u32)>> = vec![Vec::new(); SLOTS];
+            for ((source, wanted), routed) in (0..).zip(&wanted).zip(&routed) {
                 for (row, expert) in (0..).zip(wanted) {
-                    let (first, count) = spans[usize::from(*expert)];
-                    let (rank, slot) = targets[(first + row % count) as usize];
+                    let (rank, slot) = routed.target(layer, *expert, row);
                     if rank == me {
                         want[usize::from(slot)].push((source, row));
                     }
                 }
             }
-            let (offsets, order) = found(&wanted, parts);
+            let serving = Serving { layer, me, slots: SLOTS, served: 0 };
+            let (offsets, order, served) = found(&sources, serving);
             assert_eq!(order, want.concat(), "rank {me} of {counts:?}");
-            let lengths: Vec<usize> =
-                offsets.windows(2).map(|pair| (pair[1] - pair[0]) as usize).collect();
-            assert_eq!(lengths, want.iter().map(Vec::len).collect::<Vec<_>>());
+            let lengths: Vec<u32> = offsets.windows(2).map(|pair| pair[1] - pair[0]).collect();
+            let wanted: Vec<usize> = want.iter().map(Vec::len).collect();
+            assert_eq!(
+                lengths,
+                wanted.into_iter().map(|n| u32::try_from(n).unwrap()).collect::<Vec<_>>()
+            );
+            assert_eq!(served, lengths);
         }
     }
 }
 
 #[test]
 fn no_more_rows_arrive_than_there_is_room_for() {
-    let experts = Buffer::of(driver(), "experts", &[0; 2 * 100]).unwrap();
-    let source = Source { experts: experts.address(), rows: 0, results: 0, count: 100 };
-    let sources = Sources::new(driver(), &[source, Source { count: u32::MAX, ..source }]).unwrap();
-    let parts = RouteTableParts { spans: &[(0, 1)], targets: &[(0, 0)], me: 0, slots: 1 };
-    let routes = RouteTable::new(driver(), parts).unwrap();
+    let mut wishes = Wishes::of(&[vec![0; 100], vec![0; 100]]);
+    wishes.counts[1] = u32::MAX;
+    let table = || {
+        let parts = RouteTableParts { spans: &[vec![(0, 1)]], targets: &[(0, 0)] };
+        RouteTable::new(driver(), parts).unwrap()
+    };
+    let tables = [table(), table()];
+    let sources = wishes.sources(&tables);
     for rows_max in [0, 50, 150] {
-        let mut arrivals = Arrivals::new(driver(), 1, rows_max).unwrap();
-        dispatch(driver(), &sources, &routes, &mut arrivals).unwrap();
+        let mut arrivals = Arrivals::new(driver()).unwrap();
+        arrivals.reserve(8, rows_max).unwrap();
+        let serving = Serving { layer: 0, me: 0, slots: 1, served: 0 };
+        dispatch(driver(), &sources, serving, &mut arrivals).unwrap();
         let mut offsets = [0_u32; 2];
         arrivals.offsets().read(bytemuck::cast_slice_mut(&mut offsets)).unwrap();
         assert_eq!(offsets, [0, u32::try_from(rows_max).unwrap()]);
     }
+}
+
+#[test]
+fn sources_are_written_again_only_if_they_are_others() {
+    let of = |rows| Source { wanted: 1, rows, results: 2, count: 3, ..Source::default() };
+    let mut sources = Sources::new(driver()).unwrap();
+    let bytes = |sources: &Sources, count: usize| {
+        let mut bytes = vec![0; count * 48];
+        sources.buffer().read(&mut bytes).unwrap();
+        bytes
+    };
+    let first = |sources: &Sources| bytes(sources, 1)[..16].to_vec();
+    let words = |words: [u64; 2]| words.map(u64::to_le_bytes).as_flattened().to_vec();
+    sources.set([of(7), of(8), of(9)].into_iter()).unwrap();
+    assert_eq!((first(&sources), sources.rows()), (words([1, 7]), 9));
+    sources.buffer().fill(0, &[0xee]).unwrap();
+    sources.set([of(7), of(8)].into_iter()).unwrap();
+    assert_eq!((first(&sources)[0], sources.rows()), (0xee, 6), "they were there");
+    sources.set([of(7), of(6)].into_iter()).unwrap();
+    let now = bytes(&sources, 2);
+    assert_eq!((now[0], now[48], now[48 + 8]), (0xee, 1, 6));
+    sources.set([of(5), of(6)].into_iter()).unwrap();
+    assert_eq!(first(&sources), words([1, 5]));
 }

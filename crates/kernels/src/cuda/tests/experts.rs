@@ -1,7 +1,9 @@
 //! Grouped experts against one product after the other.
 
 use super::super::buffer::Buffer;
-use super::super::dispatch::{Arrivals, RouteTable, RouteTableParts, Source, Sources, dispatch};
+use super::super::dispatch::{
+    Arrivals, RouteTable, RouteTableParts, Serving, Source, Sources, dispatch,
+};
 use super::super::experts::{ExpertShape, ExpertTable, SlotLoad, TiledExpert, experts};
 use super::super::linear_bf16::linear_bf16;
 use super::super::tensor::Tensor;
@@ -64,23 +66,24 @@ fn check(shape: ExpertShape, wanted: &[Vec<u16>]) {
     let table = ExpertTable::new(driver(), shape, held).unwrap();
     // Experts 0, 1, 2 in slots 2, 0, 1 here; expert 3 elsewhere.
     let parts = RouteTableParts {
-        spans: &[(0, 1), (1, 1), (2, 1), (3, 1)],
+        spans: &[vec![(0, 1), (1, 1), (2, 1), (3, 1)]],
         targets: &[(1, 2), (1, 0), (1, 1), (0, 0)],
-        me: 1,
-        slots: 3,
     };
+    let routes = RouteTable::new(driver(), parts).unwrap();
     let of_rank: Vec<Rows> = (0..).zip(wanted).map(|(i, wanted)| rows(hidden, wanted, i)).collect();
     let source = |(rows, wanted): (&Rows, &Vec<u16>)| Source {
-        experts: rows.experts.address(),
+        wanted: rows.experts.address(),
         rows: rows.rows.address(),
         results: rows.results.address(),
         count: u32::try_from(wanted.len()).unwrap(),
+        routes: routes.addresses(),
     };
-    let sources: Vec<Source> = of_rank.iter().zip(wanted).map(source).collect();
-    let sources = Sources::new(driver(), &sources).unwrap();
-    let routes = RouteTable::new(driver(), parts).unwrap();
-    let mut arrivals = Arrivals::new(driver(), 3, wanted.iter().map(Vec::len).sum()).unwrap();
-    dispatch(driver(), &sources, &routes, &mut arrivals).unwrap();
+    let mut sources = Sources::new(driver()).unwrap();
+    sources.set(of_rank.iter().zip(wanted).map(source)).unwrap();
+    let mut arrivals = Arrivals::new(driver()).unwrap();
+    arrivals.reserve(8, sources.rows()).unwrap();
+    let serving = Serving { layer: 0, me: 1, slots: 3, served: 0 };
+    dispatch(driver(), &sources, serving, &mut arrivals).unwrap();
     for load in [SlotLoad::Few, SlotLoad::Many] {
         let mut act = Tensor::new(driver(), Dtype::Bf16, (0, width)).unwrap();
         experts(driver(), (&sources, &arrivals), &table, load, &mut act).unwrap();

@@ -1,7 +1,9 @@
 //! The experts of the reference profile have the CPU's bits.
 
 use super::super::buffer::Buffer;
-use super::super::dispatch::{Arrivals, RouteTable, RouteTableParts, Source, Sources, dispatch};
+use super::super::dispatch::{
+    Arrivals, RouteTable, RouteTableParts, Serving, Source, Sources, dispatch,
+};
 use super::super::experts_f32::{PlainExpert, PlainShape, PlainTable, experts_f32};
 use super::super::tensor::Tensor;
 use super::{assert_same, driver, noise};
@@ -74,12 +76,8 @@ fn results_are_those_of_the_cpu_bit_for_bit() {
         let uploaded = all.iter().map(|expert| expert.upload(dtype)).collect();
         let table = PlainTable::new(driver(), shape, uploaded).unwrap();
         // The second expert is served by another rank for odd rows.
-        let parts = RouteTableParts {
-            spans: &[(0, 1), (1, 2)],
-            targets: &[(0, 0), (0, 1), (1, 0)],
-            me: 0,
-            slots: 2,
-        };
+        let parts =
+            RouteTableParts { spans: &[vec![(0, 1), (1, 2)]], targets: &[(0, 0), (0, 1), (1, 0)] };
         let routes = RouteTable::new(driver(), parts).unwrap();
         let wanted: Vec<u16> = (0..23).map(|i| u16::from(i % 4 == 0)).collect();
         let x = noise(wanted.len() * hidden, 5, 2.0);
@@ -87,14 +85,18 @@ fn results_are_those_of_the_cpu_bit_for_bit() {
         let results = Buffer::new(driver(), "results", x.len() * 4).unwrap();
         let experts = Buffer::of(driver(), "experts", bytemuck::cast_slice(&wanted)).unwrap();
         let source = Source {
-            experts: experts.address(),
+            wanted: experts.address(),
             rows: rows.address(),
             results: results.address(),
             count: 23,
+            routes: routes.addresses(),
         };
-        let sources = Sources::new(driver(), &[source]).unwrap();
-        let mut arrivals = Arrivals::new(driver(), 2, 23).unwrap();
-        dispatch(driver(), &sources, &routes, &mut arrivals).unwrap();
+        let mut sources = Sources::new(driver()).unwrap();
+        sources.set(std::iter::once(source)).unwrap();
+        let mut arrivals = Arrivals::new(driver()).unwrap();
+        arrivals.reserve(8, 23).unwrap();
+        let serving = Serving { layer: 0, me: 0, slots: 2, served: 0 };
+        dispatch(driver(), &sources, serving, &mut arrivals).unwrap();
         let mut act = Tensor::new(driver(), Dtype::F32, (0, width)).unwrap();
         experts_f32(driver(), (&sources, &arrivals), &table, &mut act).unwrap();
         let mut got = vec![0.0_f32; x.len()];
