@@ -8,7 +8,7 @@ use crate::kv::KvBlocks;
 use crate::loans::StepLoans;
 use crate::observe::{Eyes, Observer};
 use crate::plantable::Plantable;
-use crate::platform::{Backend, Placed, Platform};
+use crate::platform::{Backend, Placed, Platform, Ranks};
 use crate::tally::Tally;
 use crate::weights::{Model, ModelError};
 use all2all::local::{Hub, Lending};
@@ -319,7 +319,9 @@ impl<D: Backend> RankEngine<D> {
     fn take(&mut self, seat: Seat) -> Result<(), EngineError> {
         let Seat { experts, local, view, peers } = seat;
         let (experts, routes) = D::take(experts);
-        self.device.expect_rows(&experts, view.ranks, &mut self.results)?;
+        let through_host = 1 < view.ranks && !matches!(self.transport, Transport::Local(_));
+        let ranks = Ranks { count: view.ranks, through_host };
+        self.device.expect_rows(&experts, ranks, &mut self.results)?;
         let served = Served { tally: Arc::clone(&self.tally), experts: self.experts, local };
         let joined = match self.seated.take() {
             Some(mut seated) => match seated.joined.reconfigure(view) {

@@ -124,11 +124,9 @@ impl Gpu {
     }
 
     /// Experts as ranks use them, `[moe layers][slots]`.
-    pub(crate) fn layers(
-        &self,
-        layers: Vec<Vec<Arc<ExpertOnDevice>>>,
-    ) -> Result<Vec<ExpertsOnDevice>, CudaError> {
-        layers.into_iter().map(|experts| ExpertsOnDevice::new(&self.driver, experts)).collect()
+    pub(crate) fn layers(layers: Vec<Vec<Arc<ExpertOnDevice>>>) -> Vec<ExpertsOnDevice> {
+        let of_layer = |(layer, experts)| ExpertsOnDevice::new(layer, experts);
+        layers.into_iter().enumerate().map(of_layer).collect()
     }
 
     /// Where a rank's rows go, on the device.

@@ -89,8 +89,14 @@ pub enum Ended {
 /// Waits until the device has failed, for all workers of the process.
 async fn failure(platform: Platform) -> String {
     let mut look = tokio::time::interval(LOOK_EVERY);
+    let mut refusal = None;
     loop {
         look.tick().await;
+        let refused = platform.gpu().and_then(|gpu| gpu.driver().graphs().refused);
+        if refused != refusal {
+            tracing::warn!(reason = ?refused, "the GPU takes no more graphs: small steps are slower");
+            refusal = refused;
+        }
         if let Some(failure) = platform.failure() {
             return failure;
         }

@@ -1,5 +1,6 @@
 //! How the memory of a worker is shared out, before anything of it is taken.
 
+use crate::platform::Ranks;
 use crate::{KvBlocks, Model};
 use kernels::DeviceError;
 use std::fmt;
@@ -55,6 +56,7 @@ impl MemoryPlan {
     /// [`MemoryError::TooSmall`] if that does not hold one expert of each layer.
     pub fn new(model: &Model, kv: KvBlocks, share: Share) -> Result<Self, MemoryError> {
         let Share { memory, ranks, workers } = share;
+        let ranks = Ranks { count: ranks, through_host: workers < ranks };
         let workspace = model.platform.workspace(model, kv, ranks)? * u64::from(workers);
         let footprint = model.footprint();
         let (dense, expert, experts) = (footprint.dense, footprint.expert, footprint.experts);

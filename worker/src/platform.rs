@@ -92,12 +92,11 @@ impl Platform {
     /// Bytes of device memory that a worker's steps need besides weights and KV cache: 0 where no step can run out of
     /// it, because memory is not the device's own, or was not reserved.
     ///
-    /// * `ranks`: of the views that it is planned for
     pub(crate) fn workspace(
         &self,
         model: &Model,
         kv: KvBlocks,
-        ranks: u16,
+        ranks: Ranks,
     ) -> Result<u64, DeviceError> {
         match self {
             Self::Cpu => Ok(0),
@@ -112,6 +111,14 @@ impl Platform {
 pub(crate) enum Placed {
     Cpu(Vec<Experts>),
     Cuda(Vec<ExpertsOnDevice>, Arc<RouteTable>),
+}
+
+/// The ranks of a view, to one of them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Ranks {
+    pub(crate) count: u16,
+    /// Some of them are in other processes.
+    pub(crate) through_host: bool,
 }
 
 /// A device that can be a rank.
@@ -141,7 +148,7 @@ pub(crate) trait Backend: Staged + Sized {
     fn expect_rows(
         &mut self,
         _: &[Self::Experts],
-        _: u16,
+        _: Ranks,
         _results: &mut Self::Wire,
     ) -> Result<(), EngineError> {
         Ok(())
@@ -211,13 +218,14 @@ impl Backend for Cuda {
     fn expect_rows(
         &mut self,
         experts: &[ExpertsOnDevice],
-        ranks: u16,
+        Ranks { count, through_host }: Ranks,
         results: &mut WireOnDevice,
     ) -> Result<(), EngineError> {
         let slots: Vec<usize> = experts.iter().map(ExpertsOnDevice::slots).collect();
         let sizes = experts.iter().find_map(ExpertsOnDevice::sizes);
         let Some((hidden, width)) = sizes else { return Ok(()) };
-        let arriving = Arriving { slots: &slots, hidden, width, ranks: ranks.into() };
+        let ranks = count.into();
+        let arriving = Arriving { slots: &slots, hidden, width, ranks, through_host };
         Ok(self.expect(arriving, results).map_err(DeviceError::Cuda)?)
     }
 }
@@ -235,7 +243,7 @@ fn device(model: &Model, driver: &Arc<Driver>) -> Result<Cuda, DeviceError> {
 fn workspace(
     model: &Model,
     kv: KvBlocks,
-    (room, ranks): (StepRoom, u16),
+    (room, Ranks { count, through_host }): (StepRoom, Ranks),
 ) -> Result<u64, DeviceError> {
     let config = &model.config;
     let driver = Arc::new(Driver::plan());
@@ -246,7 +254,9 @@ fn workspace(
     // It does not matter how many experts there are: a number per row does, and one per expert.
     let slots = vec![config.experts; config.moe_layers().len()];
     let (hidden, width) = (config.hidden, config.expert_width);
-    device.expect(Arriving { slots: &slots, hidden, width, ranks: ranks.into() }, &mut results)?;
+    let ranks = count.into();
+    let arriving = Arriving { slots: &slots, hidden, width, ranks, through_host };
+    device.expect(arriving, &mut results)?;
     Ok(driver.taken().bytes)
 }
 

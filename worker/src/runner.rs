@@ -110,15 +110,25 @@ impl Runner {
 
     /// Offers a seat in the view of these members.
     pub(crate) fn offer(&self, seat: Seat, incarnations: &[String]) {
+        let unwanted = self.put_aside(seat, incarnations);
+        // A GPU takes its time to free memory: not on the runtime's threads.
+        tokio::task::spawn_blocking(move || drop(unwanted));
+    }
+
+    /// Returns the seats that nobody will take.
+    fn put_aside(&self, seat: Seat, incarnations: &[String]) -> Vec<Seat> {
         let mut seats = self.waiting.lock();
         if seats.current.as_ref().is_some_and(|current| seat.epoch() <= current.epoch) {
             // It is served already: asked for again by a leader that did not hear the answer.
-            return;
+            return vec![seat];
         }
-        seats.next.insert(seat.epoch(), (seat, incarnations.to_vec()));
+        let mut unwanted = Vec::new();
+        let replaced = seats.next.insert(seat.epoch(), (seat, incarnations.to_vec()));
+        unwanted.extend(replaced.map(|(seat, _)| seat));
         while SEATS_MAX < seats.next.len() {
-            seats.next.pop_first();
+            unwanted.extend(seats.next.pop_first().map(|(_, (seat, _))| seat));
         }
+        unwanted
     }
 
     /// Whether a step that has just arrived may go on; who leads if not. What an earlier router left
@@ -297,12 +307,14 @@ fn attempt(
 ) -> Result<(u32, Vec<pb::Sampled>), EngineError> {
     let wire = &job.step;
     let epoch = Epoch(wire.epoch);
-    let next = {
+    let (next, unwanted) = {
         let mut seats = waiting.lock();
         // Seats of earlier epochs will never be taken.
-        seats.next = seats.next.split_off(&epoch);
-        seats.next.remove(&epoch)
+        let later = seats.next.split_off(&epoch);
+        let unwanted = std::mem::replace(&mut seats.next, later);
+        (seats.next.remove(&epoch), unwanted)
     };
+    drop(unwanted);
     if let Some((seat, incarnations)) = next {
         tracing::info!(%epoch, "takes its seat");
         engine.take(seat)?;

@@ -1,5 +1,6 @@
 //! The weights of this process: opened once, loaded once, shared by the workers that live in it.
 
+use crate::gpu::Gpu;
 use crate::held::{Blank, Held};
 use crate::platform::{Placed, Platform};
 use all2all::Routes;
@@ -208,7 +209,7 @@ impl Model {
                     Held::Cpu(_) => unreachable!("{ONE}"),
                 };
                 let slots = |layer: Vec<Held>| layer.into_iter().map(on_device).collect();
-                let experts = gpu.layers(layers.into_iter().map(slots).collect())?;
+                let experts = Gpu::layers(layers.into_iter().map(slots).collect());
                 Ok(Placed::Cuda(experts, gpu.routes(routes)?))
             }
         }
@@ -302,14 +303,32 @@ impl Model {
     }
 }
 
-fn loaders() -> Option<rayon::ThreadPool> {
-    let give_way = |_| {
-        // On Linux a thread's own priority. If it is refused, steps wait a little longer while experts are loaded.
-        let _refused = rustix::process::nice(NICE);
+/// Lets the steps' threads have the processor first.
+fn give_way() {
+    // On Linux a thread's own priority. If it is refused, steps wait a little longer while experts are loaded.
+    let _refused = rustix::process::nice(NICE);
+}
+
+/// Runs what moves experts on a thread that gives way to the steps.
+///
+/// # Errors
+///
+/// If there is no thread to be had.
+pub(crate) fn beside_steps(
+    name: &str,
+    work: impl FnOnce() + Send + 'static,
+) -> std::io::Result<()> {
+    let body = move || {
+        give_way();
+        work();
     };
+    std::thread::Builder::new().name(name.into()).spawn(body).map(drop)
+}
+
+fn loaders() -> Option<rayon::ThreadPool> {
     rayon::ThreadPoolBuilder::new()
         .thread_name(|index| format!("load-{index}"))
-        .start_handler(give_way)
+        .start_handler(|_| give_way())
         .build()
         .ok()
 }

@@ -38,6 +38,7 @@ mod rms_norm;
 mod routed;
 mod sample;
 pub mod sources;
+mod tables;
 mod tensor;
 // Two attributes: clippy knows a module of tests by the plain one.
 #[cfg(test)]

@@ -191,6 +191,27 @@ fn no_row_passes_through_the_host() {
     }
 }
 
+/// Goal: a view brings experts that lie elsewhere, and decoding goes on with the graph of the one before.
+#[test]
+fn other_experts_in_the_same_places_change_no_launch() {
+    let (first, driver) = model("maverick-tiny", Dtype::Bf16);
+    let platform = Platform::Cuda(Gpu::new(Arc::clone(&driver)));
+    let second = Model::open_for(&case("maverick-tiny"), Dtype::Bf16, platform).unwrap();
+    let mut world = World::new(&first, 1);
+    let mut sequences = Sequence::all(1);
+    world.serve(&mut sequences);
+    let before = driver.graphs();
+    world.model = &second;
+    world.reform();
+    let mut again = Sequence::all(1);
+    world.serve(&mut again);
+    assert_eq!(again, sequences);
+    let after = driver.graphs();
+    // The prompt and the first token behind it name the new routes.
+    let (made, replayed) = (after.made - before.made, after.replayed - before.replayed);
+    assert_eq!((made, replayed), (0, 2));
+}
+
 /// What happened to the ranks of a step that failed: none of them has a token.
 #[track_caller]
 fn faults(results: &[Option<Result<u32, EngineError>>]) -> Vec<Option<(FaultKind, Vec<Rank>)>> {

@@ -17,7 +17,7 @@ use std::sync::Arc;
 const VECTORS: usize = 16;
 
 /// Positions of a split.
-const SPLIT: u32 = 256;
+pub(super) const SPLIT: u32 = 256;
 
 /// Rows of one sequence from which on it is not split: with eight kv heads they fill the SMs by themselves.
 const WHOLE_ROWS_MIN: usize = 256;

@@ -28,7 +28,8 @@ impl Buffer {
         content: &[u8],
     ) -> Result<Self, CudaError> {
         let buffer = Self::new(driver, what, content.len())?;
-        buffer.fill(0, content)?;
+        // Nobody else knows it yet.
+        buffer.bring(0, content)?;
         Ok(buffer)
     }
 

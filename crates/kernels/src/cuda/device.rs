@@ -1,16 +1,16 @@
 //! The GPU behind the operations of a forward pass.
 
+mod exchange;
+
 use super::attention_f32::attention_f32;
 use super::attention_plans::Attention;
 use super::batch::{Batch, StepRules};
 use super::cache::Cache;
-use super::dispatch::{RouteTable, SOURCES_MAX};
-use super::driver::{CudaError, Driver};
+use super::driver::{CudaError, Driver, StepKind};
 use super::elementwise::{add, pack, select, swiglu};
 use super::embed::embed;
 use super::finite::Notes;
 use super::gate::gate;
-use super::lent::LentRows;
 use super::linear_bf16::linear_bf16;
 use super::linear_f32::linear_f32;
 use super::positions::positions;
@@ -27,7 +27,7 @@ use crate::device::{
 };
 use crate::level::Dtype;
 use crate::sample::{Sampled, sample_row};
-use crate::staged::{Bad, BadPlace, Noted, Staged, TensorOnHost};
+use crate::staged::TensorOnHost;
 use std::borrow::Cow;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -69,6 +69,8 @@ pub struct Cuda {
     staged: StagedRows,
     /// What memory was taken for.
     room: Option<StepRoom>,
+    /// Memory that was refused in the step: it has failed, and the device is well.
+    refused: Option<CudaError>,
 }
 
 /// What a view brings to the experts of a rank.
@@ -81,6 +83,8 @@ pub struct Arriving<'a> {
     pub width: usize,
     /// Whose rows may all come to this one.
     pub ranks: usize,
+    /// Some of these ranks are in other processes.
+    pub through_host: bool,
 }
 
 impl Cuda {
@@ -102,12 +106,13 @@ impl Cuda {
             temperature,
             batch: Arc::new(Mutex::new(Some(Batch::new(driver)?))),
             choices: Choices::new(driver)?,
-            notes: Notes::new(driver, (flag_of_hidden(moe_layers), moe_layers * experts))?,
+            notes: Notes::new(driver, (exchange::flags(moe_layers), moe_layers * experts))?,
             experts,
             attention: Attention::new(driver)?,
-            routed: RoutedRows::new(driver)?,
+            routed: RoutedRows::new(driver, (moe_layers, experts))?,
             staged: StagedRows::new(driver)?,
             room: None,
+            refused: None,
         };
         driver.enter();
         Ok(cuda)
@@ -125,8 +130,8 @@ impl Cuda {
         results: &mut WireOnDevice,
     ) -> Result<(), CudaError> {
         let Some(room) = self.room else { return Ok(()) };
-        let Arriving { slots, hidden, width, ranks } = arriving;
-        let (rows, through_host) = (room.rows * ranks, 1 < ranks);
+        let Arriving { slots, hidden, width, ranks, through_host } = arriving;
+        let rows = room.rows * ranks;
         if through_host {
             results.reserve((rows, hidden))?;
         }
@@ -151,21 +156,31 @@ impl Cuda {
 
     /// Does what it can: nothing after a failure, which the step's end tells.
     fn attempt(&mut self, operation: impl FnOnce(&mut Self) -> Result<(), CudaError>) {
-        if self.driver.failure().is_none()
-            && let Err(error) = operation(self)
-        {
-            self.driver.fail(error);
+        if self.first_error().is_some() {
+            return;
+        }
+        match operation(self) {
+            Ok(()) => {}
+            Err(error) if error.is_passing() => self.refused = Some(error),
+            Err(error) => self.driver.fail(error),
         }
     }
 
-    /// An error after which the device is of no use any more.
+    /// Notes an error after which the device is of no use any more.
     fn spoilt(&self, error: CudaError) -> DeviceError {
-        self.driver.fail(error.clone());
+        if !error.is_passing() {
+            self.driver.fail(error.clone());
+        }
         DeviceError::Cuda(error)
     }
 
+    /// What ended the step, or the device.
+    fn first_error(&self) -> Option<&CudaError> {
+        self.refused.as_ref().or_else(|| self.driver.failure())
+    }
+
     fn failure(&self) -> Result<(), DeviceError> {
-        self.driver.failure().map_or(Ok(()), |error| Err(DeviceError::Cuda(error.clone())))
+        self.first_error().map_or(Ok(()), |error| Err(DeviceError::Cuda(error.clone())))
     }
 }
 
@@ -220,7 +235,9 @@ impl Device for Cuda {
         self.choices.reserve(room.samples)?;
         match self.dtype {
             Dtype::F32 => {}
-            Dtype::Bf16 => self.attention.reserve(heads, layers, room.rows)?,
+            Dtype::Bf16 => {
+                self.attention.reserve(heads, layers, (room.rows, limits.full_blocks))?
+            }
         }
         self.room = Some(room);
         Ok(())
@@ -245,12 +262,15 @@ impl Device for Cuda {
             within("rows", step.rows.len(), rows)?;
             within("rows to sample", step.samples.len(), samples)?;
         }
+        self.refused = None;
         self.failure()?;
+        let decodes = step.rows.len() == step.tables.len();
+        let kind = if decodes { StepKind::Decoding } else { StepKind::Others };
         let waiting = self.batch.lock().unwrap_or_else(PoisonError::into_inner).take();
         let rules = StepRules { rope, temperature: self.temperature, limits };
         let uploaded =
             waiting.map_or_else(|| Batch::new(&self.driver), Ok).and_then(|mut batch| {
-                self.driver.begin_step()?;
+                self.driver.begin_step(kind)?;
                 batch.upload(step, &rules)?;
                 let number = self.attention.begin(&step.rows)?;
                 self.notes.reset(&self.driver)?;
@@ -390,92 +410,6 @@ impl Cuda {
 /// Whether a step has no more of something than memory was taken for.
 fn within(what: &'static str, value: usize, limit: usize) -> Result<(), DeviceError> {
     if value <= limit { Ok(()) } else { Err(DeviceError::LargeStep { what, value, limit }) }
-}
-
-/// Flags of [`Notes`].
-const LOGITS: usize = 0;
-
-fn flag_of_hidden(moe_layer: usize) -> usize {
-    1 + 2 * moe_layer
-}
-
-fn flag_of_routed(moe_layer: usize) -> usize {
-    2 + 2 * moe_layer
-}
-
-fn place_of(flag: usize) -> BadPlace {
-    let layer = flag.saturating_sub(1) / 2;
-    match flag {
-        LOGITS => BadPlace::Logits,
-        _ if flag == flag_of_hidden(layer) => BadPlace::Hidden { layer },
-        _ => BadPlace::Routed { layer },
-    }
-}
-
-impl Staged for Cuda {
-    const LENDERS_MAX: u16 = SOURCES_MAX;
-    type Lent = LentRows;
-    type Routes = Arc<RouteTable>;
-
-    fn row_bytes(&self, columns: usize) -> usize {
-        columns * self.dtype.bytes()
-    }
-
-    fn lend(
-        &mut self,
-        moe_layer: usize,
-        (wire, route): (&WireOnDevice, &RouteOnDevice),
-        routes: &Arc<RouteTable>,
-    ) -> LentRows {
-        self.attempt(|this| this.notes.look(&this.driver, &wire.tensor, flag_of_hidden(moe_layer)));
-        match self.driver.failure() {
-            None => LentRows::new(&wire.tensor, &route.route, routes),
-            // What was not made is not there.
-            Some(_) => LentRows::none(&wire.tensor, &route.route, routes),
-        }
-    }
-
-    fn serve(
-        &mut self,
-        (moe_layer, me): (usize, u16),
-        lent: &[Option<LentRows>],
-        experts: &ExpertsOnDevice,
-    ) {
-        let Some(dtype) = experts.dtype() else { return };
-        let shape = (dtype, experts.hidden());
-        let source = |loan: &Option<LentRows>| {
-            loan.as_ref().map(|loan| loan.source(moe_layer, shape)).unwrap_or_default()
-        };
-        self.attempt(|this| {
-            let served = this.notes.numbers_at(moe_layer * this.experts, experts.slots());
-            this.routed.serve(lent.iter().map(source), (moe_layer, me, served), experts)
-        });
-    }
-
-    fn regain(&mut self, moe_layer: usize, wire: &mut WireOnDevice) {
-        let rows = wire.in_place();
-        self.attempt(|this| this.notes.look(&this.driver, rows, flag_of_routed(moe_layer)));
-    }
-
-    fn noted(&mut self, logits: &Tensor) -> Result<Noted<'_>, DeviceError> {
-        self.attempt(|this| this.notes.look(&this.driver, logits, LOGITS));
-        self.failure()?;
-        match self.notes.read() {
-            Ok((flags, served)) => {
-                // What was seen first in the step is what went wrong.
-                let bad = |(flag, row): (usize, Option<u32>)| {
-                    Some(Bad { place: place_of(flag), row: row? as usize })
-                };
-                let mut flags = flags.enumerate();
-                let in_logits = flags.next().and_then(bad);
-                Ok(Noted { bad: flags.find_map(bad).or(in_logits), served })
-            }
-            Err(error) => {
-                self.driver.fail(error.clone());
-                Err(DeviceError::Cuda(error))
-            }
-        }
-    }
 }
 
 impl TensorOnHost for Tensor {

@@ -212,6 +212,8 @@ pub(super) struct Serving {
     pub(super) slots: usize,
     /// Where to note how many rows each of them has, `[slots]` u32; or null.
     pub(super) served: u64,
+    /// Where to note the first row that no rank serves, u32, or that this one has no such expert for; or null.
+    pub(super) unserved: u64,
 }
 
 /// Groups the rows of all sources that a rank serves.
@@ -225,7 +227,7 @@ pub(super) fn dispatch(
     serving: Serving,
     arrivals: &mut Arrivals,
 ) -> Result<(), CudaError> {
-    let Serving { layer, me, slots, served } = serving;
+    let Serving { layer, me, slots, served, unserved } = serving;
     assert!((slots + 1) * 4 <= arrivals.offsets.bytes(), "room for the slots");
     arrivals.slots = slots;
     let kernel = "herd_dispatch";
@@ -239,10 +241,11 @@ pub(super) fn dispatch(
         &arrivals.offsets,
         &arrivals.order,
         blocks(arrivals.rows_max),
-        served
+        served,
+        unserved
     ];
-    // SAFETY: the kernel's eight parameters. The sources' routes were checked when they were made and have such a layer,
+    // SAFETY: the kernel's nine parameters. The sources' routes were checked when they were made and have such a layer,
     // experts are checked by the kernel, which goes no further than `rows_max`; the sources' addresses name memory of as
-    // many rows as they count; whoever gives a place for the counts has room for all slots.
+    // many rows as they count; whoever gives a place for the counts has room for all slots, and a flag for the other.
     unsafe { driver.launch(launch, &args) }
 }

@@ -63,9 +63,31 @@ pub enum CudaError {
          again, and if that does not help reset the GPU (nvidia-smi --gpu-reset); --gpu-limit-s gives steps more time"
     )]
     Hangs { device: String, limit_s: f64 },
+    /// Ranks do not agree on who has which expert.
+    #[error("row {row} of the step wants an expert that no rank has: the placement is broken")]
+    Unserved { row: u32 },
     /// CUDA failed. Most failures of a kernel spoil the context for good.
     #[error("CUDA: {what}: {error}")]
     Failed { what: &'static str, error: String },
+}
+
+impl CudaError {
+    /// Whether it ends a step, and leaves the device as it was.
+    pub(crate) fn is_passing(&self) -> bool {
+        match self {
+            Self::Memory { .. } | Self::Unserved { .. } | Self::NotFinite => true,
+            Self::NoDriver
+            | Self::OldDriver { .. }
+            | Self::NoDevice { .. }
+            | Self::OldDevice { .. }
+            | Self::SmallDevice { .. }
+            | Self::NoCompiler
+            | Self::OldCompiler { .. }
+            | Self::Compile { .. }
+            | Self::Hangs { .. }
+            | Self::Failed { .. } => false,
+        }
+    }
 }
 
 /// How a device is opened.
@@ -112,6 +134,15 @@ pub struct Driver {
     reads: AtomicU64,
 }
 
+/// What a step has to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum StepKind {
+    /// A row of every sequence.
+    Decoding,
+    /// Prompts, in pieces of any size.
+    Others,
+}
+
 /// Launches that are not enqueued yet.
 #[derive(Default)]
 struct Collected {
@@ -120,6 +151,8 @@ struct Collected {
     /// Whether kernels are measured, each by itself.
     is_timed: bool,
     list: List,
+    /// Memory that they may use and that nobody else has any more, and how much.
+    freed: Vec<(u64, usize)>,
 }
 
 enum Kind {
@@ -270,12 +303,14 @@ impl Driver {
         self.ranks.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// A step begins: its launches are collected, and enqueued together when somebody waits for them. Not where several
-    /// ranks share the stream, whose launches come in another order each time.
-    pub(crate) fn begin_step(&self) -> Result<(), CudaError> {
+    /// A step begins: if it may be as one before, its launches are collected, and enqueued together when somebody waits for
+    /// them. Not where several ranks share the stream, whose launches come in another order each time.
+    pub(crate) fn begin_step(&self, kind: StepKind) -> Result<(), CudaError> {
         let mut collected = self.collected();
         self.enqueue_collected(&mut collected)?;
-        collected.is_on = !collected.is_timed && self.ranks.load(Ordering::Relaxed) == 1;
+        collected.is_on = kind == StepKind::Decoding
+            && !collected.is_timed
+            && self.ranks.load(Ordering::Relaxed) == 1;
         Ok(())
     }
 
@@ -303,6 +338,9 @@ impl Driver {
             Kind::Emulated(emulated) => unsafe { emulated.run(list) },
         });
         collected.list.clear();
+        for (address, bytes) in std::mem::take(&mut collected.freed) {
+            self.free_now(address, bytes);
+        }
         result
     }
 
@@ -319,10 +357,17 @@ impl Driver {
 
     /// Frees what `allocate` gave for so many bytes. On a device that hangs it stays.
     pub(crate) fn free(&self, address: u64, bytes: usize) {
-        // What was collected may use it.
-        if let Err(error) = self.flush() {
-            self.fail(error);
+        let mut collected = self.collected();
+        if !collected.list.is_empty() {
+            // What was collected may use it.
+            collected.freed.push((address, bytes));
+            return;
         }
+        drop(collected);
+        self.free_now(address, bytes);
+    }
+
+    fn free_now(&self, address: u64, bytes: usize) {
         self.bytes.fetch_sub(dealt_out(bytes), Ordering::Relaxed);
         // A context that has failed has freed everything.
         let _failed = self.noted(match &self.kind {

@@ -1,9 +1,9 @@
 //! The routed experts of one layer, over rows that wait in the memory of their sources.
 
 use super::args::{Launch, args, blocks, int};
-use super::buffer::Buffer;
 use super::dispatch::{Arrivals, Sources};
 use super::driver::{CudaError, Driver};
+use super::tables::WORDS;
 use super::tensor::Tensor;
 use super::tiles::{THREADS, TILE_OUTPUTS, TileShape, TileStorage, TiledMatrix, wide_shared};
 use crate::level::Dtype;
@@ -30,7 +30,7 @@ impl ExpertShape {
     }
 
     /// An expert as the kernels see it.
-    fn addresses(self, expert: &TiledExpert) -> [u64; 4] {
+    fn addresses(self, expert: &TiledExpert) -> [u64; WORDS] {
         let shapes = (expert.gate_up.shape(), expert.down.shape());
         assert_eq!(shapes, (self.gate_up(), self.down()), "experts of one shape");
         let ([gate_up, gate_up_scales], [down, down_scales]) =
@@ -45,10 +45,10 @@ pub(super) struct TiledExpert {
     pub(super) down: TiledMatrix,
 }
 
-/// Where the weights of a layer's local experts lie, by slot; in device memory.
+/// The local experts of a layer, by slot.
 pub(super) struct ExpertTable {
     shape: ExpertShape,
-    slots: Buffer,
+    words: Vec<u64>,
     /// Keeps the weights.
     experts: Vec<Arc<TiledExpert>>,
 }
@@ -57,15 +57,15 @@ impl ExpertTable {
     /// # Panics
     ///
     /// If an expert has another shape, or rows are not whole 16 bytes.
-    pub(super) fn new(
-        driver: &Arc<Driver>,
-        shape: ExpertShape,
-        experts: Vec<Arc<TiledExpert>>,
-    ) -> Result<Self, CudaError> {
+    pub(super) fn new(shape: ExpertShape, experts: Vec<Arc<TiledExpert>>) -> Self {
         assert!((shape.hidden | shape.width).is_multiple_of(8), "rows of whole 16 bytes");
-        let table: Vec<u64> = experts.iter().flat_map(|expert| shape.addresses(expert)).collect();
-        let slots = Buffer::of(driver, "expert table", bytemuck::cast_slice(&table))?;
-        Ok(Self { shape, slots, experts })
+        let words = experts.iter().flat_map(|expert| shape.addresses(expert)).collect();
+        Self { shape, words, experts }
+    }
+
+    /// Where their weights lie, as the kernels' table has it.
+    pub(super) fn words(&self) -> &[u64] {
+        &self.words
     }
 
     /// Columns of a row and of an expert, and the number of experts.
@@ -122,6 +122,8 @@ fn kernel(half: Half, storage: TileStorage, load: SlotLoad) -> &'static str {
 
 /// Runs the experts over the rows in `arrivals` and leaves the results with their sources. `act` is scratch.
 ///
+/// * `at`: where the table's words lie in device memory
+///
 /// # Errors
 ///
 /// [`CudaError`] if memory is refused or CUDA fails.
@@ -132,7 +134,7 @@ fn kernel(half: Half, storage: TileStorage, load: SlotLoad) -> &'static str {
 pub(super) fn experts(
     driver: &Driver,
     (sources, arrivals): (&Sources, &Arrivals),
-    table: &ExpertTable,
+    (table, at): (&ExpertTable, u64),
     load: SlotLoad,
     act: &mut Tensor,
 ) -> Result<(), CudaError> {
@@ -151,13 +153,13 @@ pub(super) fn experts(
             sources.buffer(),
             arrivals.offsets(),
             arrivals.order(),
-            &table.slots,
+            at,
             act.buffer(),
             int(hidden),
             int(width)
         ];
         // SAFETY: the kernels' seven parameters. Offsets and order were written by `dispatch` for these sources, whose
-        // rows and results have `hidden` bf16; the table's weights have the shapes of `ExpertShape`, and `act` has room
+        // rows and results have `hidden` bf16; the words at `at` are the table's, whose weights have the shapes of `ExpertShape`, and `act` has room
         // for all rows.
         unsafe { driver.launch(launch, &args)? };
     }

@@ -4,6 +4,7 @@ use super::args::{Launch, args, blocks, int};
 use super::buffer::Buffer;
 use super::dispatch::{Arrivals, Sources};
 use super::driver::{CudaError, Driver};
+use super::tables::WORDS;
 use super::tensor::Tensor;
 use crate::level::Dtype;
 use std::sync::Arc;
@@ -28,10 +29,10 @@ pub(super) struct PlainShape {
     pub(super) width: usize,
 }
 
-/// Where the weights of a layer's local experts lie, by slot; in device memory.
+/// The local experts of a layer, by slot.
 pub(super) struct PlainTable {
     shape: PlainShape,
-    slots: Buffer,
+    words: Vec<u64>,
     /// Keeps the weights.
     experts: Vec<Arc<PlainExpert>>,
 }
@@ -40,11 +41,7 @@ impl PlainTable {
     /// # Panics
     ///
     /// If an expert has another shape.
-    pub(super) fn new(
-        driver: &Arc<Driver>,
-        shape: PlainShape,
-        experts: Vec<Arc<PlainExpert>>,
-    ) -> Result<Self, CudaError> {
+    pub(super) fn new(shape: PlainShape, experts: Vec<Arc<PlainExpert>>) -> Self {
         let PlainShape { dtype, hidden, width } = shape;
         let weights = hidden * width * dtype.bytes();
         let as_long = |scales: &Option<Buffer>, outputs: usize| {
@@ -56,17 +53,19 @@ impl PlainTable {
             assert!(as_long(&expert.gate_up_scales, 2 * width), "a scale per output");
             assert!(as_long(&expert.down_scales, hidden), "a scale per output");
         }
-        let addresses = |expert: &Arc<PlainExpert>| {
+        let addresses = |expert: &Arc<PlainExpert>| -> [u64; WORDS] {
             let PlainExpert { gate_up, gate_up_scales, down, down_scales } = &**expert;
             args![gate_up, gate_up_scales.as_ref(), down, down_scales.as_ref()]
         };
-        let table: Vec<u64> = experts.iter().flat_map(addresses).collect();
-        let slots = Buffer::of(driver, "expert table", bytemuck::cast_slice(&table))?;
-        Ok(Self { shape, slots, experts })
+        let words = experts.iter().flat_map(addresses).collect();
+        Self { shape, words, experts }
     }
-}
 
-impl PlainTable {
+    /// Where their weights lie, as the kernels' table has it.
+    pub(super) fn words(&self) -> &[u64] {
+        &self.words
+    }
+
     /// Columns of a row and of an expert, and the number of experts.
     pub(super) fn sizes(&self) -> (usize, usize, usize) {
         (self.shape.hidden, self.shape.width, self.experts.len())
@@ -74,6 +73,8 @@ impl PlainTable {
 }
 
 /// Runs the experts over the rows in `arrivals` and leaves the results with their sources. `act` is scratch.
+///
+/// * `at`: where the table's words lie in device memory
 ///
 /// # Errors
 ///
@@ -85,7 +86,7 @@ impl PlainTable {
 pub(super) fn experts_f32(
     driver: &Driver,
     (sources, arrivals): (&Sources, &Arrivals),
-    table: &PlainTable,
+    (table, at): (&PlainTable, u64),
     act: &mut Tensor,
 ) -> Result<(), CudaError> {
     let PlainShape { dtype, hidden, width } = table.shape;
@@ -103,13 +104,13 @@ pub(super) fn experts_f32(
             sources.buffer(),
             arrivals.offsets(),
             arrivals.order(),
-            &table.slots,
+            at,
             act.buffer(),
             int(hidden),
             int(width)
         ];
         // SAFETY: the kernels' seven parameters. Offsets and order were written by `dispatch` for these sources, whose
-        // rows and results have `hidden` f32; the table's weights were checked, and `act` has room for all rows.
+        // rows and results have `hidden` f32; the words at `at` are the table's, whose weights were checked, and `act` has room for all rows.
         unsafe { driver.launch(launch, &args)? };
     }
     Ok(())

@@ -68,10 +68,16 @@ impl Notes {
         self.buffer.address() + first as u64 * 4
     }
 
+    /// Where the last flag is.
+    pub(super) fn last_flag(&self) -> u64 {
+        self.buffer.address() + (self.flags as u64 - 1) * 4
+    }
+
     /// By flag the first row that was not finite, and the numbers. Waits for the device.
     pub(super) fn read(
         &mut self,
-    ) -> Result<(impl ExactSizeIterator<Item = Option<u32>>, &[u32]), CudaError> {
+    ) -> Result<(impl DoubleEndedIterator<Item = Option<u32>> + ExactSizeIterator, &[u32]), CudaError>
+    {
         self.buffer.read(bytemuck::cast_slice_mut(&mut self.host))?;
         let (flags, numbers) = self.host.split_at(self.flags);
         Ok((flags.iter().map(|row| (*row != NO_ROW).then_some(*row)), numbers))

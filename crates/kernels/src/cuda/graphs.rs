@@ -1,20 +1,24 @@
-//! Steps that repeat themselves: launches are collected, and a list of them that comes a second time becomes a graph of
-//! CUDA's, which the host enqueues in one call and the device runs with smaller gaps.
+//! Steps that repeat themselves: launches are collected, and of a list of them that comes a second time a graph of CUDA's
+//! is made, which the host enqueues in one call and the device runs with smaller gaps.
 //!
 //! A list is known again by all that is in it, kernels, grids and parameters, so nobody has to say what changes from
 //! step to step: what does is in device memory, where the parameters point. While as many sequences decode, their steps
-//! are one list. Prompts come in other sizes each time, and are enqueued kernel by kernel.
+//! are one list, also when a view brings other experts (`tables.rs`). Prompts come in other sizes each time, and are
+//! enqueued kernel by kernel.
 
 use super::args::Launch;
 use super::driver::CudaError;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-/// Shorter lists gain nothing.
-const LAUNCHES_MIN: usize = 16;
+/// Shorter lists gain little: a step that travels through the host is many of them.
+const LAUNCHES_MIN: usize = 32;
 
-/// Lists that are known at most. With a graph each, some 100 MB of the device's memory for a large model.
-const KNOWN_MAX: usize = 64;
+/// Launches of all graphs that are kept: some 60 steps of a large model.
+const LAUNCHES_KEPT: usize = 64 << 10;
+
+/// So many lists that came once are remembered.
+const SEEN_MAX: usize = 256;
 
 /// Launches in their order, with their parameters.
 #[derive(Clone, Default, PartialEq, Eq, Hash)]
@@ -83,7 +87,9 @@ pub(super) trait Runner {
 
 /// The lists that a device has run lately.
 pub(super) struct Graphs<G> {
-    /// By their hash.
+    /// Hashes of those that came once, the newest last.
+    seen: VecDeque<u64>,
+    /// Those that came again, by their hash.
     known: BTreeMap<u64, Known<G>>,
     /// Counts lists that were run.
     time: u64,
@@ -92,8 +98,7 @@ pub(super) struct Graphs<G> {
 
 struct Known<G> {
     list: List,
-    /// From the second time on.
-    graph: Option<G>,
+    graph: G,
     /// When it was run last.
     last: u64,
 }
@@ -113,7 +118,8 @@ pub struct GraphFigures {
 
 impl<G> Default for Graphs<G> {
     fn default() -> Self {
-        Self { known: BTreeMap::new(), time: 0, figures: GraphFigures::default() }
+        let (seen, known) = (VecDeque::new(), BTreeMap::new());
+        Self { seen, known, time: 0, figures: GraphFigures::default() }
     }
 }
 
@@ -122,7 +128,7 @@ impl<G> Graphs<G> {
         self.figures.clone()
     }
 
-    /// Enqueues a list, as a graph if it is known.
+    /// Enqueues a list, as a graph if there is one.
     ///
     /// # Safety
     ///
@@ -140,65 +146,83 @@ impl<G> Graphs<G> {
         let key = list.key();
         if let Some(known) = self.known.get_mut(&key).filter(|known| known.list == *list) {
             known.last = self.time;
-            if known.graph.is_none() && self.figures.refused.is_none() {
-                match runner.instantiate(list) {
-                    Ok(graph) => {
-                        known.graph = Some(graph);
-                        self.figures.made += 1;
-                    }
-                    Err(error) => self.figures.refused = Some(error.to_string()),
+            // SAFETY: the caller's promise, since the graph is of the same list.
+            match unsafe { runner.replay(&known.graph) } {
+                Ok(()) => {
+                    self.figures.replayed += 1;
+                    return Ok(());
                 }
+                // Nothing of it runs. Kernel by kernel the device may do it, or say again what is wrong.
+                Err(error) => self.figures.refused = Some(error.to_string()),
             }
-            if let Some(graph) = &known.graph {
-                self.figures.replayed += 1;
-                // SAFETY: the caller's promise, since the graph is of the same list.
-                return unsafe { runner.replay(graph) };
-            }
-        } else {
-            self.note(runner, key, list);
+            self.forget(runner, key);
         }
         self.figures.enqueued += 1;
         // SAFETY: the caller's promise.
-        unsafe { runner.enqueue(list) }
+        unsafe { runner.enqueue(list) }?;
+        // Meanwhile the device works.
+        match self.seen.iter().position(|&seen| seen == key) {
+            Some(at) => {
+                self.seen.remove(at);
+                self.make(runner, key, list);
+            }
+            None => {
+                self.seen.push_back(key);
+                if SEEN_MAX < self.seen.len() {
+                    self.seen.pop_front();
+                }
+            }
+        }
+        Ok(())
     }
 
-    /// Knows a list, in place of the one that was not run for the longest time.
-    fn note<R: Runner<Graph = G>>(&mut self, runner: &R, key: u64, list: &List) {
-        if KNOWN_MAX <= self.known.len() {
-            let oldest = self.known.iter().min_by_key(|(_, known)| known.last);
-            if let Some(key) = oldest.map(|(&key, _)| key) {
-                self.forget(runner, key);
-            }
+    /// Makes a graph for the next time; those that were not run for the longest time make room.
+    fn make<R: Runner<Graph = G>>(&mut self, runner: &R, key: u64, list: &List) {
+        if self.figures.refused.is_some() {
+            return;
         }
         // Another list of the same hash.
         self.forget(runner, key);
-        let known = Known { list: list.clone(), graph: None, last: self.time };
-        self.known.insert(key, known);
+        let launches = |known: &Known<G>| known.list.launches.len();
+        while LAUNCHES_KEPT < self.known.values().map(launches).sum::<usize>() + list.launches.len()
+            && let Some(oldest) = self.known.iter().min_by_key(|(_, known)| known.last)
+        {
+            let oldest = *oldest.0;
+            self.forget(runner, oldest);
+        }
+        match runner.instantiate(list) {
+            Ok(graph) => {
+                self.figures.made += 1;
+                self.known.insert(key, Known { list: list.clone(), graph, last: self.time });
+            }
+            Err(error) => self.figures.refused = Some(error.to_string()),
+        }
     }
 
     fn forget<R: Runner<Graph = G>>(&mut self, runner: &R, key: u64) {
-        if let Some(graph) = self.known.remove(&key).and_then(|known| known.graph) {
-            runner.discard(graph);
+        if let Some(known) = self.known.remove(&key) {
+            runner.discard(known.graph);
         }
     }
 
     /// Gives all graphs back.
     pub(super) fn clear<R: Runner<Graph = G>>(&mut self, runner: &R) {
-        let graphs = std::mem::take(&mut self.known).into_values().filter_map(|known| known.graph);
-        graphs.for_each(|graph| runner.discard(graph));
+        let known = std::mem::take(&mut self.known).into_values();
+        known.for_each(|known| runner.discard(known.graph));
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::cell::RefCell;
+    use std::cell::{Cell, RefCell};
 
     /// Notes what is asked of it.
     #[derive(Default)]
     struct Notes {
         all: RefCell<Vec<String>>,
-        refuses: bool,
+        refuses_to_make: bool,
+        refuses_to_run: Cell<bool>,
     }
 
     impl Notes {
@@ -211,6 +235,8 @@ mod tests {
         }
     }
 
+    const NO: CudaError = CudaError::Failed { what: "a graph", error: String::new() };
+
     impl Runner for Notes {
         type Graph = u64;
 
@@ -220,14 +246,17 @@ mod tests {
         }
 
         fn instantiate(&self, list: &List) -> Result<u64, CudaError> {
-            if self.refuses {
-                return Err(CudaError::Failed { what: "cuGraphInstantiate", error: "no".into() });
+            if self.refuses_to_make {
+                return Err(NO);
             }
             self.note(format!("make {}", list.args[0]));
             Ok(list.args[0])
         }
 
         unsafe fn replay(&self, graph: &u64) -> Result<(), CudaError> {
+            if self.refuses_to_run.get() {
+                return Err(NO);
+            }
             self.note(format!("replay {graph}"));
             Ok(())
         }
@@ -255,16 +284,16 @@ mod tests {
     #[test]
     fn list_that_comes_again_is_a_graph() {
         let (mut graphs, notes) = (Graphs::default(), Notes::default());
-        for _ in 0..3 {
-            run(&mut graphs, &notes, &list(20, 1));
+        for _ in 0..4 {
+            run(&mut graphs, &notes, &list(40, 1));
         }
-        assert_eq!(notes.take(), ["enqueue 20", "make 1", "replay 1", "replay 1"]);
-        run(&mut graphs, &notes, &list(20, 2));
-        run(&mut graphs, &notes, &list(21, 1));
-        assert_eq!(notes.take(), ["enqueue 20", "enqueue 21"], "other parameters, other kernels");
-        run(&mut graphs, &notes, &list(20, 1));
+        assert_eq!(notes.take(), ["enqueue 40", "enqueue 40", "make 1", "replay 1", "replay 1"]);
+        run(&mut graphs, &notes, &list(40, 2));
+        run(&mut graphs, &notes, &list(41, 1));
+        assert_eq!(notes.take(), ["enqueue 40", "enqueue 41"], "other parameters, other kernels");
+        run(&mut graphs, &notes, &list(40, 1));
         assert_eq!(notes.take(), ["replay 1"]);
-        let figures = GraphFigures { made: 1, replayed: 3, enqueued: 3, refused: None };
+        let figures = GraphFigures { made: 1, replayed: 3, enqueued: 4, refused: None };
         assert_eq!(graphs.figures(), figures);
     }
 
@@ -274,33 +303,67 @@ mod tests {
         for _ in 0..3 {
             run(&mut graphs, &notes, &list(LAUNCHES_MIN - 1, 1));
         }
-        assert_eq!(notes.take(), ["enqueue 15"; 3]);
+        assert_eq!(notes.take(), ["enqueue 31"; 3]);
     }
 
     #[test]
-    fn oldest_graph_is_given_back_where_there_are_many() {
+    fn lists_that_come_once_drive_no_graph_out() {
         let (mut graphs, notes) = (Graphs::default(), Notes::default());
-        let most = KNOWN_MAX as u64;
-        for parameter in (0..most).chain(0..most).chain([0]) {
-            run(&mut graphs, &notes, &list(16, parameter));
+        for _ in 0..2 {
+            run(&mut graphs, &notes, &list(32, 0));
+        }
+        for parameter in 1..1000 {
+            run(&mut graphs, &notes, &list(1000, parameter));
         }
         notes.take();
-        run(&mut graphs, &notes, &list(16, most));
-        assert_eq!(notes.take(), ["discard 1", "enqueue 16"], "0 was run later");
+        run(&mut graphs, &notes, &list(32, 0));
+        assert_eq!(notes.take(), ["replay 0"]);
+    }
+
+    #[test]
+    fn oldest_graphs_make_room() {
+        let (mut graphs, notes) = (Graphs::default(), Notes::default());
+        let quarter = LAUNCHES_KEPT / 4;
+        for parameter in [0, 0, 1, 1, 2, 2, 3, 3, 0] {
+            run(&mut graphs, &notes, &list(quarter, parameter));
+        }
+        notes.take();
+        for _ in 0..2 {
+            run(&mut graphs, &notes, &list(quarter + 1, 4));
+        }
+        let enqueued = format!("enqueue {}", quarter + 1);
+        // 0 was run later.
+        assert_eq!(notes.take(), [&enqueued, &enqueued, "discard 1", "discard 2", "make 4"]);
         graphs.clear(&notes);
-        assert_eq!(notes.take().len(), KNOWN_MAX - 1);
+        assert_eq!(notes.take().len(), 3);
     }
 
     #[test]
     fn device_without_graphs_runs_all_the_same_and_is_asked_once() {
+        let refused = Some("CUDA: a graph: ".to_owned());
         let mut graphs = Graphs::default();
-        let notes = Notes { refuses: true, ..Notes::default() };
-        for _ in 0..3 {
-            run(&mut graphs, &notes, &list(16, 1));
+        let notes = Notes { refuses_to_make: true, ..Notes::default() };
+        for _ in 0..4 {
+            run(&mut graphs, &notes, &list(32, 1));
         }
-        assert_eq!(notes.take(), ["enqueue 16"; 3]);
-        let refused = Some("CUDA: cuGraphInstantiate: no".to_owned());
-        assert_eq!(graphs.figures(), GraphFigures { made: 0, replayed: 0, enqueued: 3, refused });
+        assert_eq!(notes.take(), ["enqueue 32"; 4]);
+        let figures = GraphFigures { made: 0, replayed: 0, enqueued: 4, refused: refused.clone() };
+        assert_eq!(graphs.figures(), figures);
+        // It made one, and cannot run it.
+        let (mut graphs, notes) = (Graphs::default(), Notes::default());
+        for _ in 0..2 {
+            run(&mut graphs, &notes, &list(32, 1));
+        }
+        notes.refuses_to_run.set(true);
+        notes.take();
+        for _ in 0..3 {
+            run(&mut graphs, &notes, &list(32, 1));
+        }
+        let want = ["discard 1", "enqueue 32", "enqueue 32", "enqueue 32"];
+        assert_eq!(
+            (notes.take(), graphs.figures().refused),
+            (want.map(String::from).to_vec(), refused)
+        );
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! A GPU: its context, one stream, and the kernels.
 
+mod graph;
+
 use super::args::Launch;
 use super::compile::{self, compile};
 use super::driver::{CudaError, Options};
-use super::graphs::{GraphFigures, Graphs, List, Runner};
+use super::graphs::{GraphFigures, Graphs, List};
 use super::image_cache::{ImageCache, Key};
 use super::queue::Queue;
 use super::sources::{SOURCES, Source};
@@ -11,6 +13,7 @@ use super::timing::{KernelTime, Timed};
 use super::wait::Patience;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
+use graph::Graph;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_void};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -318,63 +321,6 @@ impl Gpu {
 
     pub(super) fn graphs(&self) -> GraphFigures {
         lock(&self.graphs).figures()
-    }
-}
-
-/// A graph that can be launched.
-pub(super) struct Graph(sys::CUgraphExec);
-
-// SAFETY: CUDA's handles may be used from any thread; it is used by one at a time.
-unsafe impl Send for Graph {}
-
-impl Runner for Gpu {
-    type Graph = Graph;
-
-    unsafe fn enqueue(&self, list: &List) -> Result<(), CudaError> {
-        // SAFETY: the caller's promise.
-        list.iter().try_for_each(|(launch, args)| unsafe { self.launch(launch, args) })
-    }
-
-    fn instantiate(&self, list: &List) -> Result<Graph, CudaError> {
-        self.patience.check()?;
-        self.attached.enter()?;
-        let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
-            .map_err(failed("cuStreamCreate"))?;
-        // Nothing runs there, and other threads may do what they like meanwhile.
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        // SAFETY: the stream was just made, and is destroyed here. Of the launches only the parameters are taken now.
-        let captured = unsafe {
-            result::stream::begin_capture(stream, mode).map_err(failed("cuStreamBeginCapture"))?;
-            let launched =
-                list.iter().try_for_each(|(launch, args)| self.launch_on(stream, launch, args));
-            let graph = result::stream::end_capture(stream).map_err(failed("cuStreamEndCapture"));
-            let _failed = result::stream::destroy(stream);
-            launched.and(graph)?
-        };
-        let flags = sys::CUgraphInstantiate_flags_enum(0);
-        // SAFETY: the graph is valid, and nobody else has it.
-        unsafe {
-            let graph = result::graph::instantiate(captured, flags);
-            let _failed = result::graph::destroy(captured);
-            graph.map(Graph).map_err(failed("cuGraphInstantiate"))
-        }
-    }
-
-    unsafe fn replay(&self, graph: &Graph) -> Result<(), CudaError> {
-        self.patience.check()?;
-        self.attached.enter()?;
-        // SAFETY: the caller's promise for what it launches; it is destroyed in `discard` only.
-        unsafe { result::graph::launch(graph.0, self.queue.stream()) }
-            .map_err(failed("cuGraphLaunch"))?;
-        self.queue.enqueued()
-    }
-
-    fn discard(&self, graph: Graph) {
-        let done = self.attached.enter().and_then(|()| self.queue.wait());
-        if done.is_ok() {
-            // SAFETY: it runs no more, and nobody else has it.
-            let _failed = unsafe { result::graph::exec_destroy(graph.0) };
-        }
     }
 }
 

@@ -6,6 +6,7 @@ use super::dispatch::{Arrivals, RouteTable, RouteTableParts, Serving, Source, So
 use super::driver::{CudaError, Driver};
 use super::experts::{ExpertTable, SlotLoad, experts};
 use super::experts_f32::{PlainTable, experts_f32};
+use super::tables::Tables;
 use super::tensor::Tensor;
 use super::weights::{Expert, ExpertOnDevice};
 use crate::level::Dtype;
@@ -18,6 +19,8 @@ const FEW_ROWS: usize = 16;
 
 /// The experts of one MoE layer that a rank holds, by slot.
 pub struct ExpertsOnDevice {
+    /// Counts MoE layers.
+    layer: usize,
     /// `None` without experts.
     table: Option<Table>,
     /// Keeps the weights.
@@ -30,14 +33,13 @@ enum Table {
 }
 
 impl ExpertsOnDevice {
-    /// # Errors
-    ///
-    /// [`CudaError`] if memory is refused or CUDA fails.
+    /// * `layer`: counts MoE layers
     ///
     /// # Panics
     ///
     /// If the experts are of several shapes or profiles.
-    pub fn new(driver: &Arc<Driver>, experts: Vec<Arc<ExpertOnDevice>>) -> Result<Self, CudaError> {
+    #[must_use]
+    pub fn new(layer: usize, experts: Vec<Arc<ExpertOnDevice>>) -> Self {
         const ONE: &str = "experts of a rank are of one profile";
         let table = match experts.first().map(|first| &first.expert) {
             None => None,
@@ -47,7 +49,7 @@ impl ExpertsOnDevice {
                     Expert::Tiled(..) => unreachable!("{ONE}"),
                 };
                 let experts = experts.iter().map(plain).collect();
-                Some(Table::Plain(PlainTable::new(driver, *shape, experts)?))
+                Some(Table::Plain(PlainTable::new(*shape, experts)))
             }
             Some(Expert::Tiled(_, shape)) => {
                 let tiled = |expert: &Arc<ExpertOnDevice>| match &expert.expert {
@@ -55,10 +57,10 @@ impl ExpertsOnDevice {
                     Expert::Plain(..) => unreachable!("{ONE}"),
                 };
                 let experts = experts.iter().map(tiled).collect();
-                Some(Table::Tiled(ExpertTable::new(driver, *shape, experts)?))
+                Some(Table::Tiled(ExpertTable::new(*shape, experts)))
             }
         };
-        Ok(Self { table, experts })
+        Self { layer, table, experts }
     }
 
     /// How many there are.
@@ -94,20 +96,23 @@ impl ExpertsOnDevice {
         &self,
         driver: &Driver,
         (sources, arrivals): (&Sources, &Arrivals),
+        tables: &mut Tables,
         act: &mut Tensor,
     ) -> Result<(), CudaError> {
         match &self.table {
             None => Ok(()),
             Some(Table::Plain(table)) => {
                 act.become_of(Dtype::F32, table.sizes().1);
-                experts_f32(driver, (sources, arrivals), table, act)
+                let at = tables.hold(self.layer, table.words())?;
+                experts_f32(driver, (sources, arrivals), (table, at), act)
             }
             Some(Table::Tiled(table)) => {
                 act.become_of(Dtype::Bf16, table.sizes().1);
                 // Rows of all ranks spread over all experts, and these over the ranks.
                 let few = sources.rows() <= FEW_ROWS * sources.experts();
                 let load = if few { SlotLoad::Few } else { SlotLoad::Many };
-                experts(driver, (sources, arrivals), table, load, act)
+                let at = tables.hold(self.layer, table.words())?;
+                experts(driver, (sources, arrivals), (table, at), load, act)
             }
         }
     }
@@ -126,20 +131,35 @@ pub(super) struct Expected<'a> {
     pub(super) through_host: bool,
 }
 
+/// Where experts serve, and what is noted of it.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Here {
+    /// Counts MoE layers.
+    pub(super) layer: usize,
+    pub(super) me: u16,
+    /// Where to note how many rows each expert has; or null.
+    pub(super) served: u64,
+    /// Where to note a row that nobody serves; or null.
+    pub(super) unserved: u64,
+}
+
 /// The experts of a rank over rows in device memory, whoever has put them there.
 pub(super) struct RoutedRows {
     driver: Arc<Driver>,
     sources: Sources,
     arrivals: Arrivals,
+    tables: Tables,
     act: Tensor,
 }
 
 impl RoutedRows {
-    pub(super) fn new(driver: &Arc<Driver>) -> Result<Self, CudaError> {
+    /// For so many MoE layers of so many experts.
+    pub(super) fn new(driver: &Arc<Driver>, moe: (usize, usize)) -> Result<Self, CudaError> {
         Ok(Self {
             driver: Arc::clone(driver),
             sources: Sources::new(driver)?,
             arrivals: Arrivals::new(driver)?,
+            tables: Tables::new(driver, moe)?,
             act: Tensor::new(driver, Dtype::F32, (0, 0))?,
         })
     }
@@ -157,23 +177,21 @@ impl RoutedRows {
     }
 
     /// Runs the experts over their rows of all sources, and leaves the results with these.
-    ///
-    /// * `served`: where to note how many rows each expert has; or null
     pub(super) fn serve(
         &mut self,
         sources: impl Iterator<Item = Source>,
-        (layer, me, served): (usize, u16, u64),
+        Here { layer, me, served, unserved }: Here,
         experts: &ExpertsOnDevice,
     ) -> Result<(), CudaError> {
-        let Self { driver, sources: known, arrivals, act } = self;
+        let Self { driver, sources: known, arrivals, tables, act } = self;
         known.set(sources)?;
         // Where nothing was reserved it grows, and not in every step.
         let rows = known.rows();
         let rows = if rows <= arrivals.rows_max() { rows } else { rows.next_power_of_two() };
         arrivals.reserve(experts.slots(), rows)?;
-        let serving = Serving { layer, me, slots: experts.slots(), served };
+        let serving = Serving { layer, me, slots: experts.slots(), served, unserved };
         dispatch(driver, known, serving, arrivals)?;
-        experts.run(driver, (known, arrivals), act)
+        experts.run(driver, (known, arrivals), tables, act)
     }
 }
 
@@ -243,7 +261,7 @@ impl StagedRows {
             Entry::Vacant(entry) => entry.insert(identity(&self.driver, experts.slots())?),
         };
         let source = Source { wanted, rows, results, count, routes: routes.addresses() };
-        routed.serve(std::iter::once(source), (0, 0, 0), experts)
+        routed.serve(std::iter::once(source), Here::default(), experts)
     }
 }
 

@@ -6,6 +6,8 @@
 //   order        [rows_max]      source and row; only the first offsets[slots] are written. Rows past rows_max are
 //                                passed over: what other ranks claim must not lead out of this memory
 //   served       [slots]         u32: how many rows a slot has; or null
+//   unserved     [1]             u32: the first row that wants an expert that there is not, or that this rank has not
+//                                though it should; stays as it is without one; or null
 //
 // Launch:  one block per slot, of as many warps as the rows fill, at most 32. Each counts the rows of earlier slots for
 //          itself, so none waits for another; there is nothing atomic about it.
@@ -36,11 +38,11 @@ struct RowOfSource {
   u32 source, row;
 };
 
-constexpr u32 kElsewhere = 0xffffffffu;
+constexpr u32 kElsewhere = 0xffffffffu, kNowhere = 0xfffffffeu;
 
 HERD_INLINE u32 slot_of(const Source& source, u32 row, u32 layer, u32 me) {
   const u32 expert = source.wanted[row];
-  if (source.experts <= expert) return kElsewhere;
+  if (source.experts <= expert) return kNowhere;
   const Span span = source.spans[size_t(layer) * source.experts + expert];
   const Target target = source.targets[span.first + row % span.count];
   return target.rank == me ? u32(target.slot) : kElsewhere;
@@ -61,7 +63,7 @@ HERD_INLINE u32 sum_warp(u32 x) {
 
 extern "C" __global__ void __launch_bounds__(1024) herd_dispatch(const Source* sources, int sources_len, u32 layer,
                                                                  u32 me, u32* offsets, RowOfSource* order,
-                                                                 u32 rows_max, u32* served) {
+                                                                 u32 rows_max, u32* served, u32* unserved) {
   __shared__ u32 starts[kSourcesMax + 1];
   __shared__ u32 earlier_of[kWarps], mine_of[kWarps];
   const u32 slot = blockIdx.x;
@@ -89,6 +91,9 @@ extern "C" __global__ void __launch_bounds__(1024) herd_dispatch(const Source* s
     const u32 of_row = find(at, found);
     earlier += of_row < slot;
     mine += of_row == slot;
+    // The minimum of integers is the same in any order.
+    const bool is_nowhere = of_row != kElsewhere && gridDim.x <= of_row;
+    if (is_nowhere && slot == 0 && unserved != nullptr) atomicMin(unserved, found.row);
   }
   earlier = sum_warp(earlier);
   mine = sum_warp(mine);

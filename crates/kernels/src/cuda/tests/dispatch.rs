@@ -114,7 +114,7 @@ fn rows_are_grouped_by_slot_then_source_then_row() {
                     }
                 }
             }
-            let serving = Serving { layer, me, slots: SLOTS, served: 0 };
+            let serving = Serving { layer, me, slots: SLOTS, served: 0, unserved: 0 };
             let (offsets, order, served) = found(&sources, serving);
             assert_eq!(order, want.concat(), "rank {me} of {counts:?}");
             let lengths: Vec<u32> = offsets.windows(2).map(|pair| pair[1] - pair[0]).collect();
@@ -125,6 +125,31 @@ fn rows_are_grouped_by_slot_then_source_then_row() {
             );
             assert_eq!(served, lengths);
         }
+    }
+}
+
+/// Its results would be what went in, and nobody would notice.
+#[test]
+fn row_that_nobody_serves_is_noted() {
+    // Expert 0 is here in slot 1, expert 1 in slot 2, which there is not, expert 2 elsewhere; there is no expert 3.
+    let parts = RouteTableParts {
+        spans: &[vec![(0, 1), (1, 1), (2, 1)]],
+        targets: &[(0, 1), (0, 2), (1, 7)],
+    };
+    let tables = [RouteTable::new(driver(), parts).unwrap()];
+    for (wanted, want) in [
+        (vec![0, 2, 0], u32::MAX),
+        (vec![0, 0, 1], 2),
+        (vec![2; 70].into_iter().chain([3, 0, 1]).collect(), 70),
+    ] {
+        let wishes = Wishes::of(std::slice::from_ref(&wanted));
+        let sources = wishes.sources(&tables);
+        let flag = Buffer::of(driver(), "flag", &[0xff; 4]).unwrap();
+        let serving = Serving { layer: 0, me: 0, slots: 2, served: 0, unserved: flag.address() };
+        found(&sources, serving);
+        let mut noted = [0];
+        flag.read(bytemuck::cast_slice_mut(&mut noted)).unwrap();
+        assert_eq!(noted, [want], "{wanted:?}");
     }
 }
 
@@ -141,7 +166,7 @@ fn no_more_rows_arrive_than_there_is_room_for() {
     for rows_max in [0, 50, 150] {
         let mut arrivals = Arrivals::new(driver()).unwrap();
         arrivals.reserve(8, rows_max).unwrap();
-        let serving = Serving { layer: 0, me: 0, slots: 1, served: 0 };
+        let serving = Serving { layer: 0, me: 0, slots: 1, served: 0, unserved: 0 };
         dispatch(driver(), &sources, serving, &mut arrivals).unwrap();
         let mut offsets = [0_u32; 2];
         arrivals.offsets().read(bytemuck::cast_slice_mut(&mut offsets)).unwrap();

@@ -63,7 +63,8 @@ fn check(shape: ExpertShape, wanted: &[Vec<u16>]) {
     let ExpertShape { hidden, width, .. } = shape;
     let all: Vec<_> = (0..3).map(|slot| expert(shape, 10 * slot)).collect();
     let held = all.iter().map(|(expert, _)| Arc::clone(expert)).collect();
-    let table = ExpertTable::new(driver(), shape, held).unwrap();
+    let table = ExpertTable::new(shape, held);
+    let words = Buffer::of(driver(), "words", bytemuck::cast_slice(table.words())).unwrap();
     // Experts 0, 1, 2 in slots 2, 0, 1 here; expert 3 elsewhere.
     let parts = RouteTableParts {
         spans: &[vec![(0, 1), (1, 1), (2, 1), (3, 1)]],
@@ -82,11 +83,12 @@ fn check(shape: ExpertShape, wanted: &[Vec<u16>]) {
     sources.set(of_rank.iter().zip(wanted).map(source)).unwrap();
     let mut arrivals = Arrivals::new(driver()).unwrap();
     arrivals.reserve(8, sources.rows()).unwrap();
-    let serving = Serving { layer: 0, me: 1, slots: 3, served: 0 };
+    let serving = Serving { layer: 0, me: 1, slots: 3, served: 0, unserved: 0 };
     dispatch(driver(), &sources, serving, &mut arrivals).unwrap();
     for load in [SlotLoad::Few, SlotLoad::Many] {
         let mut act = Tensor::new(driver(), Dtype::Bf16, (0, width)).unwrap();
-        experts(driver(), (&sources, &arrivals), &table, load, &mut act).unwrap();
+        let table = (&table, words.address());
+        experts(driver(), (&sources, &arrivals), table, load, &mut act).unwrap();
         for (rows, wanted) in of_rank.iter().zip(wanted) {
             let mut bits = vec![0_u16; wanted.len() * hidden];
             rows.results.read(bytemuck::cast_slice_mut(&mut bits)).unwrap();

@@ -74,7 +74,8 @@ fn results_are_those_of_the_cpu_bit_for_bit() {
         let shape = PlainShape { dtype, hidden, width };
         let all = [Expert::new(shape, 1), Expert::new(shape, 11)];
         let uploaded = all.iter().map(|expert| expert.upload(dtype)).collect();
-        let table = PlainTable::new(driver(), shape, uploaded).unwrap();
+        let table = PlainTable::new(shape, uploaded);
+        let words = Buffer::of(driver(), "words", bytemuck::cast_slice(table.words())).unwrap();
         // The second expert is served by another rank for odd rows.
         let parts =
             RouteTableParts { spans: &[vec![(0, 1), (1, 2)]], targets: &[(0, 0), (0, 1), (1, 0)] };
@@ -95,10 +96,11 @@ fn results_are_those_of_the_cpu_bit_for_bit() {
         sources.set(std::iter::once(source)).unwrap();
         let mut arrivals = Arrivals::new(driver()).unwrap();
         arrivals.reserve(8, 23).unwrap();
-        let serving = Serving { layer: 0, me: 0, slots: 2, served: 0 };
+        let serving = Serving { layer: 0, me: 0, slots: 2, served: 0, unserved: 0 };
         dispatch(driver(), &sources, serving, &mut arrivals).unwrap();
         let mut act = Tensor::new(driver(), Dtype::F32, (0, width)).unwrap();
-        experts_f32(driver(), (&sources, &arrivals), &table, &mut act).unwrap();
+        let table = (&table, words.address());
+        experts_f32(driver(), (&sources, &arrivals), table, &mut act).unwrap();
         let mut got = vec![0.0_f32; x.len()];
         results.read(bytemuck::cast_slice_mut(&mut got)).unwrap();
         for (row, expert) in wanted.iter().enumerate().filter(|(row, e)| **e == 0 || row % 2 == 0) {

@@ -73,7 +73,7 @@ impl OnDevice {
         let view = self.lending.view();
         let slots = view.routes.local_experts(self.layer);
         self.arrivals.reserve(slots, self.sources.rows()).unwrap();
-        let serving = Serving { layer, me: view.me.0, slots, served: 0 };
+        let serving = Serving { layer, me: view.me.0, slots, served: 0, unserved: 0 };
         dispatch(driver(), &self.sources, serving, &mut self.arrivals).unwrap();
         self.offsets = vec![0; slots + 1];
         if 0 < slots {
