@@ -286,7 +286,9 @@ impl<A: Plantable> AllToAll for Struck<'_, A> {
     }
 
     fn combine_recv(&mut self, pending: Pending, out: A::RowsMut<'_>) -> Result<(), ExchangeError> {
-        self.inner.combine_recv(pending, out)
+        self.inner.combine_recv(pending, out)?;
+        self.inner.spoil_results();
+        Ok(())
     }
 
     fn end_step(&mut self) -> StepOutcome {

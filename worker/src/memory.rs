@@ -5,6 +5,9 @@ use crate::{KvBlocks, Model};
 use kernels::DeviceError;
 use std::fmt;
 
+/// Places of a GPU that change: the experts of a view come before those of the last go, and a GPU has no memory but its own.
+const KEPT_BACK: usize = 1;
+
 /// What a worker's memory is for, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryPlan {
@@ -63,6 +66,9 @@ impl MemoryPlan {
         let kv = kv.bytes(&model.config, model.dtype) * u64::from(workers);
         let left = memory.saturating_sub(dense).saturating_sub(kv).saturating_sub(workspace);
         let fit = usize::try_from(left / expert.max(1)).unwrap_or(usize::MAX);
+        // Not the last one.
+        let kept_back = model.platform.gpu().map_or(0, |_| KEPT_BACK);
+        let fit = if fit < experts { fit.saturating_sub(kept_back).max(fit.min(1)) } else { fit };
         let plan = Self { memory, dense, kv, workspace, expert, places: fit.min(experts), experts };
         if plan.places == 0 && 0 < experts { Err(MemoryError::TooSmall(plan)) } else { Ok(plan) }
     }
@@ -165,6 +171,23 @@ mod tests {
         let two = Share { memory: fixed + 3 * expert, ranks: 2, workers: 2 };
         let two = MemoryPlan::new(&model, kv, Share { memory: two.memory + kv_bytes, ..two });
         assert_eq!(two.unwrap().places, 3, "a KV cache each");
+    }
+
+    #[test]
+    fn gpu_that_does_not_hold_all_keeps_a_place_for_changes() {
+        let driver = std::sync::Arc::new(kernels::cuda::Driver::plan());
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        let platform = crate::Platform::Cuda(crate::Gpu::new(driver));
+        let dir = root.join("models/toy-maverick");
+        let model = Model::open_for(&dir, Dtype::Bf16, platform).unwrap();
+        let kv = KvBlocks::plan(&model.config, model.dtype, 1 << 24, 4).unwrap();
+        let Footprint { dense, expert, .. } = model.footprint();
+        let fixed = dense + kv.bytes(&model.config, model.dtype);
+        let places = |experts: u64| {
+            let share = Share { memory: fixed + experts * expert, ranks: 1, workers: 1 };
+            MemoryPlan::new(&model, kv, share).unwrap().places
+        };
+        assert_eq!([1, 2, 4, 15, 16].map(places), [1, 1, 3, 14, 16]);
     }
 
     #[test]

@@ -19,6 +19,9 @@ pub(crate) trait Plantable: AllToAll {
     /// How many rows these are.
     fn count(rows: &Self::Rows<'_>) -> usize;
 
+    /// What peers have spoilt of this rank's results is so from now on. They have come.
+    fn spoil_results(&mut self) {}
+
     /// As [`AllToAll::combine_send`], for results one of which is not a number.
     fn combine_send_spoilt(
         &mut self,
@@ -82,18 +85,24 @@ impl<L: Loan> Plantable for Lending<L> {
         rows.iter().flatten().map(Loan::rows).sum()
     }
 
-    /// Whoever serves the row that is spoilt: if it was served already, the result is not a number, and if it will be,
-    /// nothing else can come of it.
+    /// Of the first rank that has rows, which spoils its result itself: when it has it, nobody writes there any more.
     fn combine_send_spoilt(
         &mut self,
         arrived: Arrived,
         results: &[Option<L>],
         _dtype: Dtype,
     ) -> Result<Pending, ExchangeError> {
+        assert!(results.is_empty(), "results of loans have no names");
         let lent = self.arrived(&arrived).0;
-        if let Some(loan) = lent.iter().flatten().find(|loan| 0 < loan.rows()) {
-            loan.spoil();
+        let has_rows = |loan: &Option<L>| loan.as_ref().is_some_and(|loan| 0 < loan.rows());
+        let mut named = vec![None; lent.len()];
+        if let Some(first) = lent.iter().position(has_rows) {
+            named[first].clone_from(&lent[first]);
         }
-        self.combine_send(arrived, results)
+        self.combine_send(arrived, &named)
+    }
+
+    fn spoil_results(&mut self) {
+        self.named().for_each(|loan| loan.spoil());
     }
 }

@@ -26,10 +26,15 @@ impl<L: Clone + Send + 'static> Lending<L> {
     pub(super) fn join(hub: &Arc<Hub>, view: View) -> Result<Self, ExchangeError> {
         Ok(Self { end: End::join(hub, view)? })
     }
+
+    /// This rank's loans that peers have given back by name in the layer that was combined last.
+    pub fn named(&mut self) -> impl Iterator<Item = L> + '_ {
+        self.end.taken.iter_mut().filter_map(Option::take)
+    }
 }
 
 /// Rows that are sent are one loan; those that arrive are one of every rank, `None` of the masked ones. Results are where
-/// the rows were, so they are not named: neither when they are sent (`&[]`) nor when they come back.
+/// the rows were, so they need not be named (`&[]`); whoever names a rank's loan, by rank, lets it [know](Lending::named).
 impl<L: Clone + Send + 'static> AllToAll for Lending<L> {
     type Rows<'a> = &'a [Option<L>];
     type RowsMut<'a> = ();
@@ -79,13 +84,16 @@ impl<L: Clone + Send + 'static> AllToAll for Lending<L> {
     fn combine_send(
         &mut self,
         arrived: Arrived,
-        _in_place: &[Option<L>],
+        named: &[Option<L>],
     ) -> Result<Pending, ExchangeError> {
         let key = arrived.0;
         let step = self.end.running(key, Some(At::Layer(key.layer, Phase::Dispatch)))?;
         self.end.moved_to(step, At::Layer(key.layer, Phase::Combine));
         // Given back before it is said: who hears it has its rows for itself.
         self.end.taken.iter_mut().for_each(|loan| *loan = None);
+        for (packed, named) in self.end.packed.iter_mut().zip(named) {
+            packed.clone_from(named);
+        }
         self.end.send(key, Phase::Combine)?;
         Ok(Pending(key))
     }
