@@ -106,6 +106,8 @@ impl Attached {
 impl Gpu {
     /// Opens a device and loads the kernels.
     pub(super) fn open(ordinal: u32, options: &Options) -> Result<Self, CudaError> {
+        // A machine without a GPU lacks the driver first.
+        probe()?;
         compile::version()?;
         let attached = Attached::new(ordinal)?;
         attached.enter()?;

@@ -7,6 +7,7 @@ use std::time::Duration;
 mod attention_bf16;
 mod attention_f32;
 mod batch;
+mod collect;
 mod dispatch;
 mod elementwise;
 mod embed;
