@@ -132,7 +132,7 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
     let identity = (incarnation, profile);
     let service = service::Service::new(model, &runner, identity, stopped.clone());
     let (tell_end, ended) = watch::channel(None);
-    let reports = registration::Reports { tally: runner.tally(), nvml };
+    let reports = registration::Reports::new(runner.tally(), nvml);
     let register = registration::keep(config.coordinator, (card, service.epoch()), reports);
     let mut streams = service.streams();
     let server = tonic::transport::Server::builder()

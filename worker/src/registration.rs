@@ -11,6 +11,7 @@ use proto::pb::report_request::News;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 use tonic::transport::Channel;
 
@@ -23,8 +24,16 @@ const REPORT_PERIOD: Duration = Duration::from_secs(1);
 
 /// What a worker reports again and again. A report may be lost: the next ones make up for it.
 pub(crate) struct Reports {
-    pub(crate) tally: Arc<Tally>,
-    pub(crate) nvml: Option<Arc<Nvml>>,
+    tally: Arc<Tally>,
+    nvml: Option<Arc<Nvml>>,
+    /// The last look at the GPU, while it is not over. It outlasts registrations.
+    look: Mutex<Option<JoinHandle<GpuHealth>>>,
+}
+
+impl Reports {
+    pub(crate) fn new(tally: Arc<Tally>, nvml: Option<Arc<Nvml>>) -> Self {
+        Self { tally, nvml, look: Mutex::default() }
+    }
 }
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
@@ -104,7 +113,6 @@ async fn register(
 
 /// Tells what there is to tell, again and again.
 async fn report(mut client: CoordinatorClient<Channel>, worker: u32, reports: &Reports) {
-    let mut look = None;
     loop {
         tokio::time::sleep(REPORT_PERIOD).await;
         let load = reports.tally.take().map(|layers| {
@@ -112,7 +120,7 @@ async fn report(mut client: CoordinatorClient<Channel>, worker: u32, reports: &R
             News::Load(pb::ExpertLoad { worker, layers })
         });
         let health = match &reports.nvml {
-            Some(nvml) => health(nvml, &mut look).await,
+            Some(nvml) => health(nvml, &mut *reports.look.lock().await).await,
             None => None,
         };
         let health = health.map(|health| News::Gpu(health_to_wire(worker, health)));
