@@ -30,17 +30,19 @@ const REAL: &str = "HERD_TEST_GPU";
 
 /// The device of all tests.
 fn driver() -> &'static Arc<Driver> {
-    static DRIVER: LazyLock<Arc<Driver>> = LazyLock::new(|| {
-        let driver = match std::env::var(REAL) {
-            Ok(number) => {
-                let options = Options { cache: None, wait_max: Duration::from_secs(30) };
-                Driver::open(number.parse().unwrap(), &options).unwrap()
-            }
-            Err(_) => Driver::emulated().unwrap(),
-        };
-        Arc::new(driver)
-    });
+    static DRIVER: LazyLock<Arc<Driver>> = LazyLock::new(own_driver);
     &DRIVER
+}
+
+/// One that no other test has.
+fn own_driver() -> Arc<Driver> {
+    Arc::new(match std::env::var(REAL) {
+        Ok(number) => {
+            let options = Options { cache: None, wait_max: Duration::from_secs(30) };
+            Driver::open(number.parse().unwrap(), &options).unwrap()
+        }
+        Err(_) => Driver::emulated().unwrap(),
+    })
 }
 
 /// `count` values in (-scale, scale) that look random.

@@ -2,27 +2,15 @@
 
 use super::super::buffer::Buffer;
 use super::super::device::Cuda;
-use super::super::driver::{Driver, Options, StepKind};
+use super::super::driver::{Driver, StepKind};
 use super::super::elementwise::add;
 use super::super::tensor::Tensor;
-use super::REAL;
+use super::own_driver;
 use crate::level::Dtype;
 use std::sync::Arc;
-use std::time::Duration;
 
 /// Enough for a graph.
 const LAUNCHES: usize = 40;
-
-/// A device that no other test has.
-fn driver() -> Arc<Driver> {
-    Arc::new(match std::env::var(REAL) {
-        Ok(number) => {
-            let options = Options { cache: None, wait_max: Duration::from_secs(30) };
-            Driver::open(number.parse().unwrap(), &options).unwrap()
-        }
-        Err(_) => Driver::emulated().unwrap(),
-    })
-}
 
 /// Collects additions of ones to `x`; `meanwhile` comes in their middle. What `x` has then.
 fn step(driver: &Arc<Driver>, kind: StepKind, meanwhile: impl FnOnce()) -> Vec<f32> {
@@ -43,7 +31,7 @@ fn step(driver: &Arc<Driver>, kind: StepKind, meanwhile: impl FnOnce()) -> Vec<f
 
 #[test]
 fn memory_that_others_free_or_fill_leaves_a_step_in_one_piece() {
-    let driver = driver();
+    let driver = own_driver();
     let rank = Cuda::new(&driver, Dtype::F32, None, (1, 1)).unwrap();
     let other = Buffer::new(&driver, "other", 1 << 20).unwrap();
     let held = driver.taken().bytes;
@@ -63,7 +51,7 @@ fn memory_that_others_free_or_fill_leaves_a_step_in_one_piece() {
 
 #[test]
 fn prompts_and_steps_of_several_ranks_are_not_collected() {
-    let driver = driver();
+    let driver = own_driver();
     let rank = || Cuda::new(&driver, Dtype::F32, None, (1, 1)).unwrap();
     let first = rank();
     assert_eq!(step(&driver, StepKind::Others, || ()), [LAUNCHES as f32; 4]);
