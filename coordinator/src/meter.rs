@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 #[derive(Debug, Default)]
 pub(crate) struct Meter {
     rows: BTreeMap<WorkerId, Vec<Vec<u64>>>,
+    /// Of all workers, since the last look.
+    moment: Vec<Vec<u64>>,
     last: Option<Measured>,
 }
 
@@ -38,17 +40,15 @@ impl Meter {
         if layers.len() != shape.moe_layers || !is_known {
             return Err(format!("the load of {worker} is not that of {shape}"));
         }
-        match self.rows.get_mut(&worker) {
-            None => {
-                self.rows.insert(worker, layers);
-            }
-            Some(rows) => {
-                for (sum, new) in rows.iter_mut().flatten().zip(layers.into_iter().flatten()) {
-                    *sum += new;
-                }
-            }
-        }
+        add(&mut self.moment, &layers);
+        add(self.rows.entry(worker).or_default(), &layers);
         Ok(())
+    }
+
+    /// What was added since the last call; `None` if that was nothing.
+    pub(crate) fn moment(&mut self) -> Option<Window> {
+        let moment = std::mem::take(&mut self.moment);
+        (!moment.is_empty()).then(|| Window::new(&moment).ok()).flatten()
     }
 
     /// Ends the window. `None` if nobody had to do anything.
@@ -62,13 +62,8 @@ impl Meter {
         let fullest = fullest(&rows, members);
         let total = |rows: &Vec<Vec<u64>>| rows.iter().flatten().sum();
         let by_worker = rows.iter().map(|(&worker, rows)| (worker, total(rows))).collect();
-        let mut all = rows.values();
-        let mut sum = all.next()?.clone();
-        for rows in all {
-            for (sum, more) in sum.iter_mut().flatten().zip(rows.iter().flatten()) {
-                *sum += more;
-            }
-        }
+        let mut sum = Vec::new();
+        rows.values().for_each(|rows| add(&mut sum, rows));
         let window = Window::new(&sum).ok();
         self.last = Some(Measured { rows: by_worker, experts: sum, fullest });
         window
@@ -77,6 +72,17 @@ impl Meter {
     /// What the last window with any work showed.
     pub(crate) fn last(&self) -> Option<&Measured> {
         self.last.as_ref()
+    }
+}
+
+/// Adds counts of one model, `[moe layers][experts]`; the first to come are the sum.
+fn add(sum: &mut Vec<Vec<u64>>, layers: &[Vec<u64>]) {
+    if sum.is_empty() {
+        *sum = layers.to_vec();
+        return;
+    }
+    for (sum, new) in sum.iter_mut().flatten().zip(layers.iter().flatten()) {
+        *sum += new;
     }
 }
 
@@ -114,8 +120,11 @@ mod tests {
         ] {
             meter.add(worker, layers, SHAPE).unwrap();
         }
+        let all = Some(Window::new(&[vec![3, 3], vec![1, 2]]).unwrap());
+        assert_eq!(meter.moment(), all);
+        assert_eq!(meter.moment(), None, "the next moment starts empty");
         let window = meter.close(&[a, b, c]);
-        assert_eq!(window, Some(Window::new(&[vec![3, 3], vec![1, 2]]).unwrap()));
+        assert_eq!(window, all);
         let last = meter.last().unwrap();
         assert_eq!(last.rows, BTreeMap::from([(a, 4), (b, 4), (c, 1)]));
         assert_eq!(last.experts, [[3, 3], [1, 2]]);

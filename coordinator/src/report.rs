@@ -30,6 +30,8 @@ pub(crate) fn json(status: &Status, told: Told<'_>, (url, store): (&str, &[Strin
         "load": load.map(|load| json!({ "fullest": load.fullest, "rows": load.experts })),
         // By layer and expert: the ranks that hold a copy.
         "placement": status.placement.as_ref().map(placement),
+        // By layer and expert: what part of its rows each copy gets, in the same order; null while they share alike.
+        "shares": { "told": status.shared.0, "parts": parts(status) },
         "members": status.members.iter().map(|of| member(of, told)).collect::<Vec<_>>(),
         "coordinators": [{ "pid": leader, "url": url, "leader": true }],
         "etcd": etcd(store),
@@ -83,6 +85,18 @@ fn placement(placement: &Placement) -> Value {
         let experts = (0..).map(ExpertId).take(placement.experts());
         experts.map(|expert| ranks(layer, expert)).collect::<Vec<_>>()
     };
+    json!((0..placement.moe_layers()).map(layer).collect::<Vec<_>>())
+}
+
+fn parts(status: &Status) -> Value {
+    let (Some(placement), (_, Some(shares))) = (&status.placement, &status.shared) else {
+        return Value::Null;
+    };
+    let rounded = |part: &f32| (f64::from(*part) * 1e3).round() / 1e3;
+    let expert =
+        |layer, expert| -> Vec<f64> { shares.parts(layer, expert).iter().map(rounded).collect() };
+    let experts = || (0..).map(ExpertId).take(placement.experts());
+    let layer = |layer| experts().map(|e| expert(layer, e)).collect::<Vec<_>>();
     json!((0..placement.moe_layers()).map(layer).collect::<Vec<_>>())
 }
 

@@ -1,6 +1,7 @@
 //! The task that owns the machine: events in, calls out.
 
 mod evidence;
+mod shares;
 mod wishes;
 
 use crate::health::Healths;
@@ -193,6 +194,8 @@ impl Shell {
         }
         let mut windows = tokio::time::interval(WINDOW);
         windows.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut moments = tokio::time::interval(shares::MOMENT);
+        moments.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         while !self.is_fenced {
             let deadline = control.deadline().map(|at| self.started + at);
             let tick = async {
@@ -208,6 +211,7 @@ impl Shell {
                 },
                 () = tick => self.feed(&mut control, Input::Tick),
                 _ = windows.tick() => self.close_window(&mut control),
+                _ = moments.tick() => self.close_moment(&mut control),
             }
         }
     }
@@ -406,6 +410,7 @@ impl Shell {
                     let _left = reply.send(levelling);
                 }
             }
+            Output::Share { view, shares } => self.share(&view, &shares),
             Output::Dismiss { worker, reason } => {
                 tracing::warn!(%worker, reason, "dismissed");
                 let is_drained = self.drained(worker, &Ok(()));

@@ -13,10 +13,12 @@ use tonic::{Request, Response, Status, Streaming};
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Prepares whatever it is asked to, or cannot.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone)]
 enum Puppet {
     Able,
     Unable,
+    /// Passes on what shares it is told.
+    Told(mpsc::Sender<pb::ShareRequest>),
 }
 
 #[tonic::async_trait]
@@ -27,11 +29,21 @@ impl Worker for Puppet {
         &self,
         request: Request<pb::PrepareRequest>,
     ) -> Result<Response<pb::PrepareResponse>, Status> {
-        if *self == Self::Unable {
+        if matches!(self, Self::Unable) {
             return Err(Status::internal("disk on fire"));
         }
         let epoch = request.into_inner().view.unwrap().epoch;
         Ok(Response::new(pb::PrepareResponse { epoch, ..Default::default() }))
+    }
+
+    async fn share(
+        &self,
+        request: Request<pb::ShareRequest>,
+    ) -> Result<Response<pb::ShareResponse>, Status> {
+        if let Self::Told(told) = self {
+            told.send(request.into_inner()).await.unwrap();
+        }
+        Ok(Response::new(pb::ShareResponse {}))
     }
 
     async fn steps(
@@ -65,10 +77,17 @@ fn settings(workers_expected: u16) -> Settings {
 }
 
 async fn coordinator(store: &Memory, workers: u16) -> (Handle, CoordinatorClient<Channel>) {
+    coordinator_with(store, settings(workers)).await
+}
+
+async fn coordinator_with(
+    store: &Memory,
+    settings: Settings,
+) -> (Handle, CoordinatorClient<Channel>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let handle = start(Config {
-        settings: settings(workers),
+        settings,
         store: Arc::new(store.clone()),
         url: url.clone(),
         store_urls: vec![],
@@ -232,4 +251,42 @@ async fn later_leader_knows_how_many_workers_are_wanted() {
     let (second, _client) = coordinator(&store, 1).await;
     leads(&second).await;
     assert_eq!(second.status().await.unwrap()["workers_wanted"], 3);
+}
+
+#[tokio::test]
+async fn workers_are_told_how_copies_share_the_load_they_report() {
+    let store = Memory::new();
+    let (handle, mut client) =
+        coordinator_with(&store, Settings { redundancy: 1, ..settings(3) }).await;
+    leads(&handle).await;
+    let mut views = client.watch_view(pb::WatchViewRequest {}).await.unwrap().into_inner();
+    let (tell, mut told) = mpsc::channel(64);
+    let mut members = Vec::new();
+    for _ in 0..3 {
+        members.push(join(&mut client, &start_puppet(Puppet::Told(tell.clone())).await).await);
+    }
+    assert_eq!(next(&mut views).await, "1[0 1 2]");
+    let report = |rows: Vec<u64>| {
+        let load = pb::ExpertLoad { worker: 1, layers: vec![pb::LayerLoad { rows }] };
+        pb::ReportRequest { epoch: 0, news: Some(pb::report_request::News::Load(load)) }
+    };
+    // All rows want one expert, and one other of its two holders' experts.
+    client.report(report(vec![400, 400, 0, 0])).await.unwrap();
+    for _ in 0..3 {
+        let request = tokio::time::timeout(PATIENCE, told.recv()).await.expect("told").unwrap();
+        assert_eq!((request.epoch, request.layers.len()), (1, 1));
+        let shares = proto::shares_from_wire(request.layers).unwrap();
+        let status = handle.status().await.unwrap();
+        let mut ranks = [0.0; 3];
+        for (expert, holders) in (0..).zip(status["placement"][0].as_array().unwrap()) {
+            let parts = shares.parts(0, ids::ExpertId(expert));
+            for (rank, part) in holders.as_array().unwrap().iter().zip(parts) {
+                let rows = if expert < 2 { 400.0 } else { 0.0 };
+                ranks[usize::try_from(rank.as_u64().unwrap()).unwrap()] += rows * part;
+            }
+        }
+        assert!(ranks.iter().all(|rows| (rows - 800.0 / 3.0).abs() < 3.0), "{ranks:?}");
+        assert_eq!(status["shares"]["told"], 1);
+        assert_eq!(status["shares"]["parts"][0].as_array().unwrap().len(), 4);
+    }
 }

@@ -3,12 +3,14 @@
 //! A conversion checks what the wire cannot say (ranks in order, known experts), so that code
 //! behind it never meets a view that cannot be.
 
+mod shares;
 mod step;
 mod view;
 
 use std::time::Duration;
 use tonic::transport::Endpoint;
 
+pub use shares::{shares_from_wire, shares_to_wire};
 pub use step::{slice_from_wire, slice_to_wire};
 pub use view::{pools_from_wire, pools_to_wire, view_from_wire, view_to_wire};
 
@@ -73,6 +75,9 @@ pub enum WireError {
     /// The placement is impossible; the text says why.
     #[error("placement in the view: {0}")]
     Placement(String),
+    /// They are no parts of a whole; the text says which.
+    #[error("shares: {0}")]
+    Shares(String),
 }
 
 /// Narrows a wire number to a 16-bit id.

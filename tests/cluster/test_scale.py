@@ -52,3 +52,25 @@ def test_rebalance_levels_what_the_experts_have_to_do(load):
         assert after["epoch"] == before
     rows = [member["rows"] for member in load.serving()]
     assert sum(rows) > 0 and 1.0 <= after["load"]["fullest"] <= WORKERS
+
+
+def test_shares_of_the_copies_follow_the_load(load):
+    """Every expert has two copies. Which of them serves a row changes while the streams run, and no token does."""
+    load.until_serving(WORKERS)
+    epoch = load.status()["epoch"]
+    told = load.status()["shares"]["told"]
+
+    def whole_window():
+        """Until ten seconds of load were counted in which the shares followed."""
+        before = load.status()["load"]
+        load.until(lambda: load.status()["load"] != before, "a window ends")
+
+    while load.status()["shares"]["told"] < told + 2:
+        load.during(whole_window)
+    after = load.status()
+    assert after["epoch"] == epoch, "nothing else has changed"
+    placement, parts = after["placement"], after["shares"]["parts"]
+    assert [[len(of) for of in layer] for layer in parts] == [[len(of) for of in layer] for layer in placement]
+    assert all(abs(sum(of) - 1) < 0.01 for layer in parts for of in layer)
+    uneven = [of for layer in parts for of in layer if len(of) == 2 and abs(of[0] - 0.5) > 0.1]
+    assert uneven, parts

@@ -6,7 +6,7 @@
 
 use crate::plantable::Plantable;
 use all2all::{
-    Aborter, AllToAll, Arrived, ExchangeError, LayerKey, Pending, Sent, StepOutcome, View,
+    Aborter, AllToAll, Arrived, ExchangeError, LayerKey, Pending, Routes, Sent, StepOutcome, View,
 };
 use ids::{Epoch, StepId};
 use kernels::Dtype;
@@ -301,6 +301,10 @@ impl<A: Plantable> AllToAll for Struck<'_, A> {
 
     fn reconfigure(&mut self, next: View, budget: Duration) -> Result<(), ExchangeError> {
         self.inner.reconfigure(next, budget)
+    }
+
+    fn reroute(&mut self, routes: Arc<Routes>) {
+        self.inner.reroute(routes);
     }
 }
 

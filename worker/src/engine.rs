@@ -19,6 +19,7 @@ use kernels::cuda::Cuda;
 use kernels::{Bad, BadPlace, Cpu, DeviceError, Dtype, Pool, Sampled, StepBatch};
 use model::forward::{Forward, ForwardError, Pass};
 use model::weights::Dense;
+use placement::Shares;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -35,6 +36,8 @@ pub enum EngineError {
     Routes(#[from] all2all::RoutesError),
     #[error("step failed: {0}")]
     Step(Fault),
+    #[error("shares: {0}")]
+    Parts(#[from] all2all::PartsError),
     #[error("{0}")]
     NonFinite(NonFinite),
     #[error("a GPU cannot serve this model: {0}")]
@@ -62,6 +65,7 @@ impl EngineError {
             | Self::Model(_)
             | Self::Device(_)
             | Self::Routes(_)
+            | Self::Parts(_)
             | Self::NonFinite(_)
             | Self::Unsupported(_)
             | Self::Unseated
@@ -71,8 +75,7 @@ impl EngineError {
     }
 }
 
-/// What a rank serves: who holds which expert, `[moe layers][ranks]` ascending, and which rank serves
-/// this one's rows of an expert.
+/// What a rank serves: who holds which expert, `[moe layers][ranks]` ascending, and who serves this one's rows of it.
 pub struct Shard<'a> {
     pub epoch: Epoch,
     pub rank: Rank,
@@ -208,6 +211,15 @@ impl Engine {
         on_device!(&mut self.0, rank => rank.take(seat))
     }
 
+    /// Shares the rows of experts that have copies among these in other parts, between steps. No result depends on it.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError`] if it has no rank, the shares are of another placement, or memory is refused; nothing changes then.
+    pub fn share(&mut self, shares: &Shares) -> Result<(), EngineError> {
+        on_device!(&mut self.0, rank => rank.share(shares))
+    }
+
     /// What its experts have to do.
     pub(crate) fn tally(&self) -> Arc<Tally> {
         on_device!(&self.0, rank => Arc::clone(&rank.tally))
@@ -334,6 +346,15 @@ impl<D: Backend> RankEngine<D> {
             None => self.transport.join(view, &peers)?,
         };
         self.seated = Some(Seated { experts, routes, served, joined });
+        Ok(())
+    }
+
+    fn share(&mut self, shares: &Shares) -> Result<(), EngineError> {
+        let seated = self.seated.as_mut().ok_or(EngineError::Unseated)?;
+        let routes =
+            seated.joined.view().routes.shared(|layer, expert| shares.parts(layer, expert))?;
+        seated.routes = self.device.routes(&routes)?;
+        seated.joined.reroute(Arc::new(routes));
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 //! them stays in the host's memory.
 
 use crate::weights::{Model, ModelError};
-use all2all::{RouteTables, Routes};
+use all2all::{RouteTables, Routes, Target};
 use kernels::cuda::nvml::Nvml;
 use kernels::cuda::weights::{
     EmbeddingTable, ExpertOnDevice, ExpertPart, ExpertSizes, ExpertStorage, Loader, NormWeights,
@@ -131,15 +131,24 @@ impl Gpu {
 
     /// Where a rank's rows go, on the device.
     pub(crate) fn routes(&self, routes: &Routes) -> Result<Arc<RouteTable>, CudaError> {
-        let RouteTables { targets, spans } = routes.tables();
-        let targets: Vec<_> = targets.iter().map(|(rank, slot)| (rank.0, *slot)).collect();
-        let parts = RouteTableParts { spans, targets: &targets };
-        RouteTable::new(&self.driver, parts).map(Arc::new)
+        route_table(&self.driver, routes)
     }
 
     fn loader(&self, from: &load::Loader<'_>) -> Loader {
         Loader::new(&self.driver, from.dtype)
     }
+}
+
+/// Where a rank's rows go, on the device.
+pub(crate) fn route_table(
+    driver: &Arc<Driver>,
+    routes: &Routes,
+) -> Result<Arc<RouteTable>, CudaError> {
+    let RouteTables { targets, spans, start } = routes.tables();
+    let of = |target: &Target| (target.rank.0, target.slot, target.until);
+    let targets: Vec<_> = targets.iter().map(of).collect();
+    let parts = RouteTableParts { spans, targets: &targets, start };
+    RouteTable::new(driver, parts).map(Arc::new)
 }
 
 /// Of an expert of this layer, and how its profile stores it.

@@ -2,7 +2,7 @@
 
 use all2all::local::{Hub, Lending, Local};
 use all2all::tcp::{Identity, Mesh, Options, Peer, Tcp};
-use all2all::{Aborter, AllToAll, ExchangeError, View};
+use all2all::{Aborter, AllToAll, ExchangeError, Routes, View};
 use ids::Epoch;
 use kernels::{RowMemory, Staged};
 use std::net::SocketAddr;
@@ -193,6 +193,19 @@ impl<D: Staged> Joined<D> {
             Self::Local(local) => local.aborter(),
             Self::Lending(lending) => lending.aborter(),
             Self::Tcp(tcp, _) => tcp.aborter(),
+        }
+    }
+
+    pub(crate) fn reroute(&mut self, routes: Arc<Routes>) {
+        match self {
+            Self::Local(local) => local.reroute(routes),
+            Self::Lending(lending) => lending.reroute(routes),
+            Self::Tcp(tcp, lone) => {
+                if let Some(lone) = lone {
+                    lone.reroute(Arc::clone(&routes));
+                }
+                tcp.reroute(routes);
+            }
         }
     }
 

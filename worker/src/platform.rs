@@ -5,8 +5,9 @@
 
 use crate::KvBlocks;
 use crate::engine::EngineError;
-use crate::gpu::Gpu;
+use crate::gpu::{Gpu, route_table};
 use crate::weights::Model;
+use all2all::Routes;
 use kernels::cuda::nvml::Nvml;
 use kernels::cuda::{
     Arriving, CacheOnDevice, Cuda, Driver, ExpertsOnDevice, RouteTable, WireOnDevice,
@@ -139,6 +140,9 @@ pub(crate) trait Backend: Staged + Sized {
     /// Takes what was placed for it.
     fn take(placed: Placed) -> (Vec<Self::Experts>, Self::Routes);
 
+    /// Where its rows go, in its form.
+    fn routes(&self, routes: &Routes) -> Result<Self::Routes, EngineError>;
+
     /// Takes the memory that its steps will need, if it has memory of its own.
     fn reserve_for(&mut self, _: &Model, _: &mut Forward<Self>) -> Result<(), EngineError> {
         Ok(())
@@ -179,6 +183,10 @@ impl Backend for Cpu {
             Placed::Cuda(..) => unreachable!("a process has one platform"),
         }
     }
+
+    fn routes(&self, _: &Routes) -> Result<(), EngineError> {
+        Ok(())
+    }
 }
 
 impl Backend for Cuda {
@@ -204,6 +212,10 @@ impl Backend for Cuda {
             Placed::Cuda(experts, routes) => (experts, routes),
             Placed::Cpu(_) => unreachable!("a process has one platform"),
         }
+    }
+
+    fn routes(&self, routes: &Routes) -> Result<Arc<RouteTable>, EngineError> {
+        Ok(route_table(self.driver(), routes).map_err(DeviceError::Cuda)?)
     }
 
     fn reserve_for(

@@ -14,6 +14,7 @@ use all2all::tcp::Peer;
 use all2all::{Aborter, FaultKind, Reason};
 use ids::{Epoch, StepId};
 use kernels::StepBatch;
+use placement::Shares;
 use proto::pb;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -60,6 +61,8 @@ struct Seats {
     next: BTreeMap<Epoch, (Seat, Vec<String>)>,
     /// The view that is served.
     current: Option<Current>,
+    /// How the copies of experts shall share rows from the next step of this epoch on.
+    shares: Option<(Epoch, Shares)>,
 }
 
 struct Current {
@@ -106,6 +109,14 @@ impl Runner {
         let members = seats.current.iter().flat_map(|current| &current.incarnations);
         let is_unheard = |(_, member): &(u32, &String)| !self.transport.reaches(member);
         (0..).zip(members).filter(is_unheard).map(|(rank, _)| rank).collect()
+    }
+
+    /// The copies of experts shall share rows like this in the view of this epoch, whether it serves already or not.
+    pub(crate) fn share(&self, epoch: Epoch, shares: Shares) {
+        let mut seats = self.waiting.lock();
+        if seats.shares.as_ref().is_none_or(|(known, _)| *known <= epoch) {
+            seats.shares = Some((epoch, shares));
+        }
     }
 
     /// Offers a seat in the view of these members.
@@ -324,6 +335,13 @@ fn attempt(
     }
     if engine.epoch() != Some(epoch) {
         return Err(EngineError::Epoch { got: epoch, serving: engine.epoch() });
+    }
+    let shares = waiting.lock().shares.take_if(|(of, _)| *of <= epoch);
+    if let Some((_, shares)) = shares.filter(|(of, _)| *of == epoch)
+        && let Err(error) = engine.share(&shares)
+    {
+        // The step does not need them.
+        tracing::warn!(%epoch, %error, "shares are not taken");
     }
     step::fill(batch, wire);
     let deadline = job.received + Duration::from_millis(u64::from(wire.deadline_ms));

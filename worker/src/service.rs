@@ -185,6 +185,17 @@ impl pb::worker_server::Worker for Service {
         Ok(Response::new(pb::PrepareResponse { epoch, from_peers, from_disk, unreached }))
     }
 
+    async fn share(
+        &self,
+        request: Request<pb::ShareRequest>,
+    ) -> Result<Response<pb::ShareResponse>, Status> {
+        let pb::ShareRequest { epoch, layers } = request.into_inner();
+        let shares = proto::shares_from_wire(layers)
+            .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        self.runner.share(Epoch(epoch), shares);
+        Ok(Response::new(pb::ShareResponse {}))
+    }
+
     async fn steps(
         &self,
         request: Request<Streaming<pb::Step>>,

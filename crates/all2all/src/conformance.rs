@@ -34,7 +34,7 @@ pub use faults::{
 };
 pub use flow::{
     check_every_row_comes_back_once, check_hot_path_allocates_nothing,
-    check_many_steps_under_random_delays, check_rows_keep_every_bit,
+    check_many_steps_under_random_delays, check_rows_keep_every_bit, check_rows_may_be_shared_anew,
 };
 pub use masked::{check_masked_rank_is_never_read, check_routes_to_a_masked_rank_are_refused};
 
@@ -109,6 +109,7 @@ macro_rules! conformance {
             check_poison_lasts_until_the_next_view
             check_routes_to_a_masked_rank_are_refused
             check_rows_keep_every_bit
+            check_rows_may_be_shared_anew
             check_rows_of_an_old_epoch_never_show
             check_silent_peer_ends_the_step_at_the_deadline
             check_slow_rank_joins_a_step_that_waits_for_it

@@ -14,7 +14,7 @@ mod step;
 pub mod tcp;
 
 pub use error::{ExchangeError, Fault, FaultKind, Phase, Reason};
-pub use routes::{RouteTables, Routes, RoutesError, View};
+pub use routes::{PartsError, RouteTables, Routes, RoutesError, STRIDE, Target, View};
 
 use ids::{Epoch, Rank, StepId};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -175,6 +175,14 @@ pub trait AllToAll: Send {
     /// [`ExchangeError::StaleEpoch`] unless the epoch rises; what the transport needs and lacks. The old
     /// view stays then.
     fn reconfigure(&mut self, next: View, budget: Duration) -> Result<(), ExchangeError>;
+
+    /// Sends the rows of the next steps by other routes to the ranks that hold their experts, between steps. That is this
+    /// rank's affair alone: whoever holds an expert serves all that come.
+    ///
+    /// # Panics
+    ///
+    /// If the routes have other [targets](Routes::targets_match) than those of the view.
+    fn reroute(&mut self, routes: Arc<Routes>);
 }
 
 /// Rows in host memory.

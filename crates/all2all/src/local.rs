@@ -13,7 +13,7 @@
 use crate::error::{ExchangeError, FaultKind, Phase};
 use crate::step::At;
 use crate::{
-    Aborter, AllToAll, Arrived, HostRows, LayerKey, Pending, Sent, StepOutcome, View, lock,
+    Aborter, AllToAll, Arrived, HostRows, LayerKey, Pending, Routes, Sent, StepOutcome, View, lock,
 };
 use ids::{Epoch, StepId};
 use std::any::Any;
@@ -206,5 +206,9 @@ impl AllToAll for Local {
 
     fn reconfigure(&mut self, next: View, _budget: Duration) -> Result<(), ExchangeError> {
         self.end.reconfigure(next)
+    }
+
+    fn reroute(&mut self, routes: Arc<Routes>) {
+        self.end.view.reroute(routes);
     }
 }

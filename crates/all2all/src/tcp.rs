@@ -36,7 +36,8 @@ pub use mesh::Mesh;
 use crate::error::{ExchangeError, Fault, FaultKind, Phase, Reason};
 use crate::step::{At, Halt, State, Step};
 use crate::{
-    Aborter, AllToAll, Arrived, HostRows, LayerKey, Pending, Sent, StepOutcome, View, active_ranks,
+    Aborter, AllToAll, Arrived, HostRows, LayerKey, Pending, Routes, Sent, StepOutcome, View,
+    active_ranks,
 };
 use frame::Head;
 use ids::{Epoch, StepId};
@@ -356,6 +357,10 @@ impl AllToAll for Tcp {
         self.waiting = wait::Waiting::new(&next);
         (self.state, self.view) = (State::Idle, next);
         Ok(())
+    }
+
+    fn reroute(&mut self, routes: Arc<Routes>) {
+        self.view.reroute(routes);
     }
 }
 

@@ -156,6 +156,10 @@ impl AllToAll for Lender {
     fn reconfigure(&mut self, next: View, budget: Duration) -> Result<(), ExchangeError> {
         self.lending.reconfigure(next, budget)
     }
+
+    fn reroute(&mut self, routes: Arc<Routes>) {
+        self.lending.reroute(routes);
+    }
 }
 
 struct InProcess(Arc<Hub>);

@@ -27,6 +27,7 @@
 //! who were to take over are lost meanwhile, it stays.
 
 mod change;
+mod follow;
 mod leave;
 mod machine;
 mod plan;
@@ -38,7 +39,7 @@ mod status;
 mod tests;
 
 use ids::{Epoch, Rank, WorkerId};
-use placement::{Aim, KvPools, Shape, View, Window};
+use placement::{Aim, KvPools, Shape, Shares, View, Window};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -125,6 +126,8 @@ pub enum Input {
     Scale { workers: u16 },
     /// What the experts had to do since the last such input.
     Load { window: Window },
+    /// The same of the last moment, to be followed at once; it counts again in the window to come.
+    Moment { window: Window },
     /// An operator wants the load level; answered with `Rebalanced`.
     Rebalance,
     /// [`Control::deadline`] has passed.
@@ -190,6 +193,8 @@ pub enum Output {
     Store { view: Arc<View> },
     /// Tell the routers.
     Publish { view: Arc<View> },
+    /// Tell the members of the view what part of an expert's rows each of its copies shall have. It may get lost.
+    Share { view: Arc<View>, shares: Shares },
     /// End a worker's membership; it may register again.
     Dismiss { worker: WorkerId, reason: String },
 }

@@ -4,7 +4,7 @@ use crate::reach::{self, Gaps};
 use crate::silence::{Distrust, Failures};
 use crate::{Cause, Change, Hello, Input, Lack, Output, Settings, Silence};
 use ids::{Epoch, Rank, WorkerId};
-use placement::{Aim, Load, Member, View, Window};
+use placement::{Aim, Follower, Load, Member, View, Window};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -58,6 +58,10 @@ pub struct Control {
     pub(crate) draining: BTreeSet<WorkerId>,
     /// What the experts had to do; `None` before anybody told.
     pub(crate) load: Option<Load>,
+    /// The load of the last moments, and what the members know of it.
+    pub(crate) follower: Follower,
+    /// How often the members were told other shares, in all views.
+    pub(crate) shared: u64,
     /// When levelling was last thought about.
     pub(crate) levelled: Duration,
     /// How many workers an operator wants; `None`: as many as come.
@@ -96,6 +100,8 @@ impl Control {
             overtaken: None,
             draining: BTreeSet::new(),
             load: None,
+            follower: Follower::default(),
+            shared: 0,
             levelled: now,
             wanted: None,
             lack: None,
@@ -173,6 +179,7 @@ impl Control {
             Input::Drain { worker } => self.drain(now, worker),
             Input::Load { window } => self.observe(now, &window),
             Input::Scale { workers } => self.scale(now, workers),
+            Input::Moment { window } => self.moment(&window),
             Input::Rebalance => self.rebalance(now),
             Input::Tick => self.tick(now),
         }
@@ -385,7 +392,9 @@ impl Control {
         });
         self.committed = Some(Arc::clone(&view));
         self.phase = Phase::Serving;
+        self.follower.begin();
         let mut outputs = vec![Output::Publish { view }];
+        outputs.extend(self.share());
         outputs.extend(match self.overtaken.take() {
             // Who leaves may be needed yet, if those who were to take over are lost.
             Some(cause) => self.plan(now, cause),

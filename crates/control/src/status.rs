@@ -3,7 +3,7 @@
 use crate::machine::Phase;
 use crate::{Change, Control, Lack};
 use ids::{Epoch, Rank, WorkerId};
-use placement::{Aim, Member, Placement, Shape, View};
+use placement::{Aim, Member, Placement, Shape, Shares, View};
 
 /// Which phase, without its data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,7 +43,7 @@ pub struct MemberStatus {
 }
 
 /// The whole picture.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Status {
     /// Of the view that counts; `None` before the first.
     pub epoch: Option<Epoch>,
@@ -53,6 +53,9 @@ pub struct Status {
     pub members: Vec<MemberStatus>,
     /// Of the view that counts.
     pub placement: Option<Placement>,
+    /// How often the members were told other shares of the experts' rows, and the last of the view that counts; `None`: all
+    /// copies of an expert share alike.
+    pub shared: (u64, Option<Shares>),
     /// Oldest first.
     pub changes: Vec<Change>,
     /// What keeps it from serving.
@@ -63,8 +66,7 @@ impl Control {
     /// Layers and experts of the view that counts.
     #[must_use]
     pub fn shape(&self) -> Option<Shape> {
-        let placement = &self.standing()?.placement;
-        Some(Shape { moe_layers: placement.moe_layers(), experts: placement.experts() })
+        Some(self.standing()?.placement.shape())
     }
 
     /// A snapshot for `herd status`.
@@ -100,6 +102,7 @@ impl Control {
             wanted: self.wanted,
             members,
             placement: view.map(|view| view.placement.clone()),
+            shared: (self.shared, self.follower.told().cloned()),
             changes: self.history.iter().cloned().collect(),
             lack: self.lack,
         }

@@ -1,5 +1,6 @@
 //! Scenarios as traces.
 
+mod follow;
 mod memory;
 mod planned;
 mod random;
@@ -7,6 +8,7 @@ mod reach;
 mod repair;
 
 use super::*;
+use ids::ExpertId;
 use std::fmt::Write;
 
 fn settings(workers_expected: u16) -> Settings {
@@ -69,6 +71,13 @@ fn text(output: &Output) -> String {
         }
         Output::Store { view } => format!("store {}", members(view)),
         Output::Publish { view } => format!("publish {}", members(view)),
+        Output::Share { view, shares } => {
+            let parts = (0..4).map(|expert| shares.parts(0, ExpertId(expert)));
+            let text = parts.map(|parts| {
+                parts.iter().map(|part| format!("{part:.1}")).collect::<Vec<_>>().join("+")
+            });
+            format!("share in {}: {}", view.epoch, text.collect::<Vec<_>>().join(" "))
+        }
         Output::Dismiss { worker, reason } => format!("dismiss {worker}: {reason}"),
     }
 }

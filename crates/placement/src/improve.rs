@@ -4,7 +4,7 @@
 //! best of them is made, until none of the fullest ranks has one left or the budget is spent; the
 //! budget counts trials, not time, so that equal requests give equal placements.
 
-use crate::layer::{Layer, add, sub};
+use crate::layer::{Layer, Settling, add, sub};
 
 /// What loading an expert on a rank that held others must save, as a part of what a level layer
 /// costs. With 64 ranks one of them 10 % above the mean costs 90 of these parts more than a level one.
@@ -14,6 +14,13 @@ const GAIN_MIN: f64 = 1e-5;
 /// Trials per layer: enough for a first placement to end level, within 1 ms.
 const TRIALS: usize = 2100;
 const TRIALS_PER_RANK: usize = 256;
+/// Rounds in which the copies of all experts share their load, before the first change and after each.
+const FIRST: Settling = Settling { passes: 16, moved_min: 2e-3 };
+const AGAIN: Settling = Settling { passes: 2, moved_min: 2e-3 };
+const COPY_TRIALS: usize = 8;
+const SETTLE_TRIALS: usize = 3;
+/// Ranks that may get a further copy: the emptiest.
+const COPY_TARGETS: usize = 16;
 /// Fullest ranks that are tried before the layer counts as level.
 const RANKS_TRIED: usize = 8;
 
@@ -31,26 +38,29 @@ enum Change {
 
 /// Levels the layer.
 pub(crate) fn improve(layer: &mut Layer) {
+    layer.settle(FIRST);
     let mut trials = TRIALS + TRIALS_PER_RANK * layer.ranks();
     let mut stuck = vec![false; layer.ranks()];
     let mut stuck_count = 0;
-    let mut rises = rises(layer);
     while stuck_count < RANKS_TRIED {
         let open = (0..layer.ranks()).filter(|&rank| !stuck[rank]);
         let fullest =
             open.max_by(|&l, &r| layer.cost_now(l).total_cmp(&layer.cost_now(r)).then(r.cmp(&l)));
         let Some(rank) = fullest else { return };
-        let mut search = Search { layer, rises: &rises, trials, best: None };
+        if layer.is_level() {
+            return;
+        }
+        let mut search = Search { layer, trials, best: None };
         search.relieve(rank);
         let best = search.best;
         trials = search.trials;
         if trials == 0 {
             return;
         }
+        trials = trials.saturating_sub(SETTLE_TRIALS * layer.shared_experts());
         if best.is_some_and(|(_, change)| make(layer, change)) {
             stuck.fill(false);
             stuck_count = 0;
-            rises = self::rises(layer);
         } else {
             stuck[rank] = true;
             stuck_count += 1;
@@ -58,16 +68,9 @@ pub(crate) fn improve(layer: &mut Layer) {
     }
 }
 
-/// What the others cost more without one copy of an expert, by expert; `None`: it cannot be spared.
-fn rises(layer: &Layer) -> Vec<Option<f32>> {
-    let rise = |expert: usize| layer.has_surplus(expert).then(|| layer.rise(expert));
-    (0..layer.experts()).map(rise).collect()
-}
-
 /// The trials of one fullest rank.
 struct Search<'a> {
     layer: &'a Layer,
-    rises: &'a [Option<f32>],
     trials: usize,
     best: Option<(f32, Change)>,
 }
@@ -79,18 +82,21 @@ impl Search<'_> {
         let emptier = |&to: &usize| {
             0 < layer.capacity(to) && layer.load(to)[regime] < layer.load(rank)[regime]
         };
-        let targets: Vec<usize> = (0..layer.ranks()).filter(emptier).collect();
-        self.trials = self.trials.saturating_sub(layer.ranks());
+        let mut targets: Vec<usize> = (0..layer.ranks()).filter(emptier).collect();
+        targets.sort_by(|&l, &r| layer.load(l)[regime].total_cmp(&layer.load(r)[regime]));
+        // Passing pairs over takes time, too.
+        let passes = layer.ranks() + layer.held[rank].len() * targets.len();
+        self.trials = self.trials.saturating_sub(passes);
         for &expert in &layer.held[rank] {
             self.part(rank, expert, regime, &targets);
-            self.copy(expert, &targets);
+            self.copy(expert, &targets[..targets.len().min(COPY_TARGETS)]);
         }
     }
 
     /// `expert` leaves the rank.
     fn part(&mut self, rank: usize, expert: usize, regime: usize, targets: &[usize]) {
         let layer = self.layer;
-        let share = layer.share(expert);
+        let share = layer.part(expert, rank);
         let without = sub(layer.load(rank), share);
         let unloaded = load_cost(layer, rank, expert);
         let (left, now) = (layer.cost(without), layer.cost_now(rank) + unloaded);
@@ -104,7 +110,7 @@ impl Search<'_> {
                 self.offer(before + left + layer.cost(with), Change::Move { rank, expert, to });
             }
             for &other in &layer.held[to] {
-                let back = layer.share(other);
+                let back = layer.part(other, to);
                 if share[regime] <= back[regime] || layer.holds(rank, other) {
                     continue;
                 }
@@ -118,28 +124,30 @@ impl Search<'_> {
 
     /// `expert` gets one more copy elsewhere.
     fn copy(&mut self, expert: usize, targets: &[usize]) {
-        let (layer, rises) = (self.layer, self.rises);
-        let share = layer.share_of(expert, layer.holders[expert].len() + 1);
-        let less = sub(layer.share(expert), share);
-        let relief =
-            |&holder: &usize| layer.cost(sub(layer.load(holder), less)) - layer.cost_now(holder);
-        let relief: f32 = layer.holders[expert].iter().map(relief).sum();
-        self.trials = self.trials.saturating_sub(layer.holders[expert].len());
+        let layer = self.layer;
+        let now = layer.cost_of_holders(expert);
         for &to in targets {
             if layer.holds(to, expert) {
                 continue;
             }
-            let with = add(layer.load(to), share);
-            let before = relief - layer.cost_now(to) + load_cost(layer, to, expert);
+            let before = load_cost(layer, to, expert) - now - layer.cost_now(to);
             if 0 < layer.room(to) {
-                self.offer(before + layer.cost(with), Change::Copy { expert, to });
+                let cost = before + layer.cost_with(expert, layer.load(to));
+                self.offer(cost, Change::Copy { expert, to });
+                self.trials = self.trials.saturating_sub(COPY_TRIALS);
             }
-            for &other in &layer.held[to] {
-                let Some(rise) = rises[other] else { continue };
-                let cost = before + rise - layer.rise_at(other, to)
-                    + layer.cost(sub(with, layer.share(other)))
+            let surplus = layer.held[to].iter().filter(|&&other| layer.has_surplus(other));
+            // The copy that does least.
+            let least = surplus.min_by(|&&l, &&r| {
+                let part = |other| layer.weighted(layer.part(other, to));
+                part(l).total_cmp(&part(r)).then(l.cmp(&r))
+            });
+            if let Some(&other) = least {
+                let below = sub(layer.load(to), layer.part(other, to));
+                let cost = before + layer.rise(other, to) + layer.cost_with(expert, below)
                     - load_cost(layer, to, other);
                 self.offer(cost, Change::Replace { expert, to, other });
+                self.trials = self.trials.saturating_sub(COPY_TRIALS);
             }
         }
     }
@@ -161,15 +169,17 @@ fn load_cost(layer: &Layer, rank: usize, expert: usize) -> f32 {
     }
 }
 
-/// Makes the change if it is worth it. The trial may have counted ranks twice that hold both
-/// experts, so what counts is the sum afterwards.
+/// Makes the change if it is worth it. The trial let only the copies of the changed experts share anew, so what counts
+/// is the sum afterwards.
 fn make(layer: &mut Layer, change: Change) -> bool {
     let before = layer.cost_of_all();
     let loads = apply(layer, change);
+    layer.settle(AGAIN);
     if layer.cost_of_all() + f64::from(loads) < before - GAIN_MIN {
         return true;
     }
     undo(layer, change);
+    layer.settle(AGAIN);
     false
 }
 
@@ -182,14 +192,14 @@ fn apply(layer: &mut Layer, change: Change) -> f32 {
         Change::Move { rank, expert, to } => transfer(layer, expert, rank, to),
         Change::Copy { expert, to } => {
             layer.put(to, expert);
-            layer.share_anew(expert);
+            layer.pour(expert);
             load_cost(layer, to, expert)
         }
         Change::Replace { expert, to, other } => {
             layer.take(to, other);
-            layer.share_anew(other);
             layer.put(to, expert);
-            layer.share_anew(expert);
+            layer.pour(other);
+            layer.pour(expert);
             load_cost(layer, to, expert) - load_cost(layer, to, other)
         }
     }
@@ -206,19 +216,18 @@ fn undo(layer: &mut Layer, change: Change) {
         }
         Change::Copy { expert, to } => {
             layer.take(to, expert);
-            layer.share_anew(expert);
+            layer.pour(expert);
         }
         Change::Replace { expert, to, other } => {
             layer.take(to, expert);
-            layer.share_anew(expert);
             layer.put(to, other);
-            layer.share_anew(other);
+            layer.pour(expert);
+            layer.pour(other);
         }
     }
 }
 
 fn transfer(layer: &mut Layer, expert: usize, from: usize, to: usize) -> f32 {
-    layer.take(from, expert);
-    layer.put(to, expert);
+    layer.transfer(expert, from, to);
     load_cost(layer, to, expert) - load_cost(layer, from, expert)
 }

@@ -4,6 +4,14 @@
 //! regime; 1 everywhere is level.
 
 use crate::load::Lanes;
+use crate::pour::pour;
+
+/// Holders of one expert that are poured over: most experts have no more than the smaller number, and none of them have
+/// more than the larger one.
+const POURED_MIN: usize = 4;
+const POURED_MAX: usize = 64;
+/// Load of the fullest rank at which a layer is level.
+const LEVEL: f32 = 1.004;
 
 /// Copies of one layer's experts on ranks.
 #[derive(Debug, Clone)]
@@ -24,8 +32,10 @@ pub(crate) struct Layer {
     had: Vec<bool>,
     /// By rank: it held something before, so whatever else it gets is a move.
     pub(crate) is_settled: Vec<bool>,
-    /// By expert: load of one copy.
+    /// By expert: load of a copy that is put down.
     share: Vec<Lanes>,
+    /// By expert and holder: load of that copy.
+    parts: Vec<Vec<Lanes>>,
     /// By rank, with its cost.
     load: Vec<(Lanes, f32)>,
     ranks: f32,
@@ -44,6 +54,15 @@ pub(crate) struct Terms<'a> {
     pub(crate) first: usize,
 }
 
+/// When the copies share their load well enough.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Settling {
+    /// Rounds over all experts, at most.
+    pub(crate) passes: usize,
+    /// Part of a level rank's load: a round that moves less than this from any copy to another was the last.
+    pub(crate) moved_min: f32,
+}
+
 impl Layer {
     /// `current` is `[experts]` -> ranks.
     pub(crate) fn new(terms: Terms<'_>, demand: Vec<Lanes>, current: &[Vec<usize>]) -> Self {
@@ -52,6 +71,7 @@ impl Layer {
             capacity: terms.capacity.to_vec(),
             copies_min: terms.copies_min,
             share: demand.clone(),
+            parts: current.iter().map(|holders| vec![Lanes::default(); holders.len()]).collect(),
             demand,
             weights: terms.weights,
             held: vec![Vec::new(); ranks],
@@ -117,6 +137,21 @@ impl Layer {
         self.share[expert]
     }
 
+    /// What each holder has of the expert's load.
+    pub(crate) fn parts(&self, expert: usize) -> &[Lanes] {
+        &self.parts[expert]
+    }
+
+    /// What one of its holders has of the expert's load.
+    pub(crate) fn part(&self, expert: usize, holder: usize) -> Lanes {
+        let parts = &self.parts[expert];
+        if let [only] = parts[..] {
+            return only;
+        }
+        let at = self.holders[expert].iter().position(|&rank| rank == holder);
+        parts[at.expect("asked for a holder")]
+    }
+
     pub(crate) fn load(&self, rank: usize) -> Lanes {
         self.load[rank].0
     }
@@ -138,6 +173,20 @@ impl Layer {
         self.load[rank].1
     }
 
+    /// The load that is expected, over the regimes.
+    pub(crate) fn weighted(&self, load: Lanes) -> f32 {
+        sum(mul(load, self.weights))
+    }
+
+    /// By regime, the load of the fullest rank.
+    pub(crate) fn fullest(&self) -> Lanes {
+        let mut fullest = Lanes::default();
+        for (load, _) in &self.load {
+            fullest = std::array::from_fn(|lane| fullest[lane].max(load[lane]));
+        }
+        fullest
+    }
+
     /// What a rank with this load costs. The eighth power sees little else than the fullest ranks,
     /// and yet it tells two placements apart whose fullest rank is the same.
     pub(crate) fn cost(&self, load: Lanes) -> f32 {
@@ -153,29 +202,48 @@ impl Layer {
         self.cost(add(self.load(rank), share)) - self.cost_now(rank)
     }
 
-    /// Puts a copy down; the expert's other copies keep their share until it is counted anew.
+    /// Puts a copy down; the expert's other copies keep their parts until they are counted anew.
     pub(crate) fn put(&mut self, rank: usize, expert: usize) {
+        self.put_with(rank, expert, self.share[expert]);
+    }
+
+    fn put_with(&mut self, rank: usize, expert: usize, part: Lanes) {
         self.held[rank].push(expert);
         self.holders[expert].push(rank);
+        self.parts[expert].push(part);
         self.sum(rank);
     }
 
     /// The reverse of [`Layer::put`].
     pub(crate) fn take(&mut self, rank: usize, expert: usize) {
         self.held[rank].retain(|&other| other != expert);
-        self.holders[expert].retain(|&other| other != rank);
+        if let Some(at) = self.holders[expert].iter().position(|&other| other == rank) {
+            self.holders[expert].remove(at);
+            self.parts[expert].remove(at);
+        }
         self.sum(rank);
+    }
+
+    /// A copy goes to another rank, with its part of the load.
+    pub(crate) fn transfer(&mut self, expert: usize, from: usize, to: usize) {
+        let part = self.part(expert, from);
+        self.take(from, expert);
+        self.put_with(to, expert, part);
     }
 
     pub(crate) fn clear(&mut self) {
         self.held.iter_mut().for_each(Vec::clear);
         self.holders.iter_mut().for_each(Vec::clear);
+        self.parts.iter_mut().for_each(Vec::clear);
     }
 
     /// Counts the shares as they will be with this many copies of each expert.
     pub(crate) fn share_among(&mut self, copies: &[usize]) {
         self.share =
             (0..).zip(copies).map(|(expert, &copies)| self.share_of(expert, copies)).collect();
+        for (parts, &share) in self.parts.iter_mut().zip(&self.share) {
+            parts.fill(share);
+        }
         (0..self.ranks()).for_each(|rank| self.sum(rank));
     }
 
@@ -184,30 +252,133 @@ impl Layer {
         self.share_among(&copies);
     }
 
-    /// Counts the share of one expert and the loads of its holders.
-    pub(crate) fn share_anew(&mut self, expert: usize) {
-        self.share[expert] = self.share_of(expert, self.holders[expert].len());
-        for at in 0..self.holders[expert].len() {
-            self.sum(self.holders[expert][at]);
+    /// The copies of every expert share its load so that the ranks are as level as rounds make them. Each expert
+    /// in turn fills up its emptiest holders; that goes towards the least sum of squares, and with these loads no
+    /// sharing has a less full fullest rank (Fujishige, Lexicographically optimal base of a polymatroid, 1980).
+    pub(crate) fn settle(&mut self, settling: Settling) {
+        for _ in 0..settling.passes {
+            let mut moved = 0.0_f32;
+            for expert in 0..self.experts() {
+                if 1 < self.holders[expert].len() {
+                    moved = moved.max(self.pour(expert));
+                }
+            }
+            if moved < settling.moved_min {
+                break;
+            }
         }
+        (0..self.ranks()).for_each(|rank| self.sum(rank));
+    }
+
+    /// Experts that have several copies.
+    pub(crate) fn shared_experts(&self) -> usize {
+        self.holders.iter().filter(|holders| 1 < holders.len()).count()
+    }
+
+    /// The copies of the expert share its load anew. Returns the most that one of them got or gave.
+    pub(crate) fn pour(&mut self, expert: usize) -> f32 {
+        match self.holders[expert].len() {
+            copies if copies <= POURED_MIN => self.pour_over::<POURED_MIN>(expert),
+            _ => self.pour_over::<POURED_MAX>(expert),
+        }
+    }
+
+    fn pour_over<const MAX: usize>(&mut self, expert: usize) -> f32 {
+        let mut others = [Lanes::default(); MAX];
+        let (holders, parts) = (&self.holders[expert], &mut self.parts[expert]);
+        let copies = holders.len();
+        for ((other, &holder), &part) in others.iter_mut().zip(holders).zip(parts.iter()) {
+            *other = sub(self.load[holder].0, part);
+        }
+        let before: [Lanes; MAX] =
+            std::array::from_fn(|at| parts.get(at).copied().unwrap_or_default());
+        // What every rank holds is served where its tokens are; more than some tens of copies are level anyway.
+        if copies == self.capacity.len() || MAX < copies {
+            let even = 1.0 / single(copies);
+            let even = self.demand[expert].map(|load| load * even);
+            for (part, &holder) in parts.iter_mut().zip(holders) {
+                self.load[holder].0 = add(sub(self.load[holder].0, *part), even);
+                *part = even;
+            }
+            return 0.0;
+        }
+        pour(self.demand[expert], &others[..copies], parts);
+        let mut moved = Lanes::default();
+        for (at, (&holder, &part)) in holders.iter().zip(parts.iter()).enumerate() {
+            let change = sub(part, before[at]);
+            for lane in 0..change.len() {
+                moved[lane] = moved[lane].max(change[lane].abs());
+            }
+            self.load[holder].0 = add(others[at], part);
+        }
+        moved.into_iter().fold(0.0, f32::max)
+    }
+
+    /// Whether every rank is so near a level one that nothing can be gained.
+    pub(crate) fn is_level(&self) -> bool {
+        self.fullest().iter().zip(self.weights).all(|(&load, weight)| weight == 0.0 || load < LEVEL)
     }
 
     /// Running differences would drift, so a load is always summed from the start.
     fn sum(&mut self, rank: usize) {
         let held = self.held[rank].iter();
-        let load = held.fold(Lanes::default(), |sum, &expert| add(sum, self.share[expert]));
+        let load = held.fold(Lanes::default(), |sum, &expert| add(sum, self.part(expert, rank)));
         self.load[rank] = (load, self.cost(load));
     }
 
-    /// What the other holders cost more, summed over all holders, if one of them gives up its copy.
-    pub(crate) fn rise(&self, expert: usize) -> f32 {
-        self.holders[expert].iter().map(|&holder| self.rise_at(expert, holder)).sum()
+    /// What the other holders cost more, summed over all of them, if `holder` gives up its copy.
+    pub(crate) fn rise(&self, expert: usize, holder: usize) -> f32 {
+        match self.holders[expert].len() {
+            copies if copies <= POURED_MIN => self.rise_over::<POURED_MIN>(expert, holder),
+            _ => self.rise_over::<POURED_MAX>(expert, holder),
+        }
     }
 
-    /// The part of one holder in it.
-    pub(crate) fn rise_at(&self, expert: usize, holder: usize) -> f32 {
-        let fewer = self.share_of(expert, self.holders[expert].len() - 1);
-        self.cost_of_adding(holder, sub(fewer, self.share(expert)))
+    fn rise_over<const MAX: usize>(&self, expert: usize, holder: usize) -> f32 {
+        let mut others = [Lanes::default(); MAX];
+        let mut parts = others;
+        let mut count = 0;
+        let mut before = 0.0;
+        for (&rank, &part) in self.holders[expert].iter().zip(&self.parts[expert]) {
+            if rank != holder && count < MAX {
+                others[count] = sub(self.load(rank), part);
+                before += self.cost_now(rank);
+                count += 1;
+            }
+        }
+        pour(self.demand[expert], &others[..count], &mut parts[..count]);
+        let after =
+            others[..count].iter().zip(&parts).map(|(&other, &part)| self.cost(add(other, part)));
+        after.sum::<f32>() - before
+    }
+
+    /// What all holders of an expert and one more cost, which has `below` to do besides.
+    pub(crate) fn cost_with(&self, expert: usize, below: Lanes) -> f32 {
+        match self.holders[expert].len() {
+            copies if copies < POURED_MIN => self.cost_over::<POURED_MIN>(expert, below),
+            _ => self.cost_over::<POURED_MAX>(expert, below),
+        }
+    }
+
+    fn cost_over<const MAX: usize>(&self, expert: usize, below: Lanes) -> f32 {
+        let mut others = [Lanes::default(); MAX];
+        let mut parts = others;
+        let mut count = 0;
+        for (&rank, &part) in self.holders[expert].iter().zip(&self.parts[expert]) {
+            if count + 1 < MAX {
+                others[count] = sub(self.load(rank), part);
+                count += 1;
+            }
+        }
+        others[count] = below;
+        count += 1;
+        pour(self.demand[expert], &others[..count], &mut parts[..count]);
+        others[..count].iter().zip(&parts).map(|(&other, &part)| self.cost(add(other, part))).sum()
+    }
+
+    /// What its holders cost now.
+    pub(crate) fn cost_of_holders(&self, expert: usize) -> f32 {
+        self.holders[expert].iter().map(|&rank| self.cost_now(rank)).sum()
     }
 
     /// What the layer costs if it is level.

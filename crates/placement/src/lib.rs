@@ -5,26 +5,31 @@
 
 mod bound;
 mod fill;
+mod follow;
 mod improve;
 mod layer;
 mod load;
 mod memory;
 mod plan;
+mod pour;
 mod replan;
+mod shares;
 mod unmix;
 mod view;
 
 use ids::{ExpertId, Rank};
 use std::fmt;
 
-pub use load::{Load, REGIMES_MAX, Window};
+pub use follow::Follower;
+pub use load::{Load, REGIMES_MAX, Window, level};
 pub use memory::capacities;
 pub use plan::{Shape, plan};
 pub use replan::{Aim, ExpertLoad, Holdings, Planned, Request, even_capacity, replan};
+pub use shares::Shares;
 pub use view::{KvPools, Member, View};
 
 /// Why a placement cannot be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
 pub enum PlacementError {
     #[error("a placement needs at least one rank")]
     NoRanks,
@@ -44,6 +49,10 @@ pub enum PlacementError {
     TooManyRanks { ranks: usize },
     #[error("{capacity} places per layer for {experts} experts")]
     Capacity { capacity: usize, experts: usize },
+    #[error("layer {layer} gives {expert} to no copy")]
+    NoPart { layer: usize, expert: ExpertId },
+    #[error("layer {layer} gives a copy of {expert} the part {part}")]
+    Part { layer: usize, expert: ExpertId, part: f32 },
     #[error("{found} given for a model of {expected}")]
     Window { found: Shape, expected: Shape },
 }
@@ -97,6 +106,12 @@ impl Placement {
         self.layers.first().map_or(0, Vec::len)
     }
 
+    /// Layers and experts that are placed.
+    #[must_use]
+    pub fn shape(&self) -> Shape {
+        Shape { moe_layers: self.moe_layers(), experts: self.experts() }
+    }
+
     /// The ranks that hold `expert`, in order of preference; never empty.
     ///
     /// # Panics
@@ -122,9 +137,8 @@ impl Placement {
             .collect()
     }
 
-    /// The ranks that take turns with the tokens of rank `source`, so that all copies of an expert share
-    /// its load. An expert that every rank holds is served where its tokens are. Which rank serves a token
-    /// changes no bit of a result.
+    /// The ranks that share the tokens of rank `source`. An expert that every rank holds is served where its tokens are.
+    /// Which rank serves a token changes no bit of a result.
     ///
     /// # Panics
     ///
@@ -132,13 +146,7 @@ impl Placement {
     #[must_use]
     pub fn targets(&self, moe_layer: usize, expert: ExpertId, source: Rank) -> Vec<Rank> {
         let replicas = self.replicas(moe_layer, expert);
-        if replicas.len() == usize::from(self.ranks) {
-            return vec![source];
-        }
-        // Every source begins with another one: a step of few tokens does not meet on the first.
-        let mut turns = replicas.to_vec();
-        turns.rotate_left(source.index() % replicas.len());
-        turns
+        if replicas.len() == usize::from(self.ranks) { vec![source] } else { replicas.to_vec() }
     }
 }
 

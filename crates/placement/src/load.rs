@@ -7,7 +7,7 @@
 //! an excursion; and a burst of each kind that can be told from the mixes seen so far ([`unmix`]).
 
 use crate::unmix::{self, Kinds, Sample};
-use crate::{Placement, PlacementError, Shape};
+use crate::{Placement, PlacementError, Shape, Shares, shares};
 use ids::ExpertId;
 
 /// Regimes that a plan is for: as many as the planner's vectors have lanes.
@@ -63,41 +63,53 @@ impl Window {
         Shape { moe_layers, experts: self.experts }
     }
 
-    fn layers(&self) -> impl Iterator<Item = &[u64]> {
+    /// Tokens by expert, layer by layer.
+    pub fn layers(&self) -> impl Iterator<Item = &[u64]> {
         self.tokens.chunks(self.experts.max(1))
     }
 
-    /// Mean over the layers of (mean load of a rank / load of the fullest), if the copies of an
-    /// expert share its tokens equally; 1 is level. A layer without tokens counts as level.
+    /// Mean over the layers of (mean load of a rank / load of the fullest) if the copies share an expert's tokens
+    /// like this; 1 is level. A layer without tokens counts as level.
     ///
     /// # Panics
     ///
-    /// If the placement is of another shape.
+    /// If the placement or the shares are of another shape.
     #[must_use]
-    pub fn balance(&self, placement: &Placement) -> f64 {
-        let tokens: Vec<f64> = self.tokens.iter().map(|&tokens| float(tokens)).collect();
-        balance(&tokens, self.shape(), placement)
+    pub fn balance(&self, placement: &Placement, shares: &Shares) -> f64 {
+        let layers = self.rank_loads(placement, shares);
+        let balances = layers.iter().map(|ranks| level(ranks));
+        if layers.is_empty() { 1.0 } else { balances.sum::<f64>() / float(layers.len() as u64) }
+    }
+
+    /// Tokens that each rank has to serve, `[moe layers][ranks]`.
+    ///
+    /// # Panics
+    ///
+    /// As for [`Window::balance`].
+    #[must_use]
+    pub fn rank_loads(&self, placement: &Placement, shares: &Shares) -> Vec<Vec<f64>> {
+        let shape = self.shape();
+        assert_eq!(shape, placement.shape(), "a placement is judged by the load of its own model");
+        let of_layer = |(layer, loads): (usize, &[u64])| {
+            let mut ranks = vec![0.0; usize::from(placement.ranks())];
+            for (expert, &load) in (0..).map(ExpertId).zip(loads) {
+                let replicas = placement.replicas(layer, expert).iter();
+                for (rank, &part) in replicas.zip(shares.parts(layer, expert)) {
+                    ranks[rank.index()] += float(load) * f64::from(part);
+                }
+            }
+            ranks
+        };
+        self.layers().enumerate().map(of_layer).collect()
     }
 }
 
-/// See [`Window::balance`]; `loads` is `[moe layers][experts]`, flat.
-fn balance(loads: &[f64], shape: Shape, placement: &Placement) -> f64 {
-    let placed = Shape { moe_layers: placement.moe_layers(), experts: placement.experts() };
-    assert_eq!(shape, placed, "a placement is judged by the load of its own model");
-    let mut sum = 0.0;
-    for (layer, loads) in loads.chunks(shape.experts.max(1)).enumerate() {
-        let mut ranks = vec![0.0; usize::from(placement.ranks())];
-        for (expert, load) in (0..).map(ExpertId).zip(loads) {
-            let replicas = placement.replicas(layer, expert);
-            for rank in replicas {
-                ranks[rank.index()] += load / float(replicas.len() as u64);
-            }
-        }
-        let total: f64 = ranks.iter().sum();
-        let fullest = ranks.iter().copied().fold(0.0, f64::max);
-        sum += if fullest == 0.0 { 1.0 } else { total / float(ranks.len() as u64) / fullest };
-    }
-    if shape.moe_layers == 0 { 1.0 } else { sum / float(shape.moe_layers as u64) }
+/// Mean load of a rank / load of the fullest; 1 if there is none.
+#[must_use]
+pub fn level(ranks: &[f64]) -> f64 {
+    let total: f64 = ranks.iter().sum();
+    let fullest = ranks.iter().copied().fold(0.0, f64::max);
+    if fullest == 0.0 { 1.0 } else { total / float(ranks.len() as u64) / fullest }
 }
 
 /// Traffic that the next window may bring.
@@ -235,14 +247,19 @@ impl Load {
         }
     }
 
+    /// Share of a layer's tokens per expert in the newest mix; `None` while no window was seen.
+    pub(crate) fn newest(&self, moe_layer: usize) -> Option<&[f64]> {
+        self.newest.chunks(self.shape.experts.max(1)).nth(moe_layer)
+    }
+
     /// No window was seen.
     #[must_use]
     pub fn is_unknown(&self) -> bool {
         self.regimes.is_empty()
     }
 
-    /// [`Window::balance`] as it can be expected: the weighted mean over the regimes, 1 if none is
-    /// known.
+    /// [`Window::balance`] as it can be expected, with shares that follow the load: the weighted mean over the
+    /// regimes, 1 if none is known.
     ///
     /// # Panics
     ///
@@ -252,10 +269,18 @@ impl Load {
         if self.is_unknown() {
             return 1.0;
         }
-        let weighted = self.regimes.iter().zip(self.weights()).map(|(regime, weight)| {
-            f64::from(weight) * balance(&regime.shares, self.shape, placement)
-        });
-        weighted.sum()
+        let mut balance = 0.0;
+        for moe_layer in 0..self.shape.moe_layers {
+            let mut demand = self.demands(moe_layer);
+            for share in demand.iter_mut().flatten() {
+                *share *= f32::from(placement.ranks());
+            }
+            let fullest = shares::settled(placement, moe_layer, demand, shares::SETTLING).fullest();
+            for (weight, fullest) in self.weights().into_iter().zip(fullest) {
+                balance += f64::from(if fullest == 0.0 { weight } else { weight / fullest });
+            }
+        }
+        if self.shape.moe_layers == 0 { 1.0 } else { balance / float(self.shape.moe_layers as u64) }
     }
 
     /// Weights of the regimes, which add up to 1.
@@ -293,7 +318,7 @@ fn single(share: f64) -> f32 {
 }
 
 /// Exact below 2^53; a share needs fewer digits.
-fn float(count: u64) -> f64 {
+pub(crate) fn float(count: u64) -> f64 {
     count as f64
 }
 

@@ -1,10 +1,17 @@
 //! Plans are valid, even and redundant; impossible placements are refused.
 
+mod follow;
 mod replan;
+mod shares;
 mod unmix;
 
 use super::*;
 use proptest::prelude::*;
+
+/// How level the window is with the shares that suit it best.
+fn levelled(window: &Window, placement: &Placement) -> f64 {
+    window.balance(placement, &Shares::level(placement, window).unwrap())
+}
 
 #[test]
 fn experts_are_dealt_in_turn() {
@@ -45,14 +52,13 @@ fn impossible_placements_are_refused() {
 }
 
 #[test]
-fn copies_take_turns_and_what_all_hold_stays_at_home() {
+fn copies_share_and_what_all_hold_stays_at_home() {
     let layer = vec![vec![Rank(1), Rank(2)], vec![Rank(3), Rank(1), Rank(0), Rank(2)]];
     let placement = Placement::new(4, vec![layer]).unwrap();
-    let targets = |expert, source| placement.targets(0, ExpertId(expert), Rank(source));
-    assert_eq!(targets(0, 0), [Rank(1), Rank(2)]);
-    assert_eq!(targets(0, 1), [Rank(2), Rank(1)], "its own copy takes its turn as any other");
     for source in 0..4 {
-        assert_eq!(targets(1, source), [Rank(source)]);
+        let targets = |expert| placement.targets(0, ExpertId(expert), Rank(source));
+        assert_eq!(targets(0), [Rank(1), Rank(2)], "its own copy serves as any other");
+        assert_eq!(targets(1), [Rank(source)]);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::net::{MS, Time};
 use control::{Control, Hello, Input, Output, Settings};
-use ids::{Epoch, Rank, WorkerId};
+use ids::{Epoch, ExpertId, Rank, WorkerId};
 use placement::{Aim, View};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -222,6 +222,19 @@ impl Coordinator {
             }
             Output::Store { view } => {
                 self.acts.push(Act::Store { expected: self.revision, view });
+            }
+            // Shares change no token, so the workers of this world do without; but they must be of the view that counts. A
+            // new leader may tell them of a view that it has only found in the store.
+            Output::Share { view, shares } => {
+                let placement = &view.placement;
+                let published = self.published.as_ref();
+                assert!(published.is_none_or(|published| published.epoch == view.epoch));
+                for layer in 0..placement.moe_layers() {
+                    for expert in (0..).map(ExpertId).take(placement.experts()) {
+                        let copies = placement.replicas(layer, expert).len();
+                        assert_eq!(shares.parts(layer, expert).len(), copies);
+                    }
+                }
             }
             Output::Publish { view } => {
                 self.published = Some(Arc::clone(&view));

@@ -7,7 +7,7 @@ use all2all::{FaultKind, Reason};
 use ids::{Epoch, ExpertId, Rank, StepId};
 use kernels::cuda::Driver;
 use kernels::{Dtype, Row, SampleRow, Sampling, StepBatch, Table};
-use placement::{Placement, Shape};
+use placement::{Placement, Shape, Shares};
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -120,6 +120,25 @@ impl<'a> World<'a> {
         })
     }
 
+    /// Every rank shares the rows of an expert among its copies as it likes.
+    fn share_anew(&mut self) {
+        let placement = place(self.model, u16::try_from(self.ranks.len()).unwrap());
+        for (rank, engine) in self.ranks.iter_mut().enumerate() {
+            let mut turn = self.step.0 + rank as u64 * 3;
+            let mut parts = |copies: usize| -> Vec<f32> {
+                turn += 1;
+                let first = [1.0, 0.0, 0.5, 0.125][usize::try_from(turn % 4).unwrap()];
+                if copies == 2 { vec![first, 1.0 - first] } else { vec![1.0; copies] }
+            };
+            let experts = || (0..).map(ExpertId).take(placement.experts());
+            let layer = |layer| {
+                experts().map(|e| parts(placement.replicas(layer, e).len())).collect::<Vec<_>>()
+            };
+            let layers = (0..placement.moe_layers()).map(layer).collect();
+            engine.as_mut().unwrap().share(&Shares::new(layers).unwrap()).unwrap();
+        }
+    }
+
     /// All steps that are still to come, and what came of them.
     #[track_caller]
     fn serve(&mut self, sequences: &mut [Sequence]) {
@@ -188,6 +207,45 @@ fn no_row_passes_through_the_host() {
             let steps = u64::try_from(TOKENS * ranks).unwrap();
             assert_eq!(driver.reads() - before, 2 * steps, "{name} over {ranks}");
         }
+    }
+}
+
+#[test]
+fn copies_may_share_anew_between_any_two_steps() {
+    for (name, dtype) in [("maverick-tiny", Dtype::F32), ("fp8-tiny", Dtype::Bf16)] {
+        let (model, driver) = model(name, dtype);
+        let want = alone(&model, Sequence::all(4));
+        let mut world = World::new(&model, 4);
+        let mut sequences = Sequence::all(4);
+        let mut served = Vec::new();
+        for _ in 0..TOKENS {
+            world.share_anew();
+            let before = driver.reads();
+            let done = world.run(&sequences, LONG, |_, _, _| None);
+            assert_eq!(driver.reads() - before, 2 * 4, "as without");
+            for (sequence, token) in sequences.iter_mut().zip(done) {
+                sequence.chosen.push(token.unwrap().unwrap());
+            }
+            let load = |engine: &Option<Engine>| engine.as_ref().unwrap().take_load();
+            served.push(world.ranks.iter().map(load).collect::<Vec<_>>());
+        }
+        assert_eq!(sequences, want, "{name}");
+        // What the ranks serve is not what they serve without.
+        let mut plain = World::new(&model, 4);
+        let mut again = Sequence::all(4);
+        let mut differ = 0;
+        for served in served {
+            let done = plain.run(&again, LONG, |_, _, _| None);
+            for (sequence, token) in again.iter_mut().zip(done) {
+                sequence.chosen.push(token.unwrap().unwrap());
+            }
+            let load = |engine: &Option<Engine>| engine.as_ref().unwrap().take_load();
+            differ += usize::from(served != plain.ranks.iter().map(load).collect::<Vec<_>>());
+        }
+        assert!(0 < differ, "the shares moved no row");
+        let other = Shares::new(vec![vec![vec![1.0]; 3]]).unwrap();
+        let error = world.ranks[0].as_mut().unwrap().share(&other).unwrap_err();
+        assert_eq!(error.to_string(), "shares: layer 0 shares e0 among 1 copies, it has 2");
     }
 }
 

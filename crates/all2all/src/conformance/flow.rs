@@ -22,9 +22,8 @@ struct Seen {
 impl Seen {
     fn note(&mut self, scene: &Scene, place: Place, source: Rank) {
         let experts = scene.experts(place, source);
-        let target = |(row, &expert): (usize, &u16)| {
-            scene.target(place.layer, ExpertId(expert), (source, row))
-        };
+        let target =
+            |(row, &expert): (usize, &u16)| scene.target(place, ExpertId(expert), (source, row));
         let targets: Vec<Rank> = experts.iter().enumerate().map(target).collect();
         let local = targets.iter().filter(|target| **target == source).count();
         self.local += local;
@@ -68,6 +67,29 @@ pub fn check_every_row_comes_back_once<N: Network>(new: &dyn Fn() -> N) {
         run_steps(ends, &scene, 6, None);
     }
     seen.everything();
+}
+
+/// Sources share their rows anew among the ranks that hold the expert, each before another step, and nobody else is told.
+pub fn check_rows_may_be_shared_anew<N: Network>(new: &dyn Fn() -> N) {
+    let mut moved = 0;
+    for seed in 200..220 {
+        let ranks = 2 + u16::try_from(seed % 5).expect("a small number");
+        let network = Arc::new(new());
+        let before = Scene::new(seed, ranks);
+        let scene = Arc::new(before.clone().shared_anew(8));
+        for (step, source) in (0..8).flat_map(|step| scene.active_ranks().map(move |r| (step, r))) {
+            let place = Place { epoch: Epoch(1), step: StepId(step), layer: 0 };
+            let target = |scene: &Scene, (row, expert): (usize, &u16)| {
+                scene.target(place, ExpertId(*expert), (source, row))
+            };
+            let experts = scene.experts(place, source);
+            let differs = |row: &(usize, &u16)| target(&before, *row) != target(&scene, *row);
+            moved += experts.iter().enumerate().filter(differs).count();
+        }
+        let ends = join(&network, &scene, Epoch(1));
+        run_steps(ends, &scene, 8, None);
+    }
+    assert!(100 < moved, "the check is vacuous: {moved} rows go elsewhere");
 }
 
 /// Rows of any width, with the bytes of NaNs, zeros of both signs and denormals; local rows as remote.

@@ -141,7 +141,12 @@ impl<'a> Part<'a> {
     /// All layers and the end. A complete step has been checked row by row.
     #[track_caller]
     pub(super) fn run<E: HostExchange>(mut self, end: &mut E) -> Result<(), ExchangeError> {
-        let epoch = end.view().epoch;
+        let (epoch, me) = (end.view().epoch, end.view().me);
+        if let Some((_, routes)) =
+            self.scene.anew.get(me.index()).filter(|(from, _)| *from == self.step)
+        {
+            end.reroute(Arc::clone(routes));
+        }
         self.dawdle();
         let begun = end.begin_step(epoch, self.step, Instant::now() + self.within);
         if begun == Err(ExchangeError::Poisoned { epoch }) {

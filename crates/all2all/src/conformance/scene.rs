@@ -20,8 +20,10 @@ pub(super) struct Scene {
     /// Rows that a rank sends per layer at most.
     pub(super) rows_max: u16,
     pub(super) routing: Routing,
-    /// `[layer][expert][source]`: who serves it.
-    targets: Vec<Vec<Vec<Vec<Rank>>>>,
+    /// `[source]`: who serves its rows.
+    routes: Vec<Arc<Routes>>,
+    /// `[source]`: the step from which others of the same ranks do, and which.
+    pub(super) anew: Vec<(StepId, Arc<Routes>)>,
     /// `[layer][rank]`, ascending.
     held: Vec<Vec<Vec<ExpertId>>>,
 }
@@ -75,10 +77,13 @@ impl Scene {
             row_bytes: 16,
             rows_max: 20,
             routing: Routing::Mixed,
-            targets: Vec::new(),
+            routes: Vec::new(),
+            anew: Vec::new(),
             held: vec![vec![Vec::new(); active.len()]; usize::from(layers)],
         };
         let able: Vec<Rank> = (0..ranks).map(Rank).filter(|r| active[r.index()]).collect();
+        // `[layer][expert][source]`: who serves it.
+        let mut targets: Vec<Vec<Vec<Vec<Rank>>>> = Vec::new();
         for layer in 0..usize::from(layers) {
             let mut served = Vec::new();
             for expert in (0..experts).map(ExpertId) {
@@ -89,7 +94,7 @@ impl Scene {
                 for holder in &holders {
                     scene.held[layer][holder.index()].push(expert);
                 }
-                // One holder, or several that take turns.
+                // One holder, or several that share its rows.
                 let mut turns = |_| {
                     let first = rng.index(holders.len());
                     let count = 1 + rng.index(holders.len());
@@ -97,8 +102,15 @@ impl Scene {
                 };
                 served.push((0..ranks).map(&mut turns).collect());
             }
-            scene.targets.push(served);
+            targets.push(served);
         }
+        let routes = |me: Rank| {
+            let targets =
+                |layer: usize, expert: ExpertId| targets[layer][expert.index()][me.index()].clone();
+            Routes::new(me, usize::from(experts), &scene.held, targets)
+                .expect("targets hold the expert")
+        };
+        scene.routes = (0..ranks).map(|rank| Arc::new(routes(Rank(rank)))).collect();
         scene
     }
 
@@ -112,13 +124,28 @@ impl Scene {
         Self { routing, ..self }
     }
 
+    /// The same, where every source shares its rows among their targets in another way from some step on, each from another
+    /// one, before `steps`.
+    pub(super) fn shared_anew(self, steps: u64) -> Self {
+        let mut rng = Rng::of(&[self.seed, 2]);
+        // Also nothing at all, and very different parts.
+        let parts: Vec<f32> =
+            (0..64).map(|_| f32::from(rng.below(4)) * f32::from(rng.below(99))).collect();
+        let anew = |(source, routes): (usize, &Arc<Routes>)| {
+            let of_expert = |layer: usize, expert: ExpertId| {
+                let count = routes.tables().spans[layer][expert.index()].1 as usize;
+                &parts[(layer * 7 + expert.index() * 5 + source) % 50..][..count]
+            };
+            let from = 1 + rng.next() % (steps - 1);
+            (StepId(from), Arc::new(routes.shared(of_expert).expect("as many parts as targets")))
+        };
+        let anew = self.routes.iter().enumerate().map(anew).collect();
+        Self { anew, ..self }
+    }
+
     /// What rank `me` is told.
     pub(super) fn view(&self, epoch: Epoch, me: Rank) -> View {
-        let targets = |layer: usize, expert: ExpertId| {
-            self.targets[layer][expert.index()][me.index()].clone()
-        };
-        let routes = Routes::new(me, usize::from(self.experts), &self.held, targets);
-        let routes = Arc::new(routes.expect("targets hold the expert"));
+        let routes = Arc::clone(&self.routes[me.index()]);
         View { epoch, me, ranks: self.ranks, active: self.active.clone(), routes }
     }
 
@@ -184,7 +211,7 @@ impl Scene {
         for &expert in self.held(place.layer, me) {
             for source in self.active_ranks() {
                 for (row, &wanted) in self.experts(place, source).iter().enumerate() {
-                    if wanted == expert.0 && self.target(place.layer, expert, (source, row)) == me {
+                    if wanted == expert.0 && self.target(place, expert, (source, row)) == me {
                         rows.extend(self.row(place, source, row));
                         count += 1;
                     }
@@ -202,12 +229,13 @@ impl Scene {
     /// Who serves a row of a source.
     pub(super) fn target(
         &self,
-        layer: u16,
+        place: Place,
         expert: ExpertId,
         (source, row): (Rank, usize),
     ) -> Rank {
-        let turns = &self.targets[usize::from(layer)][expert.index()][source.index()];
-        turns[row % turns.len()]
+        let anew = self.anew.get(source.index()).filter(|(from, _)| *from <= place.step);
+        let routes = anew.map_or(&self.routes[source.index()], |(_, routes)| routes);
+        routes.target(place.layer, expert.0, row).0
     }
 
     pub(super) fn active_ranks(&self) -> impl Iterator<Item = Rank> + '_ {

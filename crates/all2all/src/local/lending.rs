@@ -12,7 +12,9 @@ use super::Hub;
 use super::end::End;
 use crate::error::{ExchangeError, Phase};
 use crate::step::At;
-use crate::{Aborter, AllToAll, Arrived, LayerKey, Pending, Sent, StepOutcome, View, active_ranks};
+use crate::{
+    Aborter, AllToAll, Arrived, LayerKey, Pending, Routes, Sent, StepOutcome, View, active_ranks,
+};
 use ids::{Epoch, StepId};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -116,5 +118,9 @@ impl<L: Clone + Send + 'static> AllToAll for Lending<L> {
 
     fn reconfigure(&mut self, next: View, _budget: Duration) -> Result<(), ExchangeError> {
         self.end.reconfigure(next)
+    }
+
+    fn reroute(&mut self, routes: Arc<Routes>) {
+        self.end.view.reroute(routes);
     }
 }

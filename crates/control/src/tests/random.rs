@@ -43,6 +43,10 @@ impl World {
                 }
                 Output::Store { view } => self.pending.push(Input::Stored { epoch: view.epoch }),
                 Output::Publish { view } => self.publish(view),
+                Output::Share { view, .. } => {
+                    let counts = self.published.last().map(|view| view.epoch);
+                    assert_eq!(counts, Some(view.epoch), "shares of the view that counts");
+                }
                 Output::Dismiss { worker, .. } => {
                     self.alive.remove(&worker);
                 }
@@ -91,6 +95,7 @@ impl World {
             8 => {
                 let layer: Vec<u64> = (0..4).map(|e| (pick as u64 >> (e * 4)) % 16).collect();
                 let window = Window::new(&[layer.clone(), layer]).unwrap();
+                self.feed(control, now, Input::Moment { window: window.clone() });
                 self.feed(control, now, Input::Load { window });
                 self.feed(control, now, Input::Rebalance);
             }

@@ -118,6 +118,12 @@ impl Cuda {
         Ok(cuda)
     }
 
+    /// The GPU it works on.
+    #[must_use]
+    pub fn driver(&self) -> &Arc<Driver> {
+        &self.driver
+    }
+
     /// Takes the memory that the rows of a view need in its experts, if [`Device::reserve`] has said how many rows a
     /// step has. `results`: what they go back in.
     ///

@@ -12,7 +12,7 @@ const THREADS_MAX: usize = 1024;
 pub(super) const SOURCES_MAX: u16 = 64;
 
 /// Bytes of a [`Source`] in device memory.
-const SOURCE_BYTES: usize = 48;
+const SOURCE_BYTES: usize = 56;
 
 /// One rank's rows of a step, in memory that this device reads and writes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -68,12 +68,12 @@ impl Sources {
     fn put(&self, index: usize, source: Source) -> Result<(), CudaError> {
         assert!(index < usize::from(SOURCES_MAX), "at most {SOURCES_MAX} ranks");
         let Source { wanted, rows, results, count, routes } = source;
-        let RouteAddresses { spans, targets, experts } = routes;
+        let RouteAddresses { spans, targets, experts, start } = routes;
         let to = self.buffer.address() + (index * SOURCE_BYTES) as u64;
         let kernel = "herd_put_source";
         let launch = Launch { kernel, grid: [1, 1, 1], block: 1, shared: 0 };
-        let args = args![to, wanted, rows, results, spans, targets, count, experts];
-        // SAFETY: the kernel's eight parameters; the buffer has room for a source at this index.
+        let args = args![to, wanted, rows, results, spans, targets, count, experts, start];
+        // SAFETY: the kernel's nine parameters; the buffer has room for a source at this index.
         unsafe { self.driver.launch(launch, &args) }
     }
 
@@ -98,6 +98,7 @@ pub struct RouteTable {
     targets: Buffer,
     layers: usize,
     experts: u32,
+    start: u32,
 }
 
 /// A [`RouteTable`] as the kernels see it.
@@ -106,6 +107,7 @@ pub(super) struct RouteAddresses {
     spans: u64,
     targets: u64,
     experts: u32,
+    start: u32,
 }
 
 /// What a [`RouteTable`] is made of.
@@ -113,8 +115,10 @@ pub(super) struct RouteAddresses {
 pub struct RouteTableParts<'a> {
     /// `[layers][experts]`: where an expert's targets begin, and how many there are.
     pub spans: &'a [Vec<(u32, u32)>],
-    /// Rank and slot.
-    pub targets: &'a [(u16, u16)],
+    /// Rank and slot, and before which point a row must be: row `i` has the point `start + i * 0x9e3779b9` modulo 2^32, and
+    /// an expert's last target serves whatever is left.
+    pub targets: &'a [(u16, u16, u32)],
+    pub start: u32,
 }
 
 impl RouteTable {
@@ -126,7 +130,7 @@ impl RouteTable {
     ///
     /// If an expert has no target, or one that does not exist: `Routes` of the exchange has checked that.
     pub fn new(driver: &Arc<Driver>, parts: RouteTableParts<'_>) -> Result<Self, CudaError> {
-        let RouteTableParts { spans, targets } = parts;
+        let RouteTableParts { spans, targets, start } = parts;
         let experts = spans.first().map_or(0, Vec::len);
         assert!(spans.iter().all(|layer| layer.len() == experts), "layers of as many experts");
         let is_there = |&(first, count): &(u32, u32)| {
@@ -134,7 +138,9 @@ impl RouteTable {
         };
         assert!(spans.iter().flatten().all(is_there), "every expert has targets");
         let of_span = |&(first, count): &(u32, u32)| [first.to_le_bytes(), count.to_le_bytes()];
-        let of_target = |&(rank, slot): &(u16, u16)| [rank.to_le_bytes(), slot.to_le_bytes()];
+        let of_target = |&(rank, slot, until): &(u16, u16, u32)| {
+            [(u32::from(slot) << 16 | u32::from(rank)).to_le_bytes(), until.to_le_bytes()]
+        };
         let layers = spans.len();
         let spans: Vec<_> = spans.iter().flatten().map(of_span).collect();
         let targets: Vec<_> = targets.iter().map(of_target).collect();
@@ -143,12 +149,13 @@ impl RouteTable {
             targets: Buffer::of(driver, "routes", targets.as_flattened().as_flattened())?,
             layers,
             experts: blocks(experts),
+            start,
         })
     }
 
     pub(super) fn addresses(&self) -> RouteAddresses {
         let (spans, targets) = (self.spans.address(), self.targets.address());
-        RouteAddresses { spans, targets, experts: self.experts }
+        RouteAddresses { spans, targets, experts: self.experts, start: self.start }
     }
 
     pub(super) fn layers(&self) -> usize {

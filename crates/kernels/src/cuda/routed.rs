@@ -267,6 +267,6 @@ impl StagedRows {
 
 fn identity(driver: &Arc<Driver>, slots: usize) -> Result<RouteTable, CudaError> {
     let spans = (0..blocks(slots)).map(|slot| (slot, 1)).collect();
-    let targets: Vec<(u16, u16)> = (0..).take(slots).map(|slot| (0, slot)).collect();
-    RouteTable::new(driver, RouteTableParts { spans: &[spans], targets: &targets })
+    let targets: Vec<_> = (0..).take(slots).map(|slot| (0, slot, u32::MAX)).collect();
+    RouteTable::new(driver, RouteTableParts { spans: &[spans], targets: &targets, start: 0 })
 }

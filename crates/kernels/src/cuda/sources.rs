@@ -7,16 +7,16 @@ const PRELUDE: &str = include_str!("kernels/prelude.cuh");
 #[derive(Debug, Clone, Copy)]
 pub struct Source {
     pub name: &'static str,
-    /// What it shares with another file.
+    /// What it shares with other files.
     shared: &'static str,
     text: &'static str,
 }
 
 macro_rules! sources {
-    ($($name:literal $(with $shared:literal)?),* $(,)?) => {
+    ($($name:literal $(with $($shared:literal)+)?),* $(,)?) => {
         &[$(Source {
             name: $name,
-            shared: concat!($(include_str!(concat!("kernels/", $shared, ".cuh")))?),
+            shared: concat!($($(include_str!(concat!("kernels/", $shared, ".cuh"))),+)?),
             text: include_str!(concat!("kernels/", $name, ".cu")),
         }),*]
     };
@@ -34,10 +34,10 @@ pub const SOURCES: &[Source] = sources![
     "read",
     "rms_norm",
     "sample",
-    "dispatch",
+    "dispatch" with "rows",
     "linear_bf16" with "tiles",
-    "experts" with "tiles",
-    "experts_f32",
+    "experts" with "rows" "tiles",
+    "experts_f32" with "rows",
     "attention_bf16",
 ];
 

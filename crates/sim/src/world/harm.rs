@@ -116,6 +116,7 @@ impl World {
         let window = Window::new(&layers).expect("all layers are alike");
         let now = self.now;
         if let Some(leader) = self.leader.and_then(|leader| self.coordinators.get_mut(&leader)) {
+            leader.feed(now, Input::Moment { window: window.clone() });
             leader.feed(now, Input::Load { window });
             leader.feed(now, Input::Rebalance);
         }

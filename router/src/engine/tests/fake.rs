@@ -98,6 +98,13 @@ impl Worker for FakeWorker {
         Err(Status::unimplemented("the router never prepares"))
     }
 
+    async fn share(
+        &self,
+        _request: Request<pb::ShareRequest>,
+    ) -> Result<Response<pb::ShareResponse>, Status> {
+        Err(Status::unimplemented("the router never shares"))
+    }
+
     async fn steps(
         &self,
         request: Request<Streaming<pb::Step>>,

@@ -17,26 +17,10 @@
 constexpr int kWarps = 32;
 constexpr int kSourcesMax = 64;
 
-struct Span {
-  u32 first, count;
-};
+using Source = SourceOf<u8>;
 
-struct Target {
-  u16 rank, slot;
-};
-
-struct Source {
-  const u16* wanted;  // [count]
-  const void* rows;
-  void* results;
-  const Span* spans;      // [layers, experts]: where an expert's targets begin, and how many there are
-  const Target* targets;  // rank and slot; row i takes target first + i % count
-  u32 count, experts;
-};
-
-struct RowOfSource {
-  u32 source, row;
-};
+// 2^32 / the golden ratio: however few rows there are, each target gets about its part of them.
+constexpr u32 kStride = 0x9e3779b9u;
 
 constexpr u32 kElsewhere = 0xffffffffu, kNowhere = 0xfffffffeu;
 
@@ -44,15 +28,20 @@ HERD_INLINE u32 slot_of(const Source& source, u32 row, u32 layer, u32 me) {
   const u32 expert = source.wanted[row];
   if (source.experts <= expert) return kNowhere;
   const Span span = source.spans[size_t(layer) * source.experts + expert];
-  const Target target = source.targets[span.first + row % span.count];
+  const u32 point = source.start + row * kStride;
+  const Target* at = source.targets + span.first;
+  const Target* last = at + span.count - 1;
+  while (at < last && at->until <= point) at++;
+  const Target target = *at;
   return target.rank == me ? u32(target.slot) : kElsewhere;
 }
 
 // *to = a source. As parameters of a kernel they are copied when it is enqueued; a copy of pageable memory might make the
 // host wait for the stream.
-extern "C" __global__ void herd_put_source(Source* to, const u16* wanted, const void* rows, void* results,
-                                           const Span* spans, const Target* targets, u32 count, u32 experts) {
-  *to = Source{wanted, rows, results, spans, targets, count, experts};
+extern "C" __global__ void herd_put_source(Source* to, const u16* wanted, const u8* rows, u8* results,
+                                           const Span* spans, const Target* targets, u32 count, u32 experts,
+                                           u32 start) {
+  *to = Source{wanted, rows, results, spans, targets, count, experts, start};
 }
 
 // Sum over the warp's lanes, for all of them.

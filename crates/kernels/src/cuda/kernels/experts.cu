@@ -22,19 +22,7 @@
 constexpr int kFewTiles = 4;
 constexpr int kFewRing = 14 * 1024;
 
-// As in `dispatch.cu`.
-struct Source {
-  const u16* wanted;
-  const bf16* rows;
-  bf16* results;
-  const void* spans;
-  const void* targets;
-  u32 count, experts;
-};
-
-struct RowOfSource {
-  u32 source, row;
-};
+using Source = SourceOf<bf16>;
 
 struct Slot {
   const u8* gate_up;

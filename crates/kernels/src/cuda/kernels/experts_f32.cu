@@ -16,19 +16,7 @@
 
 constexpr int kRows = 8;
 
-// As in `dispatch.cu`.
-struct Source {
-  const u16* wanted;
-  const float* rows;
-  float* results;
-  const void* spans;
-  const void* targets;
-  u32 count, experts;
-};
-
-struct RowOfSource {
-  u32 source, row;
-};
+using Source = SourceOf<float>;
 
 template <class Weight>
 struct Slot {

@@ -65,7 +65,8 @@ const LAYERS: usize = 2;
 /// same e % 7 in one slot, another one in every layer.
 struct Routed {
     spans: Vec<Vec<(u32, u32)>>,
-    targets: Vec<(u16, u16)>,
+    targets: Vec<(u16, u16, u32)>,
+    start: u32,
 }
 
 impl Routed {
@@ -76,16 +77,21 @@ impl Routed {
                 let count = 1 + (expert + source) % 3;
                 spans.push((u32::try_from(targets.len()).unwrap(), u32::from(count)));
                 for i in 0..count {
-                    targets.push(((expert + i + source * layer) % RANKS, (expert + layer) % 7));
+                    let until = u32::from(i + 1) << 30;
+                    let rank = (expert + i + source * layer) % RANKS;
+                    targets.push((rank, (expert + layer) % 7, until));
                 }
             }
         }
-        Self { spans, targets }
+        Self { spans, targets, start: u32::from(source) << 29 }
     }
 
     fn target(&self, layer: usize, expert: u16, row: u32) -> (u16, u16) {
         let (first, count) = self.spans[layer][usize::from(expert)];
-        self.targets[(first + row % count) as usize]
+        let point = self.start.wrapping_add(row.wrapping_mul(all2all::STRIDE));
+        // Each but the last has a quarter of all points.
+        let (rank, slot, _) = self.targets[(first + (point >> 30).min(count - 1)) as usize];
+        (rank, slot)
     }
 }
 
@@ -93,8 +99,11 @@ impl Routed {
 fn rows_are_grouped_by_slot_then_source_then_row() {
     let routed: Vec<Routed> = (0..RANKS).map(Routed::of).collect();
     let table = |of: &Routed| {
-        RouteTable::new(driver(), RouteTableParts { spans: &of.spans, targets: &of.targets })
-            .unwrap()
+        RouteTable::new(
+            driver(),
+            RouteTableParts { spans: &of.spans, targets: &of.targets, start: of.start },
+        )
+        .unwrap()
     };
     let tables: Vec<RouteTable> = routed.iter().map(table).collect();
     for counts in [[0, 0, 0, 0], [1, 0, 2, 0], [40, 33, 0, 31], [700, 1, 600, 64]] {
@@ -134,7 +143,8 @@ fn row_that_nobody_serves_is_noted() {
     // Expert 0 is here in slot 1, expert 1 in slot 2, which there is not, expert 2 elsewhere; there is no expert 3.
     let parts = RouteTableParts {
         spans: &[vec![(0, 1), (1, 1), (2, 1)]],
-        targets: &[(0, 1), (0, 2), (1, 7)],
+        targets: &[(0, 1, 9), (0, 2, 9), (1, 7, 9)],
+        start: 5,
     };
     let tables = [RouteTable::new(driver(), parts).unwrap()];
     for (wanted, want) in [
@@ -158,7 +168,7 @@ fn no_more_rows_arrive_than_there_is_room_for() {
     let mut wishes = Wishes::of(&[vec![0; 100], vec![0; 100]]);
     wishes.counts[1] = u32::MAX;
     let table = || {
-        let parts = RouteTableParts { spans: &[vec![(0, 1)]], targets: &[(0, 0)] };
+        let parts = RouteTableParts { spans: &[vec![(0, 1)]], targets: &[(0, 0, 0)], start: 0 };
         RouteTable::new(driver(), parts).unwrap()
     };
     let tables = [table(), table()];
@@ -179,7 +189,7 @@ fn sources_are_written_again_only_if_they_are_others() {
     let of = |rows| Source { wanted: 1, rows, results: 2, count: 3, ..Source::default() };
     let mut sources = Sources::new(driver()).unwrap();
     let bytes = |sources: &Sources, count: usize| {
-        let mut bytes = vec![0; count * 48];
+        let mut bytes = vec![0; count * 56];
         sources.buffer().read(&mut bytes).unwrap();
         bytes
     };
@@ -192,7 +202,7 @@ fn sources_are_written_again_only_if_they_are_others() {
     assert_eq!((first(&sources)[0], sources.rows()), (0xee, 6), "they were there");
     sources.set([of(7), of(6)].into_iter()).unwrap();
     let now = bytes(&sources, 2);
-    assert_eq!((now[0], now[48], now[48 + 8]), (0xee, 1, 6));
+    assert_eq!((now[0], now[56], now[56 + 8]), (0xee, 1, 6));
     sources.set([of(5), of(6)].into_iter()).unwrap();
     assert_eq!(first(&sources), words([1, 5]));
 }

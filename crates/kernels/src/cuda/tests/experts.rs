@@ -68,7 +68,8 @@ fn check(shape: ExpertShape, wanted: &[Vec<u16>]) {
     // Experts 0, 1, 2 in slots 2, 0, 1 here; expert 3 elsewhere.
     let parts = RouteTableParts {
         spans: &[vec![(0, 1), (1, 1), (2, 1), (3, 1)]],
-        targets: &[(1, 2), (1, 0), (1, 1), (0, 0)],
+        targets: &[(1, 2), (1, 0), (1, 1), (0, 0)].map(|(rank, slot)| (rank, slot, u32::MAX)),
+        start: 0,
     };
     let routes = RouteTable::new(driver(), parts).unwrap();
     let of_rank: Vec<Rows> = (0..).zip(wanted).map(|(i, wanted)| rows(hidden, wanted, i)).collect();

@@ -10,8 +10,8 @@ use crate::staged::Loan;
 use all2all::conformance::Network;
 use all2all::local::{Hub, Lending};
 use all2all::{
-    Aborter, AllToAll, Arrived, ExchangeError, HostRows, LayerKey, Pending, RouteTables, Sent,
-    StepOutcome, View,
+    Aborter, AllToAll, Arrived, ExchangeError, HostRows, LayerKey, Pending, RouteTables, Routes,
+    Sent, StepOutcome, View,
 };
 use ids::{Epoch, StepId};
 use std::sync::Arc;
@@ -33,16 +33,19 @@ struct OnDevice {
     order: Vec<u64>,
 }
 
-fn routes(view: &View) -> Arc<RouteTable> {
-    let RouteTables { targets, spans } = view.routes.tables();
-    let targets: Vec<(u16, u16)> = targets.iter().map(|(rank, slot)| (rank.0, *slot)).collect();
-    Arc::new(RouteTable::new(driver(), RouteTableParts { spans, targets: &targets }).unwrap())
+fn table(routes: &Routes) -> Arc<RouteTable> {
+    let RouteTables { targets, spans, start } = routes.tables();
+    let of = |target: &all2all::Target| (target.rank.0, target.slot, target.until);
+    let targets: Vec<_> = targets.iter().map(of).collect();
+    Arc::new(
+        RouteTable::new(driver(), RouteTableParts { spans, targets: &targets, start }).unwrap(),
+    )
 }
 
 impl OnDevice {
     fn new(lending: Lending<LentRows>) -> Self {
         Self {
-            routes: routes(lending.view()),
+            routes: table(&lending.view().routes),
             lending,
             rows: Tensor::new(driver(), Dtype::Bf16, (0, 0)).unwrap(),
             wanted: Route::new(driver()).unwrap(),
@@ -174,10 +177,15 @@ impl AllToAll for OnDevice {
     }
 
     fn reconfigure(&mut self, next: View, budget: Duration) -> Result<(), ExchangeError> {
-        let routes = routes(&next);
+        let routes = table(&next.routes);
         self.lending.reconfigure(next, budget)?;
         self.routes = routes;
         Ok(())
+    }
+
+    fn reroute(&mut self, next: Arc<Routes>) {
+        self.routes = table(&next);
+        self.lending.reroute(next);
     }
 }
 
@@ -198,7 +206,7 @@ impl Network for InProcess {
 all2all::conformance!(InProcess(Hub::new()));
 
 fn lent(rows: &Tensor, wanted: &Route) -> LentRows {
-    let parts = RouteTableParts { spans: &[vec![(0, 1)]], targets: &[(0, 0)] };
+    let parts = RouteTableParts { spans: &[vec![(0, 1)]], targets: &[(0, 0, 0)], start: 0 };
     LentRows::new(rows, wanted, &Arc::new(RouteTable::new(driver(), parts).unwrap()))
 }
 
