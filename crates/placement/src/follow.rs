@@ -71,7 +71,7 @@ impl Follower {
         load: Option<&Load>,
     ) -> Result<Option<&Shares>, PlacementError> {
         let Some(traffic) = self.traffic(load)? else { return Ok(None) };
-        let level = Shares::level(placement, &traffic)?;
+        let level = Shares::level_from(placement, &traffic, self.told())?;
         let present = match &self.told {
             Told::Unknown => 0.0,
             Told::Nothing => traffic.balance(placement, &Shares::even(placement)),

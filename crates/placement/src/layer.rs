@@ -270,6 +270,20 @@ impl Layer {
         (0..self.ranks()).for_each(|rank| self.sum(rank));
     }
 
+    /// The copies of the expert share its load in these parts of 1, which are as many.
+    pub(crate) fn set_parts(&mut self, expert: usize, parts: &[f32]) {
+        if parts.len() != self.holders[expert].len() {
+            return;
+        }
+        for (at, part) in parts.iter().enumerate() {
+            let load = self.demand[expert].map(|load| load * part);
+            let holder = self.holders[expert][at];
+            let other = sub(self.load[holder].0, self.parts[expert][at]);
+            self.load[holder].0 = add(other, load);
+            self.parts[expert][at] = load;
+        }
+    }
+
     /// Experts that have several copies.
     pub(crate) fn shared_experts(&self) -> usize {
         self.holders.iter().filter(|holders| 1 < holders.len()).count()

@@ -275,7 +275,7 @@ impl Load {
             for share in demand.iter_mut().flatten() {
                 *share *= f32::from(placement.ranks());
             }
-            let fullest = shares::settled(placement, moe_layer, demand, shares::SETTLING).fullest();
+            let fullest = shares::settled(placement, moe_layer, demand).fullest();
             for (weight, fullest) in self.weights().into_iter().zip(fullest) {
                 balance += f64::from(if fullest == 0.0 { weight } else { weight / fullest });
             }

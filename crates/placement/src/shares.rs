@@ -10,7 +10,9 @@ use crate::{Placement, PlacementError, Window, expert_id};
 use ids::ExpertId;
 
 /// Afterwards no rank is more than some 0.1 % above what sharing can do.
-pub(crate) const SETTLING: Settling = Settling { passes: 100, moved_min: 1e-4 };
+const SETTLING: Settling = Settling { passes: 100, moved_min: 5e-4 };
+/// From shares that were level a moment ago it is not far, and the next moment goes on from there.
+const FOLLOWING: Settling = Settling { passes: 8, moved_min: 1e-3 };
 
 /// For every (MoE layer, expert) of one placement, what part of its rows each of its replicas serves.
 #[derive(Clone, PartialEq, Debug)]
@@ -55,13 +57,26 @@ impl Shares {
     ///
     /// [`PlacementError::Window`] if the window counts another shape.
     pub fn level(placement: &Placement, window: &Window) -> Result<Self, PlacementError> {
+        Self::level_from(placement, window, None)
+    }
+
+    /// The same, sooner if the load is like that for which `before` was made.
+    pub(crate) fn level_from(
+        placement: &Placement,
+        window: &Window,
+        before: Option<&Self>,
+    ) -> Result<Self, PlacementError> {
         let (found, expected) = (window.shape(), placement.shape());
         if found != expected {
             return Err(PlacementError::Window { found, expected });
         }
         let mut parts = Vec::with_capacity(found.moe_layers);
         for (moe_layer, loads) in window.layers().enumerate() {
-            let layer = settled(placement, moe_layer, demand(loads, placement.ranks()), SETTLING);
+            let mut layer = layer(placement, moe_layer, demand(loads, placement.ranks()));
+            for (expert, id) in (0..).map(ExpertId).take(found.experts).enumerate() {
+                layer.set_parts(expert, before.map_or(&[], |before| before.parts(moe_layer, id)));
+            }
+            layer.settle(if before.is_some() { FOLLOWING } else { SETTLING });
             parts.push((0..found.experts).map(|expert| of_one(layer.parts(expert))).collect());
         }
         Ok(Self { parts })
@@ -78,21 +93,21 @@ impl Shares {
 const ONE: Lanes = [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0];
 
 /// A layer whose copies share this demand as level as they can, in every regime.
-pub(crate) fn settled(
-    placement: &Placement,
-    moe_layer: usize,
-    demand: Vec<Lanes>,
-    settling: Settling,
-) -> Layer {
+pub(crate) fn settled(placement: &Placement, moe_layer: usize, demand: Vec<Lanes>) -> Layer {
+    let mut layer = layer(placement, moe_layer, demand);
+    layer.settle(SETTLING);
+    layer
+}
+
+/// A layer whose copies share this demand alike.
+fn layer(placement: &Placement, moe_layer: usize, demand: Vec<Lanes>) -> Layer {
     let capacity = vec![placement.experts(); usize::from(placement.ranks())];
     let terms = Terms { capacity: &capacity, copies_min: 1, weights: ONE, first: 0 };
     let experts = (0..).map(ExpertId).take(placement.experts());
     let holders = |expert| placement.replicas(moe_layer, expert).iter();
     let holders = |expert| holders(expert).map(|rank| rank.index()).collect();
     let holders: Vec<Vec<usize>> = experts.map(holders).collect();
-    let mut layer = Layer::new(terms, demand, &holders);
-    layer.settle(settling);
-    layer
+    Layer::new(terms, demand, &holders)
 }
 
 /// Loads in units of the mean load of a rank.
