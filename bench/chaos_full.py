@@ -183,8 +183,27 @@ def join_and_drain(cycles, model=ROOT / "models" / "toy-maverick", **load):
     }
 
 
-def rebalance(window_s):
+def shares(window_s):
+    """Every expert twice: the shares of its copies level a skewed load by themselves."""
     with Cluster("--spare-experts", "0") as cluster:
+        load = Load(cluster, skewed=True)
+        time.sleep(2 * window_s + 1)
+        status, outcome = cluster.status(), load.end()
+    rows = status["load"]["rows"]
+    hottest = sum(max(layer) * len(layer) / sum(layer) for layer in rows) / len(rows)
+    return {
+        "scenario": "shares",
+        **outcome,
+        "hottest_expert_over_mean": round(hottest, 3),
+        "shares_told": status["shares"]["told"],
+        "measured_max_over_mean": round(status["load"]["fullest"], 3),
+        "view_changes": len(status["changes"]) - 1,
+    }
+
+
+def rebalance(window_s):
+    """Every expert once, and a place to spare: experts must move to level a skewed load."""
+    with Cluster("--redundancy", "0", "--spare-experts", "1") as cluster:
         load = Load(cluster, skewed=True)
         time.sleep(2 * window_s + 1)
         before, start = cluster.status()["load"]["fullest"], time.monotonic()
@@ -219,6 +238,7 @@ def main():
         document = {"command": "scripts/chaos-full", "commit": version, "machine": machine, "results": results}
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
 
+    note(shares(10))
     note(rebalance(10))
     note(join_and_drain(arguments.rounds or 20))
     for name in SCENARIOS:

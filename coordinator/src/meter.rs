@@ -82,7 +82,7 @@ fn add(sum: &mut Vec<Vec<u64>>, layers: &[Vec<u64>]) {
         return;
     }
     for (sum, new) in sum.iter_mut().flatten().zip(layers.iter().flatten()) {
-        *sum += new;
+        *sum = sum.saturating_add(*new);
     }
 }
 

@@ -30,7 +30,8 @@ pub(crate) fn json(status: &Status, told: Told<'_>, (url, store): (&str, &[Strin
         "load": load.map(|load| json!({ "fullest": load.fullest, "rows": load.experts })),
         // By layer and expert: the ranks that hold a copy.
         "placement": status.placement.as_ref().map(placement),
-        // By layer and expert: what part of its rows each copy gets, in the same order; null while they share alike.
+        // By layer and expert: what part of its rows each copy gets, in the same order; null while they share alike, or as a former
+        // leader told.
         "shares": { "told": status.shared.0, "parts": parts(status) },
         "members": status.members.iter().map(|of| member(of, told)).collect::<Vec<_>>(),
         "coordinators": [{ "pid": leader, "url": url, "leader": true }],

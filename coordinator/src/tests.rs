@@ -270,7 +270,7 @@ async fn workers_are_told_how_copies_share_the_load_they_report() {
         let load = pb::ExpertLoad { worker: 1, layers: vec![pb::LayerLoad { rows }] };
         pb::ReportRequest { epoch: 0, news: Some(pb::report_request::News::Load(load)) }
     };
-    // All rows want one expert, and one other of its two holders' experts.
+    // Experts 0 and 1 have all rows.
     client.report(report(vec![400, 400, 0, 0])).await.unwrap();
     for _ in 0..3 {
         let request = tokio::time::timeout(PATIENCE, told.recv()).await.expect("told").unwrap();

@@ -127,8 +127,8 @@ impl Case {
     }
 }
 
-/// How level a window is that the planner has not seen, while the shares of the copies follow it: those of a moment are made
-/// for what was before.
+/// How level a window is that the planner has not seen, while the shares of the copies follow it. At first they share alike;
+/// what a moment brings is reported in the next one, and followed in the one after that.
 fn follow(
     (placement, load): (&Placement, &Load),
     follower: &mut Follower,
@@ -137,10 +137,12 @@ fn follow(
     let mut shares = Shares::even(placement);
     let mut layers: Vec<Vec<f64>> = Vec::new();
     follower.begin();
+    let mut coming = None;
     for moment in moments {
-        if let Some(better) = follower.shares(placement, Some(load))? {
-            shares = better.clone();
+        if let Some(better) = coming.take() {
+            shares = better;
         }
+        coming = follower.shares(placement, Some(load))?.cloned();
         let loads = moment.rank_loads(placement, &shares);
         layers.resize(loads.len(), vec![0.0; usize::from(placement.ranks())]);
         for (sum, load) in layers.iter_mut().flatten().zip(loads.iter().flatten()) {

@@ -57,5 +57,9 @@ mod tests {
         let text = "shares: layer 0 gives a copy of e1 the part ";
         assert_eq!(wire(&[0.5, f32::NAN]), format!("{text}NaN"));
         assert_eq!(wire(&[1.5, -0.5]), format!("{text}1.5"));
+        assert_eq!(
+            wire(&[0.5, 0.25]),
+            "shares: layer 0 gives the copies of e1 0.75 of it together"
+        );
     }
 }

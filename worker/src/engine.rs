@@ -2,7 +2,7 @@
 
 use crate::chaos::{Hooks, Struck};
 use crate::exchange::{HostExchange, Rows, Served, StepExchange};
-use crate::finite::{NonFinite, Place};
+use crate::finite::{NonFinite, located};
 use crate::joined::{Joined, Transport};
 use crate::kv::KvBlocks;
 use crate::loans::StepLoans;
@@ -16,7 +16,7 @@ use all2all::tcp::Peer;
 use all2all::{Aborter, AllToAll, ExchangeError, Fault, Reason, Routes, StepOutcome, View};
 use ids::{Epoch, ExpertId, Rank, StepId};
 use kernels::cuda::Cuda;
-use kernels::{Bad, BadPlace, Cpu, DeviceError, Dtype, Pool, Sampled, StepBatch};
+use kernels::{Cpu, DeviceError, Dtype, Pool, Sampled, StepBatch};
 use model::forward::{Forward, ForwardError, Pass};
 use model::weights::Dense;
 use placement::Shares;
@@ -351,10 +351,13 @@ impl<D: Backend> RankEngine<D> {
 
     fn share(&mut self, shares: &Shares) -> Result<(), EngineError> {
         let seated = self.seated.as_mut().ok_or(EngineError::Unseated)?;
-        let routes =
-            seated.joined.view().routes.shared(|layer, expert| shares.parts(layer, expert))?;
-        seated.routes = self.device.routes(&routes)?;
-        seated.joined.reroute(Arc::new(routes));
+        let present = &seated.joined.view().routes;
+        let routes = present.shared(|layer, expert| shares.parts(layer, expert))?;
+        // A device may know steps again by what they name.
+        if routes != **present {
+            seated.routes = self.device.routes(&routes)?;
+            seated.joined.reroute(Arc::new(routes));
+        }
         Ok(())
     }
 
@@ -481,20 +484,4 @@ fn end<A: Plantable>(
             Err(error.into())
         }
     }
-}
-
-/// What the device found, in terms of the step.
-fn located(bad: Bad, step: &StepBatch) -> Option<NonFinite> {
-    let layer = |layer: usize| u16::try_from(layer).expect("layers are numbered in 16 bits");
-    Some(match bad.place {
-        BadPlace::Hidden { layer: l } => {
-            NonFinite { place: Place::Hidden { layer: layer(l) }, row: bad.row }
-        }
-        BadPlace::Routed { layer: l } => {
-            NonFinite { place: Place::Routed { layer: layer(l) }, row: bad.row }
-        }
-        BadPlace::Logits => {
-            NonFinite { place: Place::Logits, row: step.samples.get(bad.row)?.row as usize }
-        }
-    })
 }

@@ -9,7 +9,7 @@
 //! It is the rank of the sequence that looks, not that of the expert: only it knows whose row it is, and it
 //! sees what happens on the way, too.
 
-use kernels::Dtype;
+use kernels::{Bad, BadPlace, Dtype, StepBatch};
 use std::fmt;
 
 /// Where a value is not finite.
@@ -70,6 +70,22 @@ pub(crate) fn first_bad_row(bytes: &[u8], row_bytes: usize, dtype: Dtype) -> Opt
 /// All exponent bits are set in the infinite and in what is no number.
 fn bad<'a>(values: impl Iterator<Item = &'a [u8]>, is_bad: impl Fn(&[u8]) -> bool) -> bool {
     values.fold(false, |any, value| any | is_bad(value))
+}
+
+/// What the device found, in terms of the step.
+pub(crate) fn located(bad: Bad, step: &StepBatch) -> Option<NonFinite> {
+    let layer = |layer: usize| u16::try_from(layer).expect("layers are numbered in 16 bits");
+    Some(match bad.place {
+        BadPlace::Hidden { layer: l } => {
+            NonFinite { place: Place::Hidden { layer: layer(l) }, row: bad.row }
+        }
+        BadPlace::Routed { layer: l } => {
+            NonFinite { place: Place::Routed { layer: layer(l) }, row: bad.row }
+        }
+        BadPlace::Logits => {
+            NonFinite { place: Place::Logits, row: step.samples.get(bad.row)?.row as usize }
+        }
+    })
 }
 
 #[cfg(test)]

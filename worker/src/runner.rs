@@ -65,6 +65,21 @@ struct Seats {
     shares: Option<(Epoch, Shares)>,
 }
 
+impl Seats {
+    /// The newest of the newest epoch that is spoken of counts: a view that is served no more needs none.
+    fn share(&mut self, epoch: Epoch, shares: Shares) {
+        if self.shares.as_ref().is_none_or(|(known, _)| *known <= epoch) {
+            self.shares = Some((epoch, shares));
+        }
+    }
+
+    /// What a step of this epoch has to begin with, once. Shares of a coming view wait for it.
+    fn take_shares(&mut self, epoch: Epoch) -> Option<Shares> {
+        let due = self.shares.take_if(|(of, _)| *of <= epoch);
+        due.filter(|(of, _)| *of == epoch).map(|(_, shares)| shares)
+    }
+}
+
 struct Current {
     epoch: Epoch,
     incarnations: Vec<String>,
@@ -113,10 +128,7 @@ impl Runner {
 
     /// The copies of experts shall share rows like this in the view of this epoch, whether it serves already or not.
     pub(crate) fn share(&self, epoch: Epoch, shares: Shares) {
-        let mut seats = self.waiting.lock();
-        if seats.shares.as_ref().is_none_or(|(known, _)| *known <= epoch) {
-            seats.shares = Some((epoch, shares));
-        }
+        self.waiting.lock().share(epoch, shares);
     }
 
     /// Offers a seat in the view of these members.
@@ -336,8 +348,8 @@ fn attempt(
     if engine.epoch() != Some(epoch) {
         return Err(EngineError::Epoch { got: epoch, serving: engine.epoch() });
     }
-    let shares = waiting.lock().shares.take_if(|(of, _)| *of <= epoch);
-    if let Some((_, shares)) = shares.filter(|(of, _)| *of == epoch)
+    let shares = waiting.lock().take_shares(epoch);
+    if let Some(shares) = shares
         && let Err(error) = engine.share(&shares)
     {
         // The step does not need them.
@@ -367,4 +379,29 @@ fn suspects(error: &EngineError) -> Vec<u32> {
     error.fault().map_or_else(Vec::new, |fault| {
         fault.suspects.iter().map(|rank| u32::from(rank.0)).collect()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shares(part: f32) -> Shares {
+        Shares::new(vec![vec![vec![part, 1.0 - part]]]).unwrap()
+    }
+
+    #[test]
+    fn shares_are_taken_once_in_their_epoch_and_the_newest_count() {
+        let mut seats = Seats::default();
+        assert_eq!(seats.take_shares(Epoch(3)), None);
+        seats.share(Epoch(3), shares(0.5));
+        seats.share(Epoch(3), shares(0.25));
+        seats.share(Epoch(2), shares(0.75));
+        assert_eq!(seats.take_shares(Epoch(2)), None, "they wait for their view");
+        assert_eq!(seats.take_shares(Epoch(3)), Some(shares(0.25)));
+        assert_eq!(seats.take_shares(Epoch(3)), None);
+        seats.share(Epoch(3), shares(0.5));
+        assert_eq!(seats.take_shares(Epoch(4)), None, "their view is over");
+        seats.share(Epoch(4), shares(0.125));
+        assert_eq!(seats.take_shares(Epoch(4)), Some(shares(0.125)));
+    }
 }

@@ -62,6 +62,8 @@ pub struct Control {
     pub(crate) follower: Follower,
     /// How often the members were told other shares, in all views.
     pub(crate) shared: u64,
+    /// Moments since they were last told any.
+    pub(crate) untold: u32,
     /// When levelling was last thought about.
     pub(crate) levelled: Duration,
     /// How many workers an operator wants; `None`: as many as come.
@@ -102,6 +104,7 @@ impl Control {
             load: None,
             follower: Follower::default(),
             shared: 0,
+            untold: 0,
             levelled: now,
             wanted: None,
             lack: None,
@@ -394,7 +397,6 @@ impl Control {
         self.phase = Phase::Serving;
         self.follower.begin();
         let mut outputs = vec![Output::Publish { view }];
-        outputs.extend(self.share());
         outputs.extend(match self.overtaken.take() {
             // Who leaves may be needed yet, if those who were to take over are lost.
             Some(cause) => self.plan(now, cause),

@@ -54,7 +54,7 @@ pub struct Status {
     /// Of the view that counts.
     pub placement: Option<Placement>,
     /// How often the members were told other shares of the experts' rows, and the last of the view that counts; `None`: all
-    /// copies of an expert share alike.
+    /// copies of an expert share alike, or as a former leader told.
     pub shared: (u64, Option<Shares>),
     /// Oldest first.
     pub changes: Vec<Change>,

@@ -9,7 +9,7 @@ const KEEP: f64 = 0.75;
 const PRIOR: f64 = 1.0;
 /// Counts are whole numbers, and what is left of them is not.
 const SCALE: f64 = 64.0;
-/// What other shares must gain, as a part of the fullest rank's load: less is noise.
+/// What other shares must gain in balance, the mean over the layers: less is noise.
 const GAIN_MIN: f64 = 0.01;
 
 /// The traffic of the last moments, and the shares that were made for it.

@@ -12,13 +12,13 @@ const LOAD_COST: f32 = 2e-4;
 /// Least gain of a change that loads nothing: less is noise of the sums.
 const GAIN_MIN: f64 = 1e-5;
 /// Trials per layer: enough for a first placement to end level, within 1 ms.
-const TRIALS: usize = 2100;
+const TRIALS: usize = 1600;
 const TRIALS_PER_RANK: usize = 256;
 /// Rounds in which the copies of all experts share their load, before the first change and after each.
 const FIRST: Settling = Settling { passes: 16, moved_min: 2e-3 };
 const AGAIN: Settling = Settling { passes: 2, moved_min: 2e-3 };
 const COPY_TRIALS: usize = 8;
-const SETTLE_TRIALS: usize = 3;
+const SETTLE_TRIALS: usize = 2;
 /// Ranks that may get a further copy: the emptiest.
 const COPY_TARGETS: usize = 16;
 /// Fullest ranks that are tried before the layer counts as level.
@@ -39,6 +39,7 @@ enum Change {
 /// Levels the layer.
 pub(crate) fn improve(layer: &mut Layer) {
     layer.settle(FIRST);
+    let mut cost = layer.cost_of_all();
     let mut trials = TRIALS + TRIALS_PER_RANK * layer.ranks();
     let mut stuck = vec![false; layer.ranks()];
     let mut stuck_count = 0;
@@ -57,8 +58,8 @@ pub(crate) fn improve(layer: &mut Layer) {
         if trials == 0 {
             return;
         }
-        trials = trials.saturating_sub(SETTLE_TRIALS * layer.shared_experts());
-        if best.is_some_and(|(_, change)| make(layer, change)) {
+        trials = trials.saturating_sub(SETTLE_TRIALS * layer.shared_copies());
+        if best.is_some_and(|(_, change)| make(layer, &mut cost, change)) {
             stuck.fill(false);
             stuck_count = 0;
         } else {
@@ -125,6 +126,9 @@ impl Search<'_> {
     /// `expert` gets one more copy elsewhere.
     fn copy(&mut self, expert: usize, targets: &[usize]) {
         let layer = self.layer;
+        if layer.is_everywhere(expert) {
+            return;
+        }
         let now = layer.cost_of_holders(expert);
         for &to in targets {
             if layer.holds(to, expert) {
@@ -170,12 +174,14 @@ fn load_cost(layer: &Layer, rank: usize, expert: usize) -> f32 {
 }
 
 /// Makes the change if it is worth it. The trial let only the copies of the changed experts share anew, so what counts
-/// is the sum afterwards.
-fn make(layer: &mut Layer, change: Change) -> bool {
-    let before = layer.cost_of_all();
+/// is the sum afterwards, beside the `cost` of the layer after the last change: a refused one may leave parts that are
+/// a little worse, and to win these back is no gain.
+fn make(layer: &mut Layer, cost: &mut f64, change: Change) -> bool {
     let loads = apply(layer, change);
     layer.settle(AGAIN);
-    if layer.cost_of_all() + f64::from(loads) < before - GAIN_MIN {
+    let after = layer.cost_of_all();
+    if after + f64::from(loads) < *cost - GAIN_MIN {
+        *cost = after;
         return true;
     }
     undo(layer, change);

@@ -6,8 +6,8 @@
 use crate::load::Lanes;
 use crate::pour::pour;
 
-/// Holders of one expert that are poured over: most experts have no more than the smaller number, and none of them have
-/// more than the larger one.
+/// Holders of one expert that are poured over. Most experts have no more than the smaller number; of those with more than
+/// the larger one, all copies share alike.
 const POURED_MIN: usize = 4;
 const POURED_MAX: usize = 64;
 /// Load of the fullest rank at which a layer is level.
@@ -284,9 +284,9 @@ impl Layer {
         }
     }
 
-    /// Experts that have several copies.
-    pub(crate) fn shared_experts(&self) -> usize {
-        self.holders.iter().filter(|holders| 1 < holders.len()).count()
+    /// Copies of experts that have several.
+    pub(crate) fn shared_copies(&self) -> usize {
+        self.holders.iter().map(Vec::len).filter(|&copies| 1 < copies).sum()
     }
 
     /// The copies of the expert share its load anew. Returns the most that one of them got or gave.
@@ -349,12 +349,15 @@ impl Layer {
     }
 
     fn rise_over<const MAX: usize>(&self, expert: usize, holder: usize) -> f32 {
+        if MAX < self.holders[expert].len() {
+            return 0.0;
+        }
         let mut others = [Lanes::default(); MAX];
         let mut parts = others;
         let mut count = 0;
         let mut before = 0.0;
         for (&rank, &part) in self.holders[expert].iter().zip(&self.parts[expert]) {
-            if rank != holder && count < MAX {
+            if rank != holder {
                 others[count] = sub(self.load(rank), part);
                 before += self.cost_now(rank);
                 count += 1;
@@ -386,8 +389,17 @@ impl Layer {
         }
         others[count] = below;
         count += 1;
-        pour(self.demand[expert], &others[..count], &mut parts[..count]);
+        if count == self.capacity.len() {
+            parts[..count].fill(self.share_of(expert, count));
+        } else {
+            pour(self.demand[expert], &others[..count], &mut parts[..count]);
+        }
         others[..count].iter().zip(&parts).map(|(&other, &part)| self.cost(add(other, part))).sum()
+    }
+
+    /// It has as many copies as are told apart.
+    pub(crate) fn is_everywhere(&self, expert: usize) -> bool {
+        POURED_MAX <= self.holders[expert].len() + 1
     }
 
     /// What its holders cost now.

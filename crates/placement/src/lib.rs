@@ -53,6 +53,8 @@ pub enum PlacementError {
     NoPart { layer: usize, expert: ExpertId },
     #[error("layer {layer} gives a copy of {expert} the part {part}")]
     Part { layer: usize, expert: ExpertId, part: f32 },
+    #[error("layer {layer} gives the copies of {expert} {sum} of it together")]
+    Parts { layer: usize, expert: ExpertId, sum: f32 },
     #[error("{found} given for a model of {expected}")]
     Window { found: Shape, expected: Shape },
 }
@@ -61,12 +63,12 @@ pub enum PlacementError {
 #[derive(Clone, PartialEq, Eq)]
 pub struct Placement {
     ranks: u16,
-    /// `[moe layers][experts]`, replicas in order of preference.
+    /// `[moe layers][experts]`, replicas in the order of their [`Shares`].
     layers: Vec<Vec<Vec<Rank>>>,
 }
 
 impl Placement {
-    /// Checks a placement, `[moe layers][experts]` -> replicas in order of preference.
+    /// Checks a placement, `[moe layers][experts]` -> replicas in the order of their [`Shares`].
     ///
     /// # Errors
     ///
@@ -112,7 +114,7 @@ impl Placement {
         Shape { moe_layers: self.moe_layers(), experts: self.experts() }
     }
 
-    /// The ranks that hold `expert`, in order of preference; never empty.
+    /// The ranks that hold `expert`, in the order of their [`Shares`]; never empty.
     ///
     /// # Panics
     ///

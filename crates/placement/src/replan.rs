@@ -14,7 +14,7 @@ use std::borrow::Cow;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Holdings {
     shape: Shape,
-    /// `[moe layers][experts]`, holders in order of preference.
+    /// `[moe layers][experts]`, holders in the order of their replicas.
     layers: Vec<Vec<Vec<Rank>>>,
 }
 
@@ -38,7 +38,7 @@ impl Holdings {
         Self { shape, layers: (0..shape.moe_layers).map(layer).collect() }
     }
 
-    /// Who holds the expert, in order of preference.
+    /// Who holds the expert, in the order of its replicas.
     ///
     /// # Panics
     ///
@@ -217,7 +217,7 @@ fn demand(request: &Request<'_>, moe_layer: usize) -> (Lanes, Vec<Lanes>) {
     (request.load.weights(), demands)
 }
 
-/// Holders that stay keep their order of preference; new ones follow by rank.
+/// Holders that stay keep their order; new ones follow by rank.
 fn replicas(layer: &Layer, current: &[Vec<Rank>]) -> Vec<Vec<Rank>> {
     let ordered = |(holders, current): (&Vec<usize>, &Vec<Rank>)| {
         let place = |rank: Rank| current.iter().position(|&old| old == rank);

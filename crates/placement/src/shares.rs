@@ -14,6 +14,9 @@ const SETTLING: Settling = Settling { passes: 100, moved_min: 5e-4 };
 /// From shares that were level a moment ago it is not far, and the next moment goes on from there.
 const FOLLOWING: Settling = Settling { passes: 8, moved_min: 1e-3 };
 
+/// How far from 1 the parts of an expert may be together.
+const ROUNDING: f32 = 1e-3;
+
 /// For every (MoE layer, expert) of one placement, what part of its rows each of its replicas serves.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Shares {
@@ -26,7 +29,7 @@ impl Shares {
     ///
     /// # Errors
     ///
-    /// [`PlacementError`] if an expert has no part, or one that is not between 0 and 1.
+    /// [`PlacementError`] if an expert has no part, or one that is not between 0 and 1, or parts that are not 1 together.
     pub fn new(parts: Vec<Vec<Vec<f32>>>) -> Result<Self, PlacementError> {
         for (layer, experts) in parts.iter().enumerate() {
             for (expert, parts) in experts.iter().enumerate() {
@@ -36,6 +39,10 @@ impl Shares {
                 }
                 if let Some(&part) = parts.iter().find(|part| !(0.0..=1.0).contains(*part)) {
                     return Err(PlacementError::Part { layer, expert, part });
+                }
+                let sum: f32 = parts.iter().sum();
+                if ROUNDING < (sum - 1.0).abs() {
+                    return Err(PlacementError::Parts { layer, expert, sum });
                 }
             }
         }
@@ -112,8 +119,8 @@ fn layer(placement: &Placement, moe_layer: usize, demand: Vec<Lanes>) -> Layer {
 
 /// Loads in units of the mean load of a rank.
 fn demand(loads: &[u64], ranks: u16) -> Vec<Lanes> {
-    let total: u64 = loads.iter().sum();
-    let unit = f32::from(ranks) / total.max(1) as f32;
+    let total: f32 = loads.iter().map(|&load| load as f32).sum();
+    let unit = f32::from(ranks) / total.max(1.0);
     loads.iter().map(|&load| ONE.map(|one| one * load as f32 * unit)).collect()
 }
 

@@ -128,7 +128,7 @@ impl<'a> World<'a> {
             let mut parts = |copies: usize| -> Vec<f32> {
                 turn += 1;
                 let first = [1.0, 0.0, 0.5, 0.125][usize::try_from(turn % 4).unwrap()];
-                if copies == 2 { vec![first, 1.0 - first] } else { vec![1.0; copies] }
+                if copies == 2 { vec![first, 1.0 - first] } else { vec![1.0; 1] }
             };
             let experts = || (0..).map(ExpertId).take(placement.experts());
             let layer = |layer| {

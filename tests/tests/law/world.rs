@@ -165,7 +165,7 @@ fn planned(rng: &mut Rng, config: &Config, workers: u16) -> (Placement, Vec<Vec<
     (placement, targets)
 }
 
-/// Every expert anywhere, one copy or more; every source served by any of them, which take turns.
+/// Every expert anywhere, one copy or more; every source served by any of them, which share its rows.
 fn placed(rng: &mut Rng, config: &Config, workers: u16) -> (Placement, Vec<Vec<Vec<Vec<Rank>>>>) {
     let (mut layers, mut targets) = (Vec::new(), Vec::new());
     for _ in 0..config.moe_layers().len() {
@@ -174,13 +174,13 @@ fn placed(rng: &mut Rng, config: &Config, workers: u16) -> (Placement, Vec<Vec<V
             let mut ranks: Vec<Rank> = (0..workers).map(Rank).collect();
             rng.shuffle(&mut ranks);
             ranks.truncate(1 + if rng.one_in(2) { 0 } else { rng.index(usize::from(workers)) });
-            let mut turns = |_| {
-                let mut turns = ranks.clone();
-                rng.shuffle(&mut turns);
-                turns.truncate(1 + rng.index(turns.len()));
-                turns
+            let mut sharers = |_| {
+                let mut sharers = ranks.clone();
+                rng.shuffle(&mut sharers);
+                sharers.truncate(1 + rng.index(sharers.len()));
+                sharers
             };
-            served.push((0..workers).map(&mut turns).collect());
+            served.push((0..workers).map(&mut sharers).collect());
             replicas.push(ranks);
         }
         layers.push(replicas);

@@ -95,12 +95,12 @@ impl Scene {
                     scene.held[layer][holder.index()].push(expert);
                 }
                 // One holder, or several that share its rows.
-                let mut turns = |_| {
+                let mut sharers = |_| {
                     let first = rng.index(holders.len());
                     let count = 1 + rng.index(holders.len());
                     holders.iter().cycle().skip(first).take(count).copied().collect()
                 };
-                served.push((0..ranks).map(&mut turns).collect());
+                served.push((0..ranks).map(&mut sharers).collect());
             }
             targets.push(served);
         }

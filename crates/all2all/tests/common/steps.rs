@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 pub(crate) const ROW_BYTES: usize = 10_240;
 const LAYERS: u16 = 4;
 
-/// Every rank holds every expert; expert `e` is served by the `e`-th active rank, in turns.
+/// Every rank holds every expert; expert `e` is served by the `e`-th active rank.
 pub(crate) fn view(epoch: u64, me: usize, active: &[bool]) -> View {
     let ranks = active.len();
     let able: Vec<usize> = (0..ranks).filter(|rank| active[*rank]).collect();

@@ -29,6 +29,17 @@ fn shares_are_told_when_the_load_moves_and_not_again() {
     );
 }
 
+/// Nobody answers when he has heard it.
+#[test]
+fn shares_are_told_again_now_and_then() {
+    let mut control = serving_with(settings(3));
+    let same = |at| (at, moment([90, 60, 30, 0]));
+    let share = "share in n1: 0.4+0.6 0.3+0.7 0.3+0.7 0.5+0.5";
+    check(&mut control, (1..9).map(same).collect(), &[share]);
+    check(&mut control, (9..17).map(same).collect(), &[share]);
+    assert_eq!(control.status().shared.0, 1, "they are the same");
+}
+
 #[test]
 fn new_view_shares_alike_until_it_is_told_otherwise() {
     let mut control = serving_with(settings(4));
@@ -54,7 +65,6 @@ fn new_view_shares_alike_until_it_is_told_otherwise() {
             "share in n1: 0.0+1.0 0.0+1.0 0.5+0.5 0.5+0.5",
             "store n2[w0 w1 w2]",
             "publish n2[w0 w1 w2]",
-            "share in n2: 0.4+0.6 1.0+0.0 0.3+0.7 0.5+0.5",
             "dismiss w3: drained",
             "share in n2: 0.4+0.6 1.0+0.0 0.2+0.8 0.0+1.0",
         ],
