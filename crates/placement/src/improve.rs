@@ -126,7 +126,7 @@ impl Search<'_> {
     /// `expert` gets one more copy elsewhere.
     fn copy(&mut self, expert: usize, targets: &[usize]) {
         let layer = self.layer;
-        if layer.is_everywhere(expert) {
+        if layer.has_many_copies(expert) {
             return;
         }
         let now = layer.cost_of_holders(expert);

@@ -397,8 +397,8 @@ impl Layer {
         others[..count].iter().zip(&parts).map(|(&other, &part)| self.cost(add(other, part))).sum()
     }
 
-    /// It has as many copies as are told apart.
-    pub(crate) fn is_everywhere(&self, expert: usize) -> bool {
+    /// It has as many copies as are weighed one by one.
+    pub(crate) fn has_many_copies(&self, expert: usize) -> bool {
         POURED_MAX <= self.holders[expert].len() + 1
     }
 
