@@ -70,6 +70,9 @@ impl Follower {
         placement: &Placement,
         load: Option<&Load>,
     ) -> Result<Option<&Shares>, PlacementError> {
+        if !placement.has_choice() {
+            return Ok(None);
+        }
         let Some(traffic) = self.traffic(load)? else { return Ok(None) };
         let level = Shares::level_from(placement, &traffic, self.told())?;
         let present = match &self.told {

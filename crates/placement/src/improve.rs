@@ -17,6 +17,7 @@ const TRIALS_PER_RANK: usize = 256;
 /// Rounds in which the copies of all experts share their load, before the first change and after each.
 const FIRST: Settling = Settling { passes: 16, moved_min: 2e-3 };
 const AGAIN: Settling = Settling { passes: 2, moved_min: 2e-3 };
+/// What it costs, in trials, to weigh a further copy, and to let the load settle per copy that has others.
 const COPY_TRIALS: usize = 8;
 const SETTLE_TRIALS: usize = 2;
 /// Ranks that may get a further copy: the emptiest.

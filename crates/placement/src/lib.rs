@@ -124,6 +124,12 @@ impl Placement {
         &self.layers[moe_layer][expert.index()]
     }
 
+    /// Whether any expert's tokens have a choice of ranks, see [`Placement::targets`].
+    pub(crate) fn has_choice(&self) -> bool {
+        let copies = self.layers.iter().flatten().map(Vec::len);
+        copies.into_iter().any(|copies| 1 < copies && copies < usize::from(self.ranks))
+    }
+
     /// The experts that `rank` holds, ascending.
     ///
     /// # Panics

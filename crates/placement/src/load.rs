@@ -93,8 +93,10 @@ impl Window {
         let of_layer = |(layer, loads): (usize, &[u64])| {
             let mut ranks = vec![0.0; usize::from(placement.ranks())];
             for (expert, &load) in (0..).map(ExpertId).zip(loads) {
-                let replicas = placement.replicas(layer, expert).iter();
-                for (rank, &part) in replicas.zip(shares.parts(layer, expert)) {
+                let replicas = placement.replicas(layer, expert);
+                let parts = shares.parts(layer, expert);
+                assert_eq!(replicas.len(), parts.len(), "shares of this placement");
+                for (rank, &part) in replicas.iter().zip(parts) {
                     ranks[rank.index()] += float(load) * f64::from(part);
                 }
             }

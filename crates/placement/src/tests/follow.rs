@@ -43,6 +43,18 @@ fn shares_follow_a_jump_within_a_few_moments_and_are_told_once() {
     assert_eq!(told(&mut stranger), Some(0.5), "who knows what was told before");
 }
 
+/// Also for a leader that does not know what was told before.
+#[test]
+fn placement_without_a_choice_needs_no_shares() {
+    let all = vec![Rank(0), Rank(1)];
+    let layer = vec![all, vec![Rank(0)], vec![Rank(1)], vec![Rank(1)]];
+    let placement = Placement::new(2, vec![layer]).unwrap();
+    let mut follower = Follower::default();
+    follower.observe(&moment([200, 100, 100, 200]));
+    assert_eq!(follower.shares(&placement, None), Ok(None));
+    assert!(told(&mut follower).is_some(), "with a choice there are some");
+}
+
 #[test]
 fn few_tokens_are_no_trend() {
     let mut load = Load::unknown(Shape { moe_layers: 1, experts: 4 });
