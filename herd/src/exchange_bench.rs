@@ -2,7 +2,8 @@
 //!
 //! One exchange is a dispatch in which every rank has the same number of bytes for every rank, itself
 //! included, as in an all-to-all of other libraries. Its time is that of the slowest rank. Every rank writes its
-//! rows anew before each round, as an engine does, so that a reader finds them in another core's cache.
+//! rows anew before each round, as an engine does, so that a reader finds them in another core's cache. Who is done
+//! waits for the others at a gate: the way back, which is not timed, would take cores from those that still work.
 
 use all2all::tcp::{Buffer, Identity, Mesh, Options, Peer, Tcp};
 use all2all::{AllToAll, HostRows, LayerKey, Routes, StepOutcome, View};
@@ -10,6 +11,7 @@ use anyhow::{Context, bail, ensure};
 use ids::{Epoch, ExpertId, Rank, StepId};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Lines, Write};
+use std::net::SocketAddr;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -163,21 +165,27 @@ pub fn rank(
             Transport::Shm => "here".into(),
         },
     };
-    let mesh = Mesh::listen("127.0.0.1:0".parse()?, identity, Options::default())?;
-    writeln!(output, "{}", mesh.address())?;
+    let anywhere = SocketAddr::from(([127, 0, 0, 1], 0));
+    let listen = || Mesh::listen(anywhere, identity.clone(), Options::default());
+    let meshes = [listen()?, listen()?];
+    writeln!(output, "{},{}", meshes[0].address(), meshes[1].address())?;
     output.flush()?;
     let mut addresses = String::new();
     input.read_line(&mut addresses)?;
-    let peer = |(rank, address): (usize, &str)| -> anyhow::Result<Peer> {
-        Ok(Peer { address: address.parse()?, incarnation: rank.to_string() })
+    let join = |which: usize| -> anyhow::Result<Tcp> {
+        let peer = |(rank, both): (usize, &str)| -> anyhow::Result<Peer> {
+            let address = both.split(',').nth(which).context("a rank has two addresses")?;
+            Ok(Peer { address: address.parse()?, incarnation: rank.to_string() })
+        };
+        let peers = addresses.split_whitespace().enumerate().map(peer);
+        let peers = peers.collect::<anyhow::Result<Vec<_>>>()?;
+        Ok(meshes[which].join(view(me, case.ranks)?, &peers)?)
     };
-    let peers = addresses.split_whitespace().enumerate().map(peer);
-    let peers = peers.collect::<anyhow::Result<Vec<_>>>()?;
-    let mut end = mesh.join(view(me, case.ranks)?, &peers)?;
-    let mut work = Work::new(case, me, &mesh);
+    let mut ends = Ends { timed: join(0)?, gate: join(1)? };
+    let mut work = Work::new(case, me, &meshes[0]);
     let mut seconds = Vec::with_capacity(rounds);
     for round in 0..WARM_ROUNDS + rounds {
-        let took = work.round(&mut end, StepId(u64::try_from(round)?))?;
+        let took = work.round(&mut ends, StepId(u64::try_from(round)?))?;
         if WARM_ROUNDS <= round {
             seconds.push(took.as_secs_f64());
         }
@@ -193,6 +201,29 @@ fn view(me: u16, ranks: u16) -> anyhow::Result<View> {
         Routes::new(Rank(me), usize::from(ranks), &held, |_, expert| vec![Rank(expert.0)])?;
     let active = vec![true; usize::from(ranks)];
     Ok(View { epoch: Epoch(1), me: Rank(me), ranks, active, routes: Arc::new(routes) })
+}
+
+/// A rank's ends of two exchanges.
+struct Ends {
+    timed: Tcp,
+    /// Where the ranks wait for each other.
+    gate: Tcp,
+}
+
+/// A layer without rows: no rank leaves it before all have come.
+fn meet(end: &mut Tcp, key: LayerKey, row_bytes: usize) -> anyhow::Result<()> {
+    let none = HostRows { bytes: &[], row_bytes };
+    let sent = end.dispatch_send(key, none, &[])?;
+    let arrived = end.dispatch_recv(sent)?;
+    let pending = end.combine_send(arrived, none)?;
+    Ok(end.combine_recv(pending, &mut [])?)
+}
+
+fn end_step(end: &mut Tcp) -> anyhow::Result<()> {
+    match end.end_step() {
+        StepOutcome::Complete => Ok(()),
+        StepOutcome::Faulted(fault) => bail!("a step has failed: {fault}"),
+    }
 }
 
 /// The buffers of a rank.
@@ -218,15 +249,14 @@ impl Work {
         (u64::from(from) * 31 + step.0).to_le_bytes()[0]
     }
 
-    fn round(&mut self, end: &mut Tcp, step: StepId) -> anyhow::Result<Duration> {
+    fn round(&mut self, ends: &mut Ends, step: StepId) -> anyhow::Result<Duration> {
+        let Ends { timed: end, gate } = ends;
         self.rows.fill(Self::mark(self.me, step));
-        end.begin_step(end.view().epoch, step, Instant::now() + DEADLINE)?;
-        let [meet, timed] = LAYERS.map(|layer| LayerKey { step, layer });
-        let none = HostRows { bytes: &[], row_bytes: self.row_bytes };
-        let sent = end.dispatch_send(meet, none, &[])?;
-        let arrived = end.dispatch_recv(sent)?;
-        let pending = end.combine_send(arrived, none)?;
-        end.combine_recv(pending, &mut [])?;
+        for end in [&mut *gate, end] {
+            end.begin_step(end.view().epoch, step, Instant::now() + DEADLINE)?;
+        }
+        let [before, timed] = LAYERS.map(|layer| LayerKey { step, layer });
+        meet(end, before, self.row_bytes)?;
 
         let start = Instant::now();
         let rows = HostRows { bytes: &self.rows, row_bytes: self.row_bytes };
@@ -234,6 +264,8 @@ impl Work {
         let arrived = end.dispatch_recv(sent)?;
         let took = start.elapsed();
 
+        meet(gate, before, self.row_bytes)?;
+        end_step(gate)?;
         let (here, _) = end.arrived(&arrived);
         let block = here.bytes.len() / usize::from(end.view().ranks);
         for (from, block) in (0..).zip(here.bytes.chunks(block)) {
@@ -247,9 +279,7 @@ impl Work {
         let results = HostRows { bytes: &self.rows, row_bytes: self.row_bytes };
         let pending = end.combine_send(arrived, results)?;
         end.combine_recv(pending, &mut self.rows)?;
-        match end.end_step() {
-            StepOutcome::Complete => Ok(took),
-            StepOutcome::Faulted(fault) => bail!("{step} has failed: {fault}"),
-        }
+        end_step(end)?;
+        Ok(took)
     }
 }

@@ -21,8 +21,11 @@ use std::sync::{Arc, Mutex};
 /// largest steps take a few hundred MiB.
 const ARENA: usize = 8 << 30;
 
-/// Smallest block: a large page.
-const BLOCK_MIN: usize = 2 << 20;
+/// Bytes of a large page, of x86-64 and of most ARM systems. Elsewhere small ones serve as well.
+const LARGE_PAGE: usize = 2 << 20;
+
+/// Smallest block.
+const BLOCK_MIN: usize = LARGE_PAGE;
 
 /// Blocks have sizes of so many powers of two.
 const SIZES: usize = 13;
@@ -68,12 +71,12 @@ impl Arena {
 
     pub(super) fn place(&self) -> io::Result<Place> {
         let file = u32::try_from(self.file.as_raw_fd()).map_err(|_| ErrorKind::InvalidInput)?;
-        Ok(Place { file, base: self.map.0.as_ptr() as u64, sign: self.sign })
+        Ok(Place { file, base: self.map.base.as_ptr() as u64, sign: self.sign })
     }
 
     /// Whether all of these bytes lie here.
     pub(super) fn holds(&self, bytes: &[u8]) -> bool {
-        let base = self.map.0.as_ptr() as usize;
+        let base = self.map.base.as_ptr() as usize;
         let at = (bytes.as_ptr() as usize).checked_sub(base);
         at.is_some_and(|at| at < ARENA && bytes.len() <= ARENA - at)
     }
@@ -92,7 +95,9 @@ impl Arena {
             }
         };
         drop(free);
-        Some(Block { arena: Arc::clone(self), start, which, bytes })
+        let block = Block { arena: Arc::clone(self), start, which, bytes };
+        self.map.use_large_pages(start, bytes.next_multiple_of(LARGE_PAGE));
+        Some(block)
     }
 }
 
@@ -150,7 +155,7 @@ impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [u8] {
         match &mut self.0 {
             Bytes::Block(Block { arena, start, bytes, .. }) => {
-                let at = arena.map.0.as_ptr().wrapping_add(*start);
+                let at = arena.map.base.as_ptr().wrapping_add(*start);
                 // SAFETY: the block lies inside of the mapping, which lives as long as the arena. It has one owner,
                 // which is borrowed mutably, and no other process can write the file.
                 unsafe { std::slice::from_raw_parts_mut(at, *bytes) }
@@ -225,7 +230,7 @@ impl Window {
     #[allow(unsafe_code, reason = "memory that another process changes is no Rust reference")]
     fn fetch(&self, offset: usize, into: &mut [u8]) {
         assert!(offset <= ARENA && into.len() <= ARENA - offset, "inside of the file");
-        let from = self.map.0.as_ptr().wrapping_add(offset);
+        let from = self.map.base.as_ptr().wrapping_add(offset);
         // SAFETY: the range lies in the mapping, as asserted, and is no part of `into`, which is memory of this
         // process. A peer that writes at the same time leaves bytes of either kind; who asked forgets them.
         unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) }
@@ -233,7 +238,15 @@ impl Window {
 }
 
 /// All of an arena.
-struct Map(NonNull<u8>);
+struct Map {
+    /// `RESERVED` addresses.
+    reserved: NonNull<u8>,
+    /// The first of them that begins a large page; the file is mapped from here on.
+    base: NonNull<u8>,
+}
+
+/// Addresses that hold an arena wherever the kernel puts them.
+const RESERVED: usize = ARENA + LARGE_PAGE;
 
 #[allow(unsafe_code, reason = "a pointer to memory that is mapped until the value is dropped")]
 // SAFETY: the mapping belongs to no thread.
@@ -245,12 +258,37 @@ unsafe impl Sync for Map {}
 #[allow(unsafe_code, reason = "a mapping is memory without an owner that Rust knows")]
 impl Map {
     fn new(file: &OwnedFd, protection: ProtFlags) -> io::Result<Self> {
-        let (flags, free) = (MapFlags::SHARED | MapFlags::NORESERVE, std::ptr::null_mut());
-        // SAFETY: the kernel chooses a free place. The file has `ARENA` bytes, or nobody goes beyond those it has.
-        let base = unsafe { rustix::mm::mmap(free, ARENA, protection, flags, file, 0) }?;
+        let (flags, free) = (MapFlags::PRIVATE | MapFlags::NORESERVE, std::ptr::null_mut());
+        let none = ProtFlags::empty();
+        // SAFETY: the kernel chooses a free place. It holds nothing, and nobody can access it yet.
+        let reserved = unsafe { rustix::mm::mmap_anonymous(free, RESERVED, none, flags) }?;
+        let reserved = NonNull::new(reserved.cast::<u8>()).ok_or(ErrorKind::OutOfMemory)?;
+        let within =
+            reserved.as_ptr().addr().next_multiple_of(LARGE_PAGE) - reserved.as_ptr().addr();
+        let base = reserved.as_ptr().wrapping_add(within);
+        let map = Self { reserved, base: NonNull::new(base).ok_or(ErrorKind::OutOfMemory)? };
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED;
+        // SAFETY: it replaces a part of the addresses above, which are nobody else's: they are `LARGE_PAGE` more than
+        // `ARENA`, and fewer lie before `base`. The file has `ARENA` bytes, or nobody goes beyond those it has.
+        let base = unsafe { rustix::mm::mmap(base.cast(), ARENA, protection, flags, file, 0) }?;
         // SAFETY: the whole of the mapping above; this advice changes no byte. Without large pages it is slower.
         let _small_pages = unsafe { rustix::mm::madvise(base, ARENA, Advice::LinuxHugepage) };
-        Ok(Self(NonNull::new(base.cast()).ok_or(ErrorKind::OutOfMemory)?))
+        Ok(map)
+    }
+
+    /// Puts a part that nobody uses yet into large pages, if the system has enough of them. The advice given for all of
+    /// a mapping is heard only where the system's settings say so for shared memory, which is rare; this is a request.
+    /// A peer that maps the file gets the same pages.
+    fn use_large_pages(&self, start: usize, bytes: usize) {
+        assert!(start <= ARENA && bytes <= ARENA - start, "inside of the file");
+        let at = self.base.as_ptr().wrapping_add(start);
+        for page in (0..bytes).step_by(LARGE_PAGE) {
+            // SAFETY: inside of the mapping, as asserted, which is writable: only the arena's own map has blocks. The
+            // block is not given out yet. A large page is made of at least one small one, so one has to be there.
+            unsafe { at.wrapping_add(page).write_volatile(0) };
+        }
+        // SAFETY: the same part. The bytes stay as they are, whatever becomes of the request.
+        let _small_pages = unsafe { libc::madvise(at.cast(), bytes, libc::MADV_COLLAPSE) };
     }
 
     /// Bytes of this process's own arena.
@@ -258,21 +296,21 @@ impl Map {
         assert!(start <= ARENA && bytes <= ARENA - start, "inside of the file");
         // SAFETY: inside of the mapping, which the borrow keeps. Only the owner of the block writes it, and the
         // caller borrows from that one.
-        unsafe { std::slice::from_raw_parts(self.0.as_ptr().wrapping_add(start), bytes) }
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr().wrapping_add(start), bytes) }
     }
 
     fn slice_mut(&mut self, start: usize, bytes: usize) -> &mut [u8] {
         assert!(start <= ARENA && bytes <= ARENA - start, "inside of the file");
         // SAFETY: as above; nobody else has the mapping.
-        unsafe { std::slice::from_raw_parts_mut(self.0.as_ptr().wrapping_add(start), bytes) }
+        unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr().wrapping_add(start), bytes) }
     }
 }
 
 impl Drop for Map {
     fn drop(&mut self) {
         #[allow(unsafe_code, reason = "the end of the mapping")]
-        // SAFETY: mapped by `new` with this length; nobody borrows from it any more.
-        let unmapped = unsafe { rustix::mm::munmap(self.0.as_ptr().cast(), ARENA) };
+        // SAFETY: all that `new` has mapped; nobody borrows from it any more.
+        let unmapped = unsafe { rustix::mm::munmap(self.reserved.as_ptr().cast(), RESERVED) };
         debug_assert!(unmapped.is_ok(), "the mapping is whole");
     }
 }
