@@ -8,7 +8,7 @@ use super::arena::{Arena, Buffer};
 use super::inbound::Inbound;
 use super::link::{Link, Streams};
 use super::outbound::Outbound;
-use super::runs::{Runs, gather, scatter, transfer};
+use super::runs::{Place, Runs, gather, scatter, transfer};
 use crate::{HostRows, View, active_ranks};
 use ids::Rank;
 use std::sync::Arc;
@@ -67,6 +67,9 @@ pub(super) struct Layer {
     /// Rows or results of this rank for itself, while the caller lends them no longer.
     own: Vec<u8>,
     own_staged: bool,
+    /// How far the rows of this rank for itself are copied: in the caller's buffer, and in `rows`.
+    own_from: Place,
+    own_to: Place,
     /// Whether `rows` are the results by now.
     pub(super) kept: bool,
 }
@@ -86,6 +89,7 @@ impl Layer {
         assert_eq!(rows.len(), experts.len(), "one expert per row");
         self.row_bytes = rows.row_bytes;
         (self.laid_out, self.own_staged, self.kept) = (false, false, false);
+        (self.own_from, self.own_to) = (Place::default(), Place::default());
         for lane in &mut *lanes {
             lane.own.clear(experts.len());
             lane.own_slots.clear();
@@ -145,20 +149,39 @@ impl Layer {
         self.offsets.last().map_or(0, |rows| *rows as usize) * self.row_bytes
     }
 
-    /// Brings the own rows to their places.
-    pub(super) fn keep_own(&mut self, rows: &[u8], lane: &Lane) {
-        if self.own_staged {
-            scatter(&self.own, &mut self.rows, &lane.theirs);
+    /// Bytes of own rows that the caller has to lend on: they are neither in their places nor staged.
+    pub(super) fn own_left(&self, lane: &Lane) -> usize {
+        if self.own_staged { 0 } else { lane.own.bytes() - self.own_from.at }
+    }
+
+    /// Brings own rows to their places, at most so many bytes of them; whether there were any.
+    pub(super) fn keep_own(&mut self, rows: &[u8], lane: &Lane, most: usize) -> bool {
+        let bytes = self.own_left(lane).min(most);
+        lane.own.walk(&mut self.own_from, bytes, |piece| {
+            let mut rest = &rows[piece.start..][..piece.bytes];
+            lane.theirs.walk(&mut self.own_to, piece.bytes, |run| {
+                let (here, behind) = rest.split_at(run.bytes);
+                self.rows[run.start..][..run.bytes].copy_from_slice(here);
+                rest = behind;
+            });
+        });
+        0 < bytes
+    }
+
+    /// Brings the rest of the own rows to their places, or copies them, if those are not known yet.
+    pub(super) fn stage_own(&mut self, rows: &[u8], lane: &Lane) {
+        if self.laid_out {
+            self.keep_own(rows, lane, usize::MAX);
         } else {
-            transfer((rows, &lane.own), (&mut self.rows, &lane.theirs));
+            gather(rows, &lane.own, &mut self.own);
+            self.own_staged = true;
         }
     }
 
-    /// Copies the own rows, if they are not in their places yet.
-    pub(super) fn stage_own(&mut self, rows: &[u8], lane: &Lane) {
-        if !self.laid_out {
-            gather(rows, &lane.own, &mut self.own);
-            self.own_staged = true;
+    /// Brings own rows that were staged to their places.
+    pub(super) fn keep_staged(&mut self, lane: &Lane) {
+        if self.own_staged {
+            scatter(&self.own, &mut self.rows, &lane.theirs);
         }
     }
 

@@ -5,7 +5,7 @@
 //! mesh has news, or the deadline passes.
 
 use super::Tcp;
-use super::inbound::Trouble;
+use super::inbound::{SUM_BYTES, Trouble};
 use super::lanes::{Lane, Wire};
 use super::link::Told;
 use super::outbound::Share;
@@ -140,10 +140,8 @@ impl Tcp {
     /// Bytes that would have to be staged now.
     fn staging(&self, goal: Goal) -> usize {
         let own = match goal {
-            Goal::Arrived(_) if !self.layer.laid_out => {
-                self.lanes[self.view.me.index()].own.bytes()
-            }
-            Goal::Arrived(_) | Goal::Returned => 0,
+            Goal::Arrived(_) => self.layer.own_left(&self.lanes[self.view.me.index()]),
+            Goal::Returned => 0,
         };
         let unsent = |lane: &Lane| {
             let wire = lane.wire.as_ref();
@@ -246,8 +244,11 @@ impl Tcp {
             let local = self.view.routes.local_experts(layer);
             let laid_out = self.layer.lay_out(&self.view, local, &mut self.lanes);
             laid_out.map_err(|from| (FaultKind::Corrupt, vec![from]))?;
-            self.layer.keep_own(rows, &self.lanes[me.index()]);
+            self.layer.keep_staged(&self.lanes[me.index()]);
             moved = true;
+        } else if goal != Goal::Returned && self.layer.laid_out {
+            // A piece at a time, so that peers do not wait for all of it.
+            moved |= self.layer.keep_own(rows, &self.lanes[me.index()], SUM_BYTES);
         }
         Ok(moved)
     }
