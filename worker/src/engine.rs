@@ -392,7 +392,7 @@ impl<D: Backend> RankEngine<D> {
                 }
             }
             Joined::Local(local) => rank.send(pass, local, results, eyes),
-            Joined::Tcp(tcp, None) => rank.send(pass, tcp, results, eyes),
+            Joined::Tcp(tcp, None) => rank.send(pass, &mut **tcp, results, eyes),
         }
     }
 }

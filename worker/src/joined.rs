@@ -150,7 +150,7 @@ impl Transport {
             Self::Local(hub) if D::LENDERS_MAX == 0 => Ok(Joined::Local(hub.join(view)?)),
             Self::Local(hub) => Ok(Joined::Lending(hub.lend(few_enough::<D>(view)?)?)),
             Self::Mesh(mesh, _) => {
-                Ok(Joined::Tcp(mesh.join(view.clone(), peers)?, lone::<D>(view)?))
+                Ok(Joined::Tcp(Box::new(mesh.join(view.clone(), peers)?), lone::<D>(view)?))
             }
         }
     }
@@ -176,7 +176,7 @@ pub(crate) enum Joined<D: Staged> {
     /// Within one process, on one device.
     Lending(Lending<D::Lent>),
     /// Between processes; with where a rank has its rows that is alone.
-    Tcp(Tcp, Option<Lending<D::Lent>>),
+    Tcp(Box<Tcp>, Option<Lending<D::Lent>>),
 }
 
 impl<D: Staged> Joined<D> {

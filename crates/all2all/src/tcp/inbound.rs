@@ -140,6 +140,11 @@ impl Inbound {
         self.stage == Stage::Done
     }
 
+    /// Whether there is something that was read and not used: no news of it will come.
+    pub(super) fn is_ahead(&self) -> bool {
+        self.start < self.end || self.head.is_some()
+    }
+
     /// Whether the peer has given up its frame.
     pub(super) fn is_void(&self) -> bool {
         self.void

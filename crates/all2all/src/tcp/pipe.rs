@@ -81,6 +81,11 @@ impl Pipe {
         moved
     }
 
+    /// What to poll for to know whether there is anything to read; none where a look into memory tells.
+    pub(super) fn readable(&self) -> Option<libc::pollfd> {
+        self.ring.is_none().then(|| watch(&self.stream, libc::POLLIN))
+    }
+
     /// What to poll for before sleeping; `None` if there is no need to sleep.
     pub(super) fn fall_asleep(&self, wants: Wants) -> Option<libc::pollfd> {
         let reads = if wants.reads { libc::POLLIN } else { 0 };

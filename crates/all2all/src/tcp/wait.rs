@@ -39,6 +39,13 @@ const GIVEN_AWAY: Duration = Duration::from_micros(5);
 /// 3.9 ms instead of 4.6 ms). Smaller ones fit into what the connections hold.
 const PAIRED_MIN: usize = 256 * 1024;
 
+/// So many connections are read without asking whether there is anything: the question costs as much as some three
+/// that find nothing (8 ranks on 2 cores, 10 KiB per pair).
+const TRIED_MAX: usize = 3;
+
+/// An entry that the system passes over.
+const TRY: libc::pollfd = libc::pollfd { fd: -1, events: 0, revents: 0 };
+
 /// What a rank waits for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Goal {
@@ -51,6 +58,8 @@ pub(super) enum Goal {
 /// Buffers and bookkeeping of waiting.
 pub(super) struct Waiting {
     entries: Vec<libc::pollfd>,
+    /// What is to be read, of every other rank.
+    looks: Vec<libc::pollfd>,
     /// The news that have been looked at.
     seen: Option<u64>,
     /// Rounds in a row that have sent nothing. From `YIELDS` on, which is before any sleep, all peers are sent to at
@@ -60,8 +69,8 @@ pub(super) struct Waiting {
 
 impl Waiting {
     pub(super) fn new(view: &View) -> Self {
-        let entries = Vec::with_capacity(usize::from(view.ranks) + 1);
-        Self { entries, seen: None, stuck: 0 }
+        let [entries, looks] = [(); 2].map(|()| Vec::with_capacity(usize::from(view.ranks) + 1));
+        Self { entries, looks, seen: None, stuck: 0 }
     }
 }
 
@@ -196,61 +205,111 @@ impl Tcp {
 
     /// Writes and reads once on every connection; whether anything moved.
     fn round(&mut self, goal: Goal, rows: &[u8], out: &mut [u8]) -> Result<bool, Blame> {
-        let me = self.view.me;
-        let (mut moved, mut slots) = (false, true);
-        let (mut sent, mut taken) = (false, false);
-        // Whoever takes nothing keeps the others from their rows for so long, and no longer.
-        let paired = self.waiting.stuck < YIELDS;
-        let ranks = self.view.ranks;
-        // Every rank begins with another one, so that not all want the same memory at once.
-        let others = (me.0 + 1..ranks).chain(0..me.0).map(Rank);
-        for rank in others.filter(|rank| self.view.active[rank.index()]) {
-            let Lane { wire, own, theirs, .. } = &mut self.lanes[rank.index()];
-            let Some(wire) = wire else { unreachable!("connected before the first frame") };
-            let Wire { link, inbound, outbound } = wire;
-            let mut step = || {
-                let mut any = false;
-                if !outbound.done() {
-                    let runs = sending(goal, own, theirs);
-                    let large = PAIRED_MIN <= runs.bytes() && link.data.is_paired();
-                    let waits = paired && taken && large;
-                    let share = if waits { Share::Front } else { Share::Whole };
-                    let rows = if self.layer.kept { &self.layer.rows } else { rows };
-                    any |= outbound.push(&link.data, (rows, runs), share)?;
-                    (sent, taken) = (sent || any, taken || (large && !outbound.done()));
-                    link.sent(outbound.frames());
-                }
-                any |= match goal {
-                    Goal::Arrived(_) if !self.layer.laid_out => inbound.read_slots(&link.data)?,
-                    Goal::Arrived(_) => {
-                        inbound.read_rows(&link.data, (&mut self.layer.rows, theirs))?
-                    }
-                    // Nowhere to put the results yet.
-                    Goal::Returned if out.len() < own.bytes() => false,
-                    Goal::Returned => inbound.read_rows(&link.data, (out, own))?,
-                };
-                Ok(any)
-            };
-            match step() {
-                Ok(any) => moved |= any,
-                Err(trouble) => return Err(blame(trouble, rank, wire, &self.view)),
-            }
-            slots &= !wire.inbound.wants_slots();
-        }
-        if paired {
-            self.waiting.stuck = if sent { 0 } else { self.waiting.stuck + 1 };
-        }
+        let mut moved = self.push_all(goal, rows)?;
+        let (any, slots) = self.read_all(goal, out)?;
+        moved |= any;
+        let me = self.view.me.index();
         if let (Goal::Arrived(layer), true, false) = (goal, slots, self.layer.laid_out) {
             let local = self.view.routes.local_experts(layer);
             let laid_out = self.layer.lay_out(&self.view, local, &mut self.lanes);
             laid_out.map_err(|from| (FaultKind::Corrupt, vec![from]))?;
-            self.layer.keep_staged(&self.lanes[me.index()]);
+            self.layer.keep_staged(&self.lanes[me]);
             moved = true;
         } else if goal != Goal::Returned && self.layer.laid_out {
             // A piece at a time, so that peers do not wait for all of it.
-            moved |= self.layer.keep_own(rows, &self.lanes[me.index()], SUM_BYTES);
+            moved |= self.layer.keep_own(rows, &self.lanes[me], SUM_BYTES);
         }
         Ok(moved)
+    }
+
+    /// The other ranks of the view. Every rank begins with another one, so that not all want the same memory at once.
+    fn others(view: &View) -> impl Iterator<Item = Rank> {
+        let me = view.me.0;
+        let others = (me + 1..view.ranks).chain(0..me).map(Rank);
+        others.filter(|rank| view.active[rank.index()])
+    }
+
+    /// Writes once on every connection; whether anything went out.
+    fn push_all(&mut self, goal: Goal, rows: &[u8]) -> Result<bool, Blame> {
+        let Self { view, lanes, layer, waiting, .. } = self;
+        let (mut sent, mut taken) = (false, false);
+        // Whoever takes nothing keeps the others from their rows for so long, and no longer.
+        let paired = waiting.stuck < YIELDS;
+        let rows = if layer.kept { &layer.rows } else { rows };
+        for rank in Self::others(view) {
+            let Lane { wire, own, theirs, .. } = &mut lanes[rank.index()];
+            let Some(wire) = wire else { unreachable!("connected before the first frame") };
+            let Wire { link, outbound, .. } = &mut *wire;
+            if outbound.done() {
+                continue;
+            }
+            let runs = sending(goal, &*own, &*theirs);
+            let large = PAIRED_MIN <= runs.bytes() && link.data.is_paired();
+            let share = if paired && taken && large { Share::Front } else { Share::Whole };
+            match outbound.push(&link.data, (rows, runs), share) {
+                Ok(any) => sent |= any,
+                Err(trouble) => return Err(blame(trouble, rank, wire, view)),
+            }
+            taken |= large && !outbound.done();
+            link.sent(outbound.frames());
+        }
+        if paired {
+            waiting.stuck = if sent { 0 } else { waiting.stuck + 1 };
+        }
+        Ok(sent)
+    }
+
+    /// Reads once on every connection; whether anything came, and whether the slots of all rows are here.
+    fn read_all(&mut self, goal: Goal, out: &mut [u8]) -> Result<(bool, bool), Blame> {
+        self.look(goal);
+        let Self { view, lanes, layer, waiting, .. } = self;
+        let (mut moved, mut slots) = (false, true);
+        for (rank, looked) in Self::others(view).zip(&waiting.looks) {
+            let Lane { wire, own, theirs, .. } = &mut lanes[rank.index()];
+            let Some(wire) = wire else { unreachable!("connected before the first frame") };
+            let Wire { link, inbound, .. } = &mut *wire;
+            if looked.revents != 0 {
+                let read = match goal {
+                    Goal::Arrived(_) if !layer.laid_out => inbound.read_slots(&link.data),
+                    Goal::Arrived(_) => inbound.read_rows(&link.data, (&mut layer.rows, theirs)),
+                    // Nowhere to put the results yet.
+                    Goal::Returned if out.len() < own.bytes() => Ok(false),
+                    Goal::Returned => inbound.read_rows(&link.data, (out, own)),
+                };
+                match read {
+                    Ok(any) => moved |= any,
+                    Err(trouble) => return Err(blame(trouble, rank, wire, view)),
+                }
+            }
+            slots &= !wire.inbound.wants_slots();
+        }
+        Ok((moved, slots))
+    }
+
+    /// Finds out which connections have something to read: by one call, where trying each of them would take more.
+    fn look(&mut self, goal: Goal) {
+        let Self { view, lanes, layer, waiting, .. } = self;
+        waiting.looks.clear();
+        let mut unknown = 0;
+        for rank in Self::others(view) {
+            let wire = lanes[rank.index()].wire.as_ref();
+            let wants = wire.filter(|wire| match goal {
+                Goal::Arrived(_) if !layer.laid_out => wire.inbound.wants_slots(),
+                Goal::Arrived(_) | Goal::Returned => !wire.inbound.done(),
+            });
+            let ahead = wants.is_some_and(|wire| wire.inbound.is_ahead());
+            let entry = wants.filter(|_| !ahead).and_then(|wire| wire.link.data.readable());
+            unknown += usize::from(entry.is_some());
+            waiting.looks.push(entry.unwrap_or(TRY));
+        }
+        if TRIED_MAX < unknown {
+            poll(&mut waiting.looks, Some(Duration::ZERO));
+        }
+        for entry in &mut waiting.looks {
+            if entry.fd < 0 || unknown <= TRIED_MAX {
+                entry.revents = libc::POLLIN;
+            }
+        }
     }
 
     fn reached(&self, goal: Goal) -> bool {
