@@ -215,7 +215,8 @@ impl Tcp {
             laid_out.map_err(|from| (FaultKind::Corrupt, vec![from]))?;
             self.layer.keep_staged(&self.lanes[me]);
             moved = true;
-        } else if goal != Goal::Returned && self.layer.laid_out {
+        }
+        if goal != Goal::Returned && self.layer.laid_out {
             // A piece at a time, so that peers do not wait for all of it.
             moved |= self.layer.keep_own(rows, &self.lanes[me], SUM_BYTES);
         }
