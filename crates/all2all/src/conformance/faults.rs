@@ -150,7 +150,7 @@ pub fn check_poison_lasts_until_the_next_view<N: Network>(new: &dyn Fn() -> N) {
 /// A rank falls silent anywhere in a step, but keeps its end: the peers are back by the deadline and
 /// suspect it.
 pub fn check_silent_peer_ends_the_step_at_the_deadline<N: Network>(new: &dyn Fn() -> N) {
-    let within = Duration::from_millis(200);
+    let within = Duration::from_millis(60);
     for (until, ranks) in POINTS.into_iter().flat_map(|p| [(p, 2), (p, 4)]) {
         let network = Arc::new(new());
         let grace = network.grace();
