@@ -157,14 +157,8 @@ impl Layer {
     /// Brings own rows to their places, at most so many bytes of them; whether there were any.
     pub(super) fn keep_own(&mut self, rows: &[u8], lane: &Lane, most: usize) -> bool {
         let bytes = self.own_left(lane).min(most);
-        lane.own.walk(&mut self.own_from, bytes, |piece| {
-            let mut rest = &rows[piece.start..][..piece.bytes];
-            lane.theirs.walk(&mut self.own_to, piece.bytes, |run| {
-                let (here, behind) = rest.split_at(run.bytes);
-                self.rows[run.start..][..run.bytes].copy_from_slice(here);
-                rest = behind;
-            });
-        });
+        let from = (rows, &lane.own, &mut self.own_from);
+        transfer(bytes, from, (&mut self.rows, &lane.theirs, &mut self.own_to));
         0 < bytes
     }
 
@@ -199,7 +193,9 @@ impl Layer {
     /// Brings the results of the own rows to their places.
     pub(super) fn keep_results(&self, out: &mut [u8], lane: &Lane) {
         if self.kept {
-            transfer((&self.rows, &lane.theirs), (out, &lane.own));
+            let (mut from, mut to) = <(Place, Place)>::default();
+            let results = (&self.rows[..], &lane.theirs, &mut from);
+            transfer(lane.own.bytes(), results, (out, &lane.own, &mut to));
         } else {
             scatter(&self.own, out, &lane.own);
         }

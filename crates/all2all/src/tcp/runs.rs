@@ -147,12 +147,15 @@ pub(super) fn scatter(from: &[u8], to: &mut [u8], runs: &Runs) {
     });
 }
 
-/// Copies runs into runs that hold as many bytes.
-pub(super) fn transfer((from, runs): (&[u8], &Runs), (to, into): (&mut [u8], &Runs)) {
-    let mut place = Place::default();
-    runs.walk(&mut Place::default(), runs.bytes(), |piece| {
+/// Copies the next bytes of runs, from a place on, into other runs, and moves both places behind them.
+pub(super) fn transfer(
+    bytes: usize,
+    (from, runs, at): (&[u8], &Runs, &mut Place),
+    (to, into, place): (&mut [u8], &Runs, &mut Place),
+) {
+    runs.walk(at, bytes, |piece| {
         let mut rest = &from[piece.start..][..piece.bytes];
-        into.walk(&mut place, piece.bytes, |run| {
+        into.walk(place, piece.bytes, |run| {
             let (here, behind) = rest.split_at(run.bytes);
             to[run.start..][..run.bytes].copy_from_slice(here);
             rest = behind;
