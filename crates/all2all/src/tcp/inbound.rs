@@ -142,7 +142,7 @@ impl Inbound {
 
     /// Whether there is something that was read and not used: no news of it will come.
     pub(super) fn is_ahead(&self) -> bool {
-        self.start < self.end || self.head.is_some()
+        self.start < self.end
     }
 
     /// Whether the peer has given up its frame.
