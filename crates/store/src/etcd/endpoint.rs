@@ -89,7 +89,7 @@ impl Member {
         // Whoever refuses a certificate says so and hangs up; the second may overtake the first.
         let hangs_up = self.url.starts_with("https:")
             && !self.trusted.load(Ordering::Relaxed)
-            && ["Connection reset", "Broken pipe", "connection closed"].into_iter().any(has);
+            && is_hangup(&text);
         let remedy = if has("received fatal alert") {
             "etcd refuses this client's certificate; give --etcd-cert and --etcd-key that its \
              authority has signed"
@@ -124,6 +124,15 @@ impl Member {
     }
 }
 
+/// That the other side has closed a connection, in the words of the system (`Broken pipe`), of h2
+/// (`... because of a broken pipe`) and of hyper (`connection closed`). h2 hides the kind of the error.
+fn is_hangup(text: &str) -> bool {
+    let text = text.to_lowercase();
+    ["connection reset", "connection aborted", "broken pipe", "connection closed", "not connected"]
+        .into_iter()
+        .any(|words| text.contains(words))
+}
+
 /// An error with its causes: tonic's own text hides them.
 pub(super) fn causes(error: &(dyn Error + 'static)) -> String {
     let mut text = String::new();
@@ -143,4 +152,41 @@ pub(super) fn causes(error: &(dyn Error + 'static)) -> String {
         }
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn member(url: &str) -> Member {
+        let tls = EtcdTls { ca: Vec::new(), identity: None };
+        Member::new(url, Some(&tls)).unwrap()
+    }
+
+    #[tokio::test]
+    async fn hangup_before_the_first_answer_is_explained_in_whatever_words_it_comes() {
+        let hangups = [
+            "connection error: Connection reset by peer (os error 104)",
+            "connection error: Broken pipe (os error 32)",
+            "connection error: stream closed because of a broken pipe",
+            "connection error: connection closed because of a broken pipe",
+            "operation was canceled: connection closed",
+            "Transport endpoint is not connected (os error 107)",
+        ];
+        let secure = member("https://127.0.0.1:9");
+        for text in hangups {
+            let status = Status::unavailable(text);
+            let Some(StoreError::Refused(said)) = secure.distrust(&status) else {
+                panic!("{text:?} is not explained");
+            };
+            assert!(said.contains("give --etcd-cert and --etcd-key"), "{said:?}");
+            let open = member("http://127.0.0.1:9").distrust(&status);
+            assert!(open.is_none(), "{text:?}: without TLS it is a restart, {open:?}");
+        }
+        let refused = Status::unavailable("tcp connect error: Connection refused (os error 111)");
+        assert!(secure.distrust(&refused).is_none(), "nobody listens: waiting may help");
+        secure.trusted.store(true, Ordering::Relaxed);
+        let later = secure.distrust(&Status::unavailable(hangups[2]));
+        assert!(later.is_none(), "it has answered before: it restarts, {later:?}");
+    }
 }
