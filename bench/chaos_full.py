@@ -23,6 +23,8 @@ SCENARIOS = ["freeze-workers", "kill-leader", "kill-workers"]
 LARGE = ROOT / "target" / "mini-maverick"  # of bench/mini-maverick.json, made when it is first needed
 STREAMS = 40  # of the parts that this file loads itself
 WORKERS = 4
+PEACE_S = 8  # load before the first fault
+OUTAGE_S = 60
 
 
 class Cluster:
@@ -62,6 +64,16 @@ class Cluster:
             assert time.monotonic() < deadline, f"{workers} workers do not serve"
             time.sleep(0.05)
 
+    def child(self, name):
+        """The pid of a role, which is a child of `herd up`."""
+        children = pathlib.Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return next(int(pid) for pid in children.split() if pathlib.Path(f"/proc/{pid}/comm").read_text().strip() == name)
+
+    def join(self, model):
+        coordinator = self.status()["coordinators"][0]["url"]
+        command = [HERD, "--log", "error", "worker", "--coordinator", coordinator, "--model", model, "--sequences", "80"]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
     def herd(self, *arguments):
         return subprocess.run([HERD, "--log", "error", *arguments, "--url", self.url], check=True, capture_output=True, text=True, timeout=120).stdout
 
@@ -86,7 +98,7 @@ class Load:
         self.url, self.skewed = f"{cluster.url}/v1/chat/completions", skewed
         self.model, self.tokens = model, tokens
         self.ended, self.gaps, self.texts, self.errors, self.different = False, [], {}, [], 0
-        self.threads = [threading.Thread(target=self.run, args=(number,)) for number in range(streams)]
+        self.threads = [threading.Thread(target=self.run, args=(number,), daemon=True) for number in range(streams)]
         for thread in self.threads:
             thread.start()
 
@@ -125,9 +137,15 @@ class Load:
             thread.join()
         return {"streams_ended": len(self.texts), "failed": len(self.errors), "different": self.different}
 
+    def within(self, since, until):
+        return sorted(gap for at, gap in self.gaps if since <= at < until)
+
     def gap_p99(self, since, until):
-        gaps = sorted(gap for at, gap in self.gaps if since <= at < until)
+        gaps = self.within(since, until)
         return round(gaps[int(len(gaps) * 0.99)], 4)
+
+    def gap_max(self, since, until):
+        return round(self.within(since, until)[-1], 4)
 
 
 def scenario(name, rounds, *serving):
@@ -156,12 +174,10 @@ def scenario(name, rounds, *serving):
 def join_and_drain(cycles, model=ROOT / "models" / "toy-maverick", **load):
     with Cluster("--model", model) as cluster:
         load = Load(cluster, skewed=False, model=model.name, **load)
-        coordinator = cluster.status()["coordinators"][0]["url"]
-        time.sleep(3)
+        time.sleep(PEACE_S)
         start = time.monotonic()
         for _ in range(cycles):
-            command = [HERD, "--log", "error", "worker", "--coordinator", coordinator, "--model", model, "--sequences", "80"]
-            joined = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            joined = cluster.join(model)
             cluster.until(WORKERS + 1)
             time.sleep(0.5)
             worker = next(member["worker"] for member in cluster.members() if member["pid"] == joined.pid)
@@ -178,7 +194,7 @@ def join_and_drain(cycles, model=ROOT / "models" / "toy-maverick", **load):
         "cycles": cycles,
         **outcome,
         "gap_p99_s": {"before": load.gap_p99(0, start), "during": load.gap_p99(start, end)},
-        "gap_max_during_s": round(max(gap for at, gap in load.gaps if start <= at < end), 4),
+        "gap_max_s": {"before": load.gap_max(0, start), "during": load.gap_max(start, end)},
         "view_changes": len(changes),
     }
 
@@ -221,6 +237,35 @@ def rebalance(window_s):
     }
 
 
+def etcd_outage(model=ROOT / "models" / "toy-maverick"):
+    """etcd stands still: nobody may notice but a worker that wants to join, which waits and then does."""
+    with Cluster() as cluster:
+        load = Load(cluster, skewed=False)
+        time.sleep(PEACE_S)
+        etcd, start = cluster.child("etcd"), time.monotonic()
+        os.kill(etcd, signal.SIGSTOP)
+        try:
+            joined = cluster.join(model)
+            time.sleep(OUTAGE_S)
+            members, end = len(cluster.members()), time.monotonic()
+        finally:
+            os.kill(etcd, signal.SIGCONT)
+        cluster.until(WORKERS + 1)
+        waited = time.monotonic() - end
+        outcome = load.end()
+        joined.terminate()
+        joined.wait(30)
+    return {
+        "scenario": "etcd-outage",
+        **outcome,
+        "seconds": OUTAGE_S,
+        "gap_p99_s": {"before": load.gap_p99(0, start), "during": load.gap_p99(start, end)},
+        "gap_max_s": {"before": load.gap_max(0, start), "during": load.gap_max(start, end)},
+        "members_at_its_end": members,
+        "joined_after_it_s": round(waited, 2),
+    }
+
+
 def main():
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--rounds", type=int, help="of every scenario, instead of its own")
@@ -240,6 +285,7 @@ def main():
 
     note(shares(10))
     note(rebalance(10))
+    note(etcd_outage())
     note(join_and_drain(arguments.rounds or 20))
     for name in SCENARIOS:
         note(scenario(name, arguments.rounds))

@@ -3,6 +3,7 @@
 //! It executes steps and decides nothing. [`start`] runs it as a gRPC service that registers with a
 //! coordinator; [`Engine`] is the rank alone, for tools.
 
+mod background;
 mod chaos;
 mod engine;
 mod exchange;
@@ -26,6 +27,7 @@ mod step;
 mod tally;
 mod weights;
 
+use background::Background;
 use joined::Transport;
 use std::sync::Arc;
 use std::time::Duration;
@@ -109,6 +111,10 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Longest that a drained worker waits for its router to leave it.
 const LEAVE_MAX: Duration = Duration::from_secs(30);
 
+fn no_experts(error: std::io::Error) -> EngineError {
+    EngineError::Io(format!("cannot exchange experts with other workers: {error}"))
+}
+
 /// Loads the dense weights, starts the worker's thread and its service on `listener`, and registers.
 ///
 /// # Errors
@@ -128,16 +134,23 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
     let runner = runner::start(&config, transport).await?;
     let (stop, mut stopped) = watch::channel(());
     let model = Arc::clone(&config.model);
-    let experts = peers::server(Arc::clone(&model), profile.clone(), stopped.clone());
+    let background = match &config.exchange {
+        Exchange::Local(_) => None,
+        Exchange::Processes(_) => Some(Background::start().map_err(no_experts)?),
+    };
+    let packed = (Arc::clone(&model), profile.clone());
+    let experts =
+        background.as_ref().map(|b| peers::serve(b, address.ip(), packed, stopped.clone()));
+    let experts = experts.transpose().map_err(no_experts)?;
     let identity = (incarnation, profile);
-    let service = service::Service::new(model, &runner, identity, stopped.clone());
+    let service = service::Service::new(model, (&runner, background), identity, stopped.clone());
     let (tell_end, ended) = watch::channel(None);
     let reports = registration::Reports::new(runner.tally(), nvml);
     let register = registration::keep(config.coordinator, (card, service.epoch()), reports);
     let mut streams = service.streams();
     let server = tonic::transport::Server::builder()
         .add_service(service.into_server())
-        .add_service(experts)
+        .add_optional_service(experts)
         .add_service(inject::server(config.chaos, runner.clone()))
         .serve_with_incoming(proto::incoming(listener));
     telemetry::spawn("worker", async move {

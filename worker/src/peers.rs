@@ -4,9 +4,13 @@
 //! A worker asks all other members of the coming view what they have, shares what it lacks out among
 //! them, and takes it from all of them at once. Every piece carries a checksum. Sizes and places are
 //! those that this worker's own checkpoint says; a peer that says otherwise is not listened to.
+//!
+//! The bytes have a port and threads of their own, on both sides, which give way to all others of the
+//! worker: on its own port, and on the threads that answer there, they would hold up steps and beats.
 
+use crate::background::{Background, beside_steps};
 use crate::held::{Blank, Held};
-use crate::weights::{Key, Model, ModelError, beside_steps};
+use crate::weights::{Key, Model, ModelError};
 use ids::Rank;
 use kernels::DeviceError;
 use pb::experts_client::ExpertsClient;
@@ -14,14 +18,16 @@ use pb::experts_server::ExpertsServer;
 use placement::View;
 use proto::pb;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 /// Longest wait until a peer has said what it has: it has nothing to look up.
 const ASK_MAX: Duration = Duration::from_millis(500);
@@ -33,21 +39,49 @@ const PIECE_BYTES: usize = 256 << 10;
 const PIECES_MAX: usize = 4;
 
 /// Implements `herd.v1.Experts`.
+#[derive(Clone)]
 pub(crate) struct Service {
     model: Arc<Model>,
     /// What the weights are packed for.
     profile: String,
+    /// The port for their bytes.
+    port: u16,
     /// Closes when the worker is dropped.
     stopped: watch::Receiver<()>,
 }
 
-pub(crate) fn server(
-    model: Arc<Model>,
-    profile: String,
+/// Serves experts at a port of its own, at the same address as the worker, until that is dropped. The
+/// service is to be had at the worker's own port, too, where the port is told.
+///
+/// # Errors
+///
+/// If no port is free, or the runtime does not listen.
+pub(crate) fn serve(
+    background: &Background,
+    address: IpAddr,
+    (model, profile): (Arc<Model>, String),
     stopped: watch::Receiver<()>,
-) -> ExpertsServer<Service> {
-    ExpertsServer::new(Service { model, profile, stopped })
-        .max_decoding_message_size(proto::MESSAGE_BYTES_MAX)
+) -> std::io::Result<ExpertsServer<Service>> {
+    let listener = std::net::TcpListener::bind((address, 0))?;
+    listener.set_nonblocking(true)?;
+    let port = listener.local_addr()?.port();
+    let mut ends = stopped.clone();
+    let server = ExpertsServer::new(Service { model, profile, port, stopped })
+        .max_decoding_message_size(proto::MESSAGE_BYTES_MAX);
+    let here = background.handle();
+    let _spawns_there = here.enter();
+    let incoming = proto::incoming(tokio::net::TcpListener::from_std(listener)?);
+    let served = tonic::transport::Server::builder().add_service(server.clone());
+    telemetry::spawn("worker.experts.port", async move {
+        tokio::select! {
+            result = served.serve_with_incoming(incoming) => {
+                tracing::warn!(?result, "experts are sent from the worker's own port now");
+            }
+            // Only ever an error: the worker was dropped.
+            _ = ends.changed() => {}
+        }
+    });
+    Ok(server)
 }
 
 impl Service {
@@ -70,7 +104,7 @@ impl pb::experts_server::Experts for Service {
         let pb::HeldRequest { model, profile } = request.into_inner();
         self.check(&model, &profile)?;
         let layers = by_layer(self.model.config.moe_layers().len(), &self.model.held());
-        Ok(Response::new(pb::HeldResponse { layers }))
+        Ok(Response::new(pb::HeldResponse { layers, port: self.port.into() }))
     }
 
     type SendStream = ReceiverStream<Piece>;
@@ -106,21 +140,22 @@ struct Wanted {
 
 /// A member that holds some of what is missing.
 struct Holder {
-    client: ExpertsClient<Channel>,
+    /// Where it sends them, `host:port`, the best place first.
+    addresses: Vec<String>,
     held: BTreeSet<Key>,
 }
 
-/// Takes what is missing out of the memory of the view's other members, as far as they have it.
+/// Takes what is missing out of the memory of the view's other members, as far as they have it, by tasks
+/// of `background`; a worker without has no members beside it in other processes.
 pub(crate) async fn take(
-    model: &Arc<Model>,
+    (model, background): (&Arc<Model>, Option<&Handle>),
     (view, me): (&View, Rank),
     missing: &[Key],
     still_wanted: &(dyn Fn() -> bool + Sync),
 ) {
     // Workers of one process share their memory.
-    let is_other = |member: &&placement::Member| {
-        member.rank != me && !member.exchange.is_empty() && !member.address.is_empty()
-    };
+    let Some(background) = background else { return };
+    let is_other = |member: &&placement::Member| member.rank != me && !member.address.is_empty();
     let others: Vec<&placement::Member> = view.members.iter().filter(is_other).collect();
     if missing.is_empty() || others.is_empty() {
         return;
@@ -148,7 +183,8 @@ pub(crate) async fn take(
     for ((_, holder), share) in holders.into_iter().zip(shares) {
         if !share.is_empty() {
             let (model, wanted) = (Arc::clone(model), Arc::clone(&wanted));
-            takers.spawn(async move { take_from(&model, holder.client, &wanted, share).await });
+            let taker = async move { take_from(&model, &holder.addresses, &wanted, share).await };
+            takers.spawn_on(taker, background);
         }
     }
     let (mut experts, mut bytes) = (0, 0);
@@ -170,17 +206,20 @@ pub(crate) async fn take(
     }
 }
 
-/// What a peer has; `None` if it does not say.
-async fn ask(address: &str, wanted: &Wanted) -> Option<Holder> {
+fn client(address: &str) -> Option<ExpertsClient<Channel>> {
     let endpoint = Endpoint::from_shared(format!("http://{address}")).ok()?;
     let channel = endpoint.connect_timeout(ASK_MAX).tcp_nodelay(true).connect_lazy();
-    let mut client =
-        ExpertsClient::new(channel).max_decoding_message_size(proto::MESSAGE_BYTES_MAX);
+    Some(ExpertsClient::new(channel).max_decoding_message_size(proto::MESSAGE_BYTES_MAX))
+}
+
+/// What a peer has; `None` if it does not say.
+async fn ask(address: &str, wanted: &Wanted) -> Option<Holder> {
+    let mut client = client(address)?;
     let request = pb::HeldRequest { model: wanted.model.clone(), profile: wanted.profile.clone() };
     match timeout(ASK_MAX, client.held(request)).await {
         Ok(Ok(answer)) => {
-            let held = keys(answer.into_inner().layers).collect();
-            Some(Holder { client, held })
+            let pb::HeldResponse { layers, port } = answer.into_inner();
+            Some(Holder { addresses: senders(address, port), held: keys(layers).collect() })
         }
         Ok(Err(status)) => {
             tracing::debug!(address, %status, "a peer does not say what it holds");
@@ -188,6 +227,12 @@ async fn ask(address: &str, wanted: &Wanted) -> Option<Holder> {
         }
         Err(_) => None,
     }
+}
+
+/// Where a peer sends experts: at the port that it names, or where it answers if that is out of reach.
+fn senders(address: &str, port: u32) -> Vec<String> {
+    let own = address.rsplit_once(':').map(|(host, _)| format!("{host}:{port}"));
+    own.into_iter().chain([address.to_owned()]).collect()
 }
 
 /// Each expert to the holder that has least to send so far.
@@ -214,7 +259,7 @@ struct Taken {
 /// Takes a share from one peer, as far as it comes.
 async fn take_from(
     model: &Arc<Model>,
-    mut client: ExpertsClient<Channel>,
+    addresses: &[String],
     wanted: &Wanted,
     share: Vec<Key>,
 ) -> Taken {
@@ -223,10 +268,7 @@ async fn take_from(
         profile: wanted.profile.clone(),
         layers: by_layer(wanted.layers, &share),
     };
-    let mut pieces = match timeout(PIECE_MAX, client.send(request)).await {
-        Ok(Ok(answer)) => answer.into_inner(),
-        Ok(Err(_)) | Err(_) => return Taken::default(),
-    };
+    let Some(mut pieces) = begin(addresses, request).await else { return Taken::default() };
     // Putting them in place waits, for a GPU for instance. It ends when no more pieces come.
     let (piece, arrived) = mpsc::channel(PIECES_MAX);
     let (tell, putting) = oneshot::channel();
@@ -258,6 +300,22 @@ async fn take_from(
     }
     drop(piece);
     putting.await.unwrap_or_default()
+}
+
+/// Has experts sent from the first of these addresses that sends any.
+async fn begin(
+    addresses: &[String],
+    request: pb::SendRequest,
+) -> Option<Streaming<pb::ExpertPiece>> {
+    for address in addresses {
+        let Some(mut client) = client(address) else { continue };
+        match timeout(PIECE_MAX, client.send(request.clone())).await {
+            Ok(Ok(answer)) => return Some(answer.into_inner()),
+            Ok(Err(status)) => tracing::debug!(address, %status, "no experts are sent from there"),
+            Err(_) => tracing::debug!(address, "no experts are sent from there"),
+        }
+    }
+    None
 }
 
 /// Puts pieces in place as they come.

@@ -1,5 +1,6 @@
 //! The gRPC face of a worker.
 
+use crate::background::Background;
 use crate::engine::{EngineError, Seat, Shard};
 use crate::joined::Haste;
 use crate::peers;
@@ -34,6 +35,8 @@ const DEAF: Duration = Duration::from_millis(500);
 pub(crate) struct Service {
     model: Arc<Model>,
     runner: Runner,
+    /// Moves experts between processes.
+    background: Option<Background>,
     incarnation: String,
     profile: String,
     /// The newest epoch it was asked to prepare.
@@ -50,7 +53,7 @@ pub(crate) struct Service {
 impl Service {
     pub(crate) fn new(
         model: Arc<Model>,
-        runner: &Runner,
+        (runner, background): (&Runner, Option<Background>),
         (incarnation, profile): (String, String),
         stopped: watch::Receiver<()>,
     ) -> Self {
@@ -59,6 +62,7 @@ impl Service {
         Self {
             model,
             runner,
+            background,
             incarnation,
             profile,
             epoch,
@@ -94,7 +98,9 @@ impl Service {
         let forgetting = tokio::task::spawn_blocking(move || model.forget_unused(&kept));
         forgetting.await.map_err(|error| Status::internal(error.to_string()))?;
         let missing = self.model.missing(&wanted).len();
-        peers::take(&self.model, (view, rank), &self.model.missing(&wanted), &still_wanted).await;
+        let background = self.background.as_ref().map(Background::handle);
+        let movers = (&self.model, background.as_ref());
+        peers::take(movers, (view, rank), &self.model.missing(&wanted), &still_wanted).await;
         let left = self.model.missing(&wanted).len();
         let (model, view) = (Arc::clone(&self.model), view.clone());
         // Loading reads files: not on the runtime's threads.

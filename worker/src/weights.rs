@@ -1,5 +1,6 @@
 //! The weights of this process: opened once, loaded once, shared by the workers that live in it.
 
+use crate::background::loaders;
 use crate::gpu::Gpu;
 use crate::held::{Blank, Held};
 use crate::platform::{Placed, Platform};
@@ -19,9 +20,6 @@ use std::time::{Duration, Instant};
 
 /// How often the progress of loading is logged.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
-
-/// How far the threads that load give way: a tenth of the time that a step's thread gets.
-const NICE: i32 = 10;
 
 /// Why a model cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -301,36 +299,6 @@ impl Model {
         }
         Ok(result)
     }
-}
-
-/// Lets the steps' threads have the processor first.
-fn give_way() {
-    // On Linux a thread's own priority. If it is refused, steps wait a little longer while experts are loaded.
-    let _refused = rustix::process::nice(NICE);
-}
-
-/// Runs what moves experts on a thread that gives way to the steps.
-///
-/// # Errors
-///
-/// If there is no thread to be had.
-pub(crate) fn beside_steps(
-    name: &str,
-    work: impl FnOnce() + Send + 'static,
-) -> std::io::Result<()> {
-    let body = move || {
-        give_way();
-        work();
-    };
-    std::thread::Builder::new().name(name.into()).spawn(body).map(drop)
-}
-
-fn loaders() -> Option<rayon::ThreadPool> {
-    rayon::ThreadPoolBuilder::new()
-        .thread_name(|index| format!("load-{index}"))
-        .start_handler(|_| give_way())
-        .build()
-        .ok()
 }
 
 fn keys(wanted: &[Vec<usize>]) -> impl Iterator<Item = Key> {

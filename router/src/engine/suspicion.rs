@@ -12,8 +12,10 @@ use std::time::Duration;
 /// Between beats of a rank, and between the router's ticks.
 pub(super) const BEAT: Duration = proto::BEAT;
 
-/// Fewest missed beats that make a suspect: a thread that wants to run waits that long at times.
-const MISSED_MIN: f32 = 4.0;
+/// Fewest missed beats that make a suspect. Where much more than the processors can do begins at once, a
+/// thread that wants to run waits for half of it at times; and to leave an innocent worker behind costs more
+/// than to wait this long for a dead one.
+const MISSED_MIN: f32 = 8.0;
 /// A rank that is silent for longer is suspect, however late beats usually are.
 const MISSED_MAX: f32 = 50.0;
 /// A suspect has missed this many times as many beats as anybody lately.
@@ -160,10 +162,10 @@ mod tests {
 
     #[test]
     fn silent_rank_is_suspect_after_a_few_beats_where_beats_are_punctual() {
-        assert_eq!(ticks(&mut calm(), &[1, 0, 1], 100), Some((4, vec![1])));
+        assert_eq!(ticks(&mut calm(), &[1, 0, 1], 100), Some((8, vec![1])));
         let mut suspicion = Suspicion::new();
         assert_eq!(ticks(&mut suspicion, &[1, 1], 3000), None);
-        assert_eq!(ticks(&mut suspicion, &[0, 1], 100), Some((4, vec![0])), "calm has come back");
+        assert_eq!(ticks(&mut suspicion, &[0, 1], 100), Some((8, vec![0])), "calm has come back");
     }
 
     #[test]
@@ -172,7 +174,7 @@ mod tests {
         let mut busy = calm();
         assert_eq!(ticks(&mut busy, &[3, 3], 30), None);
         let (tick, ranks) = ticks(&mut busy, &[3, 0], 100).unwrap();
-        assert!((4..=9).contains(&tick), "{tick}");
+        assert!((8..=9).contains(&tick), "{tick}");
         assert_eq!(ranks, [1]);
         let mut worst = Suspicion { usual: 1000.0 };
         assert_eq!(ticks(&mut worst, &[1, 0], 100), Some((50, vec![1])));
@@ -181,8 +183,8 @@ mod tests {
     #[test]
     fn suspect_that_was_innocent_is_waited_for_longer() {
         let mut suspicion = calm();
-        assert_eq!(ticks(&mut suspicion, &[1, 0], 100), Some((4, vec![1])));
         assert_eq!(ticks(&mut suspicion, &[1, 0], 100), Some((8, vec![1])));
+        assert_eq!(ticks(&mut suspicion, &[1, 0], 100), Some((16, vec![1])));
     }
 
     #[test]
@@ -191,7 +193,7 @@ mod tests {
         let signs = Signs::new(2);
         signs.answered(0);
         let mut suspicion = calm();
-        let found = (0..4).find_map(|_| suspicion.tick(&signs)).unwrap();
+        let found = (0..8).find_map(|_| suspicion.tick(&signs)).unwrap();
         assert_eq!(found.ranks, [1], "an answer is a sign of life");
     }
 }
