@@ -27,7 +27,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 /// Events between the services and the machine. A sender waits when it is full: registrations and
 /// evidence are few, and none may be lost.
 const EVENTS_MAX: usize = 256;
-/// How long a dead leader is missed. Only membership waits meanwhile; etcd grants no less.
+/// How long a leader is missed whose death nobody sees: a frozen one's, or a host's. Only membership waits meanwhile;
+/// etcd grants no less.
 const LEASE: Duration = Duration::from_secs(2);
 /// A worker that answers no ping is frozen or cut off, and its streams end. A dead process shows at
 /// once by its broken connection, and while steps run the router hears within milliseconds who is not

@@ -18,7 +18,7 @@ use term::{Input, Machine, Output};
 const LEADER_KEY: &str = "/herd/router";
 /// The highest term that was ever claimed, as decimal digits.
 const TERM_KEY: &str = "/herd/router-term";
-/// How long a dead router is missed; etcd grants no less.
+/// How long a router is missed whose death nobody sees: a frozen one's, or a host's. etcd grants no less.
 const LEASE: Duration = Duration::from_secs(2);
 /// Between attempts to claim a term.
 const RETRY: Duration = Duration::from_millis(200);

@@ -116,7 +116,10 @@ def leads_still(load):
     assert routers[0]["leader"] and routers[0]["address"] == load.cluster.url.removeprefix("http://"), routers
 
 
-@pytest.mark.parametrize("role", [["coordinator", "--listen", "127.0.0.1:0"], ["router", "--listen", "127.0.0.1:0", "--coordinator", "http://127.0.0.1:9", "--model", str(MODEL_DIR)]])
+ROLES = [["coordinator", "--listen", "127.0.0.1:0"], ["router", "--listen", "127.0.0.1:0", "--coordinator", "http://127.0.0.1:9", "--model", str(MODEL_DIR)]]
+
+
+@pytest.mark.parametrize("role", ROLES)
 def test_etcd_that_refuses_ends_a_role_at_once_and_says_why(etcd, role):
     def ends_with(*flags):
         done = subprocess.run([str(BINARY), *role, *flags], timeout=20, text=True, capture_output=True)
@@ -128,6 +131,14 @@ def test_etcd_that_refuses_ends_a_role_at_once_and_says_why(etcd, role):
     secure = etcd.url.replace("http:", "https:")
     said = ends_with("--etcd", secure)
     assert secure in said and "give --etcd-ca FILE" in said
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_role_that_stands_for_election_where_nobody_reaches_it_is_refused(etcd, role):
+    everywhere = [word.replace("127.0.0.1:0", "0.0.0.0:0") for word in role]
+    done = subprocess.run([str(BINARY), *everywhere, "--etcd", etcd.url], timeout=20, text=True, capture_output=True)
+    assert done.returncode == 2, done
+    assert "nobody reaches 0.0.0.0:" in done.stderr and "give --advertise HOST:PORT" in done.stderr
 
 
 def test_frozen_etcd_pauses_nothing(load, etcd):

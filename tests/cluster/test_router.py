@@ -19,7 +19,7 @@ from server import Server
 
 STREAMS = 20
 TOKENS = 120
-TAKE_OVER_MAX_S = 10  # a lease of 2 s, a second's grace, and a busy machine
+TAKE_OVER_MAX_S = 10  # of a frozen one: a lease of 2 s, a second's grace, and a busy machine
 FROZEN_S = 5
 
 
@@ -212,3 +212,25 @@ def health(routers, index):
         return str(get(routers.urls[index], "/health")[1])
     except OSError:
         return ""
+
+
+def test_leader_that_drains_is_not_taken_for_dead(routers, peace):
+    """Its streams end well, though it takes no more; then the other one leads. It is not started again, so this comes last."""
+    leader = routers.leader()
+    standby = 1 - leader
+    routers.until_standby(standby)
+    said = []
+
+    def stop():
+        os.kill(routers.pid(leader), signal.SIGTERM)
+        Load.until(lambda: not routers.serves(leader), "the router drains", 10)
+        said.append(get(routers.urls[leader], "/health"))
+        with pytest.raises(openai.InternalServerError) as refused:
+            routers.stream(leader, 0)
+        said.append(refused.value.body["message"])
+
+    running = routers.disturbed(leader, stop)
+    assert [stream.result(60) for stream in running] == peace
+    assert said[0][0] == 503 and "drains" in said[0][1]["error"]["message"], said
+    assert "drain" in said[1], said
+    Load.until(lambda: routers.serves(standby), "the standby serves", TAKE_OVER_MAX_S)

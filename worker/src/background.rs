@@ -3,15 +3,17 @@
 
 use tokio::runtime::{Builder, Handle, Runtime};
 
-/// How far they give way: a tenth of the time that a step's thread gets.
+/// How far they give way: they get a tenth of the time that a step's thread gets.
 const NICE: i32 = 10;
 /// Threads of a [`Background`]: they fill a fast network, and leave cores to the steps.
 const THREADS_MAX: usize = 4;
 
-/// Lets the steps' threads have the processor first.
+/// Lets the steps' threads have the processor first. What a thread inherits does not add up.
 fn give_way() {
-    // On Linux a thread's own priority. If it is refused, steps wait a little longer while experts are loaded.
-    let _refused = rustix::process::nice(NICE);
+    // On Linux a thread's own priority; the process's number names its first thread, which never gives way.
+    // If it is refused, steps wait a little longer while experts are loaded.
+    let usual = rustix::process::getpriority_process(Some(rustix::process::getpid()));
+    let _refused = usual.and_then(|n| rustix::process::setpriority_process(None, n + NICE));
 }
 
 /// Runs what waits, or computes for long, on a thread that gives way to the steps.

@@ -139,8 +139,9 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
         Exchange::Processes(_) => Some(Background::start().map_err(no_experts)?),
     };
     let packed = (Arc::clone(&model), profile.clone());
-    let experts =
-        background.as_ref().map(|b| peers::serve(b, address.ip(), packed, stopped.clone()));
+    let experts = background
+        .as_ref()
+        .map(|b| peers::serve(b, (address.ip(), &reached), packed, stopped.clone()));
     let experts = experts.transpose().map_err(no_experts)?;
     let identity = (incarnation, profile);
     let service = service::Service::new(model, (&runner, background), identity, stopped.clone());

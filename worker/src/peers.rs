@@ -18,7 +18,7 @@ use pb::experts_server::ExpertsServer;
 use placement::View;
 use proto::pb;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
@@ -44,27 +44,28 @@ pub(crate) struct Service {
     model: Arc<Model>,
     /// What the weights are packed for.
     profile: String,
-    /// The port for their bytes.
+    /// The port for their bytes; 0 if others reach this host by another address.
     port: u16,
     /// Closes when the worker is dropped.
     stopped: watch::Receiver<()>,
 }
 
 /// Serves experts at a port of its own, at the same address as the worker, until that is dropped. The
-/// service is to be had at the worker's own port, too, where the port is told.
+/// service is to be had at the worker's own port, too, where the port is told. `reached`: `host:port` under
+/// which the others reach the worker.
 ///
 /// # Errors
 ///
 /// If no port is free, or the runtime does not listen.
 pub(crate) fn serve(
     background: &Background,
-    address: IpAddr,
+    (address, reached): (IpAddr, &str),
     (model, profile): (Arc<Model>, String),
     stopped: watch::Receiver<()>,
 ) -> std::io::Result<ExpertsServer<Service>> {
     let listener = std::net::TcpListener::bind((address, 0))?;
     listener.set_nonblocking(true)?;
-    let port = listener.local_addr()?.port();
+    let port = if is_direct(address, reached) { listener.local_addr()?.port() } else { 0 };
     let mut ends = stopped.clone();
     let server = ExpertsServer::new(Service { model, profile, port, stopped })
         .max_decoding_message_size(proto::MESSAGE_BYTES_MAX);
@@ -229,9 +230,16 @@ async fn ask(address: &str, wanted: &Wanted) -> Option<Holder> {
     }
 }
 
+/// Whether a port of `address` may be one of the host in `reached`, too: not if that is another host's, a proxy's.
+fn is_direct(address: IpAddr, reached: &str) -> bool {
+    let other = reached.parse().is_ok_and(|reached: SocketAddr| reached.ip() != address);
+    address.is_unspecified() || !other
+}
+
 /// Where a peer sends experts: at the port that it names, or where it answers if that is out of reach.
 fn senders(address: &str, port: u32) -> Vec<String> {
-    let own = address.rsplit_once(':').map(|(host, _)| format!("{host}:{port}"));
+    let own = address.rsplit_once(':').filter(|_| port != 0);
+    let own = own.map(|(host, _)| format!("{host}:{port}"));
     own.into_iter().chain([address.to_owned()]).collect()
 }
 

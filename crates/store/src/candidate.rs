@@ -11,8 +11,8 @@
 //! whoever must go on while the store is away and is fenced elsewhere.
 
 use crate::election::{RETRY, attempt};
+use crate::incumbent::Incumbent;
 use crate::{Entry, Guard, Store};
-use futures::StreamExt;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -20,7 +20,7 @@ use tokio::sync::watch;
 /// How long a candidate that did not lead leaves a vanished key to the one that led: a store that was
 /// away comes back without its lease, and who led needs a renewal's time to make the key again. Its
 /// clients are worth the wait.
-const GRACE: Duration = Duration::from_secs(1);
+pub(crate) const GRACE: Duration = Duration::from_secs(1);
 
 /// What a candidate is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,8 +54,8 @@ impl Candidate {
     }
 }
 
-/// Stands for election until the candidate is dropped. `value` tells the others who it is; no other
-/// candidate may have the same.
+/// Stands for election until the candidate is dropped. `value` tells the others who it is, as in
+/// [`campaign`](crate::campaign); no other candidate may have the same.
 #[must_use]
 pub fn stand(store: Arc<dyn Store>, key: &str, value: &[u8], ttl: Duration) -> Candidate {
     let (tell, standing) = watch::channel(Standing::StandsBy(None));
@@ -107,22 +107,25 @@ impl Task {
 
     /// Waits until it may try to lead.
     async fn stand_by(&self) {
-        let mut states = self.store.watch(&self.key);
+        let mut incumbent = Incumbent::follow(&self.store, &self.key, &self.value);
         let mut pause = Duration::ZERO;
-        while let Some(Some(entry)) = states.next().await {
+        while let Some(entry) = incumbent.next().await {
             // A key with its own value is what is left of an attempt without an answer, or of its
             // predecessor at this address. Those who stood by meanwhile have been up for longer.
             if entry.value == self.value {
                 pause = 2 * GRACE;
             } else {
                 pause = GRACE;
-                self.tell.send_replace(Standing::StandsBy(Some(entry)));
+                self.tell.send_replace(Standing::StandsBy(Some(entry.clone())));
             }
         }
         if matches!(*self.tell.borrow(), Standing::Leads(_)) {
             return;
         }
         self.tell.send_replace(Standing::StandsBy(None));
-        tokio::time::sleep(pause).await;
+        // The dead do not make their key again.
+        if !incumbent.has_died() {
+            tokio::time::sleep(pause).await;
+        }
     }
 }

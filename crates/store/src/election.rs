@@ -2,7 +2,10 @@
 //!
 //! Losing the store is not losing the lead: nobody else can take it then either, and a leader's
 //! writes are guarded by the key it made. Only the news that the key is gone or another's ends it.
+//!
+//! A leader that dies is missed until its lease ends, unless a candidate sees it die ([`campaign`]).
 
+use crate::incumbent::Incumbent;
 use crate::{Guard, LeaseId, Store, StoreError, Swap, Write};
 use futures::StreamExt;
 use std::sync::Arc;
@@ -42,26 +45,20 @@ impl Leadership {
     }
 }
 
-/// Waits until this candidate leads. `value` tells the others who it is.
+/// Waits until this candidate leads. `value` tells the others who it is; if it is the `http://host:port` at
+/// which this process listens until it gives the lead up, they see it die and do not wait for its lease.
 pub async fn campaign(store: Arc<dyn Store>, key: &str, value: &[u8], ttl: Duration) -> Leadership {
     loop {
         match attempt(&store, key, value, ttl).await {
             Ok(Some(leadership)) => return leadership,
-            Ok(None) => free(&*store, key).await,
+            Ok(None) => {
+                let mut incumbent = Incumbent::follow(&store, key, value);
+                while incumbent.next().await.is_some() {}
+            }
             Err(error) => {
                 tracing::warn!(%error, "cannot stand for election; will retry");
                 tokio::time::sleep(RETRY).await;
             }
-        }
-    }
-}
-
-/// Waits until nobody leads.
-async fn free(store: &dyn Store, key: &str) {
-    let mut states = store.watch(key);
-    while let Some(state) = states.next().await {
-        if state.is_none() {
-            return;
         }
     }
 }

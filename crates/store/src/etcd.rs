@@ -342,6 +342,7 @@ fn entry(kv: pb::KeyValue) -> Entry {
         value: kv.value,
         revision: revision(kv.mod_revision),
         created: revision(kv.create_revision),
+        lease: Some(LeaseId(kv.lease)).filter(|lease| *lease != LeaseId(0)),
     }
 }
 

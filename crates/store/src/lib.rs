@@ -6,6 +6,7 @@
 mod candidate;
 mod election;
 mod etcd;
+mod incumbent;
 mod memory;
 #[cfg(test)]
 mod tests;
@@ -35,6 +36,8 @@ pub struct Entry {
     pub revision: Revision,
     /// Of the write that made the key.
     pub created: Revision,
+    /// With which it goes.
+    pub lease: Option<LeaseId>,
 }
 
 /// What a swap found.

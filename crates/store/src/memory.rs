@@ -22,7 +22,7 @@ pub struct Memory {
 #[derive(Debug, Default)]
 struct State {
     revision: u64,
-    entries: BTreeMap<String, (Entry, Option<LeaseId>)>,
+    entries: BTreeMap<String, Entry>,
     leases: BTreeMap<LeaseId, (Duration, Instant)>,
     next_lease: i64,
 }
@@ -68,7 +68,7 @@ impl State {
     fn end(&mut self, lease: LeaseId) {
         self.leases.remove(&lease);
         let before = self.entries.len();
-        self.entries.retain(|_, (_, held)| *held != Some(lease));
+        self.entries.retain(|_, entry| entry.lease != Some(lease));
         if self.entries.len() != before {
             self.revision += 1;
         }
@@ -82,25 +82,25 @@ impl State {
         if lease.is_some_and(|lease| !self.leases.contains_key(&lease)) {
             return Err(StoreError::LeaseGone);
         }
-        let created = |key: &str| self.entries.get(key).map(|(entry, _)| entry.created);
+        let created = |key: &str| self.entries.get(key).map(|entry| entry.created);
         if guard.is_some_and(|guard| created(&guard.key) != Some(guard.created)) {
             return Ok(Swap::Fenced);
         }
-        let found = self.entries.get(&key).map(|(entry, _)| entry);
+        let found = self.entries.get(&key);
         if found.map(|entry| entry.revision) != expected {
             return Ok(Swap::Lost(found.cloned()));
         }
         self.revision += 1;
         let revision = Revision(self.revision);
         let created = found.map_or(revision, |entry| entry.created);
-        self.entries.insert(key, (Entry { value, revision, created }, lease));
+        self.entries.insert(key, Entry { value, revision, created, lease });
         Ok(Swap::Done(revision))
     }
 }
 
 impl Store for Memory {
     fn get(&self, key: &str) -> BoxFuture<'_, Result<Option<Entry>, StoreError>> {
-        let entry = self.with(|state| state.entries.get(key).map(|(entry, _)| entry.clone()));
+        let entry = self.with(|state| state.entries.get(key).cloned());
         Box::pin(ready(Ok(entry)))
     }
 
@@ -139,7 +139,7 @@ impl Store for Memory {
         Box::pin(futures::stream::unfold(seen, |(store, mut changed, key, last)| async move {
             loop {
                 changed.mark_unchanged();
-                let now = store.with(|state| state.entries.get(&key).map(|(e, _)| e.clone()));
+                let now = store.with(|state| state.entries.get(&key).cloned());
                 if last.as_ref() != Some(&now) {
                     return Some((now.clone(), (store, changed, key, Some(now))));
                 }

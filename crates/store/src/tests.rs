@@ -2,6 +2,7 @@
 
 mod secure;
 mod server;
+mod succession;
 
 use super::*;
 use futures::StreamExt;
@@ -42,12 +43,12 @@ async fn suite(store: Arc<dyn Store>) {
 async fn one_writer_wins(store: &dyn Store) {
     assert_eq!(store.get("/a").await, Ok(None));
     let first = done(store, write("/a", None, b"1")).await;
-    let stands = Entry { value: b"1".to_vec(), revision: first, created: first };
+    let stands = Entry { value: b"1".to_vec(), revision: first, created: first, lease: None };
     assert_eq!(store.swap(write("/a", None, b"2")).await, Ok(Swap::Lost(Some(stands.clone()))));
     assert_eq!(store.get("/a").await, Ok(Some(stands)));
     let second = done(store, write("/a", Some(first), b"3")).await;
     assert!(first < second);
-    let stands = Entry { value: b"3".to_vec(), revision: second, created: first };
+    let stands = Entry { value: b"3".to_vec(), revision: second, created: first, lease: None };
     assert_eq!(store.swap(write("/a", Some(first), b"4")).await, Ok(Swap::Lost(Some(stands))));
     assert_eq!(store.swap(write("/b", Some(first), b"4")).await, Ok(Swap::Lost(None)));
 }
@@ -94,6 +95,7 @@ async fn leases_end(store: &dyn Store) {
     store.keep_alive(lease).await.unwrap();
     let mut states = store.watch("/leased");
     assert_eq!(next(&mut states).await, Some(b"1".to_vec()));
+    assert_eq!(store.get("/leased").await.unwrap().unwrap().lease, Some(lease));
     // It expires: nobody keeps it.
     assert_eq!(next(&mut states).await, None);
     assert_eq!(store.keep_alive(lease).await, Err(StoreError::LeaseGone));

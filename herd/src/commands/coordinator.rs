@@ -3,6 +3,7 @@
 use super::etcd::EtcdArgs;
 use super::parts::{ChildArgs, PlacementArgs, Signals, block_on, say};
 use anyhow::Context;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use store::Memory;
@@ -13,7 +14,8 @@ pub(crate) struct Args {
     /// Where to serve gRPC.
     #[arg(long, default_value = "127.0.0.1:7070")]
     listen: String,
-    /// Under which address others reach it, if not under that of --listen.
+    /// Under which address others reach it, if not under that of --listen. A proxy there that ends looks to
+    /// them as if the coordinator had.
     #[arg(long)]
     advertise: Option<String>,
     #[command(flatten)]
@@ -43,7 +45,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             .await
             .with_context(|| format!("cannot listen on {}; give another --listen", args.listen))?;
         let address = listener.local_addr()?.to_string();
-        let url = format!("http://{}", args.advertise.as_ref().unwrap_or(&address));
+        let url = args.etcd.known_as(&address, args.advertise.as_ref())?;
         let store = args.etcd.open().await?.unwrap_or_else(|| Arc::new(Memory::new()));
         let handle = coordinator::start(coordinator::Config {
             settings: args
@@ -56,8 +58,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         });
         let mut signals = Signals::of_role(&args.child)?;
         say(&format!("coordinator: {url}"));
+        // It listens until it has given the lead up: a leader that nobody reaches is taken for dead.
+        let mut serving = pin!(handle.serve(listener));
         tokio::select! {
-            result = handle.serve(listener) => result.context("the coordinator's service ended"),
+            result = &mut serving => result.context("the coordinator's service ended"),
             () = args.child.parent_gone() => Ok(()),
             () = signals.next() => {
                 handle.resign().await;

@@ -1,8 +1,9 @@
 //! Flags of the roles that share an etcd.
 
 use super::BadInput;
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use std::ffi::OsString;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use store::{Etcd, EtcdConfig, EtcdTls, Store, StoreError};
@@ -54,6 +55,24 @@ impl EtcdArgs {
             Err(error) => return Err(error).with_context(bad),
         }
         Ok(Some(Arc::new(etcd)))
+    }
+
+    /// The URL by which the others of an election know this process, and see whether it lives.
+    pub(crate) fn known_as(
+        &self,
+        address: &str,
+        advertise: Option<&String>,
+    ) -> anyhow::Result<String> {
+        let listens = address.parse::<SocketAddr>();
+        let is_hidden = listens.is_ok_and(|address| address.ip().is_unspecified());
+        ensure!(
+            self.etcd.is_none() || !is_hidden || advertise.is_some(),
+            BadInput(format!(
+                "nobody reaches {address} from another host, and with --etcd the others must: give \
+                 --advertise HOST:PORT, or let --listen name one address of this host"
+            ))
+        );
+        Ok(format!("http://{}", advertise.map_or(address, String::as_str)))
     }
 
     /// Its members' addresses.

@@ -7,7 +7,9 @@ use anyhow::Context;
 use router::engine::{EngineConfig, EngineHandle};
 use router::http::{Front, ServedModel};
 use router::lead::{Election, LeadHandle};
+use std::future::Future;
 use std::path::Path;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -29,7 +31,8 @@ pub(crate) struct Args {
     /// Most sequences that run at once on one worker; the others wait.
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     sequences: u32,
-    /// Under which address clients reach it, if not under that of --listen.
+    /// Under which address clients and other routers reach it, if not under that of --listen. A proxy there
+    /// that ends looks to them as if the router had.
     #[arg(long)]
     advertise: Option<String>,
     /// With it routers are elected: any number stand by, one leads.
@@ -43,7 +46,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     block_on(async {
         let dir = args.model.dir()?;
         let door = Door::open(&args.serve, &dir).await?;
-        let url = format!("http://{}", args.advertise.as_ref().unwrap_or(&door.address));
+        let url = args.etcd.known_as(&door.address, args.advertise.as_ref())?;
         let election = args.etcd.open().await?.map(|store| Election::stand(store, &url));
         let lead = election.as_ref().map_or_else(LeadHandle::alone, Election::handle);
         let config = EngineConfig {
@@ -63,11 +66,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             () = args.child.parent_gone() => return Ok(()),
             error = open.ended() => return Err(error),
         }
-        open.drain(args.serve.drain_max_s, &mut signals).await;
-        if let Some(election) = election {
-            // A store that is away ends the lease by itself.
-            let _away = tokio::time::timeout(RESIGN_MAX, election.resign()).await;
-        }
+        let resign = async {
+            if let Some(election) = election {
+                // A store that is away ends the lease by itself.
+                let _away = tokio::time::timeout(RESIGN_MAX, election.resign()).await;
+            }
+        };
+        open.drain(args.serve.drain_max_s, &mut signals, resign).await;
         Ok(())
     })
 }
@@ -127,23 +132,40 @@ impl OpenDoor {
         }
     }
 
-    /// Lets running requests end; refuses new ones.
-    pub(crate) async fn drain(self, limit_s: u64, signals: &mut Signals) {
+    /// Lets running requests end; new ones are told that it drains. Then `resign` gives the lead up, and only
+    /// after that the door closes: a leader that nobody reaches is taken for dead.
+    pub(crate) async fn drain(
+        self,
+        limit_s: u64,
+        signals: &mut Signals,
+        resign: impl Future<Output = ()>,
+    ) {
         let Self { engine, stop, server } = self;
         say(&format!("stopping: running requests have {limit_s} s; Ctrl-C again stops now"));
+        let cut_off = async {
+            tokio::select! {
+                () = tokio::time::sleep(Duration::from_secs(limit_s)) => {
+                    "stopped; some requests were cut off"
+                }
+                () = signals.next() => "stopped at once; some requests were cut off",
+            }
+        };
+        let mut cut_off = pin!(cut_off);
+        let ended = tokio::select! {
+            () = engine.drain() => None,
+            text = &mut cut_off => Some(text),
+        };
+        resign.await;
         // The server may have ended by itself.
         let _ended = stop.send(());
-        let drained = async {
-            engine.drain().await;
-            // Its result is that of a server that was told to stop.
-            let _stopped = server.await;
+        let text = match ended {
+            Some(text) => text,
+            None => tokio::select! {
+                // Its result is that of a server that was told to stop.
+                _ = server => "stopped",
+                text = cut_off => text,
+            },
         };
-        tokio::select! {
-            () = drained => say("stopped"),
-            () = tokio::time::sleep(Duration::from_secs(limit_s)) => {
-                say("stopped; some requests were cut off");
-            }
-            () = signals.next() => say("stopped at once; some requests were cut off"),
-        }
+        say(text);
     }
 }

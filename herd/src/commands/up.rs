@@ -102,7 +102,7 @@ async fn serve(args: &Args) -> anyhow::Result<()> {
             }
         }
     }
-    open.drain(args.serve.drain_max_s, &mut signals).await;
+    open.drain(args.serve.drain_max_s, &mut signals, std::future::ready(())).await;
     Ok(())
 }
 

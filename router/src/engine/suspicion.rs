@@ -170,11 +170,11 @@ mod tests {
 
     #[test]
     fn late_beats_make_it_patient_up_to_a_limit() {
-        // Everybody is heard every third tick only.
+        // Everybody is heard every sixth tick only.
         let mut busy = calm();
-        assert_eq!(ticks(&mut busy, &[3, 3], 30), None);
-        let (tick, ranks) = ticks(&mut busy, &[3, 0], 100).unwrap();
-        assert!((8..=9).contains(&tick), "{tick}");
+        assert_eq!(ticks(&mut busy, &[6, 6], 30), None);
+        let (tick, ranks) = ticks(&mut busy, &[6, 0], 100).unwrap();
+        assert!((12..=18).contains(&tick), "{tick}");
         assert_eq!(ranks, [1]);
         let mut worst = Suspicion { usual: 1000.0 };
         assert_eq!(ticks(&mut worst, &[1, 0], 100), Some((50, vec![1])));
