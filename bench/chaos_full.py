@@ -19,7 +19,7 @@ import urllib.request
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HERD = ROOT / "target" / "release" / "herd"
-SCENARIOS = ["freeze-workers", "kill-leader", "kill-workers"]
+SCENARIOS = ["freeze-workers", "kill-leader", "kill-leader-and-worker", "kill-workers"]
 LARGE = ROOT / "target" / "mini-maverick"  # of bench/mini-maverick.json, made when it is first needed
 STREAMS = 40  # of the parts that this file loads itself
 WORKERS = 4

@@ -53,6 +53,25 @@ def test_killed_leader_is_replaced_and_the_view_stands(load):
     load.during(lambda: os.kill(victim["pid"], signal.SIGKILL))
 
 
+def test_leader_and_worker_killed_at_once_cost_no_more_than_the_worker(load):
+    """Nobody waits for the leader's lease, nor for the dead to register with its successor."""
+    load.until_serving(WORKERS)
+    # A leader that has just been replaced stands by again when its supervisor has started it.
+    load.until(lambda: len(load.status()["coordinators"]) == 2, "a coordinator stands by")
+    time.sleep(1)
+    leader, victim = load.status()["leader"], load.serving()[0]
+
+    def kill():
+        os.kill(leader, signal.SIGKILL)
+        os.kill(victim["pid"], signal.SIGKILL)
+
+    gaps = load.during(kill)
+    print(f"the longest stall was {gaps[-1]:.2f} s")
+    assert gaps[-1] < 4, "by lease and patience it takes 7 s"
+    load.until_serving(WORKERS)
+    assert load.status()["leader"] != leader
+
+
 def test_frozen_etcd_stops_nothing_and_membership_waits(load):
     load.until_serving(WORKERS)
     etcd = load.pid("etcd")

@@ -13,7 +13,8 @@
 //! ```
 //!
 //! A new leader starts in `Adopting`: the view that stands in the store goes on as it is once its
-//! members have registered again.
+//! members have registered again. A step that fails for want of some, the smaller part, shows that waiting for
+//! those is in vain.
 //!
 //! A view is tried under a new epoch each time, so what belongs to an abandoned attempt is known by
 //! its epoch and changes nothing. Preparing is also how a suspect is confirmed: whoever fails to

@@ -18,9 +18,11 @@ const STORE_RETRY: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 pub(crate) enum Phase {
     /// A view stands in the store from before: its members are waited for until then.
+    /// Those who are `missed` by a step that failed are not.
     Adopting {
         view: Arc<View>,
         until: Duration,
+        missed: BTreeSet<WorkerId>,
     },
     /// Waits for workers; `since` the first one came.
     Assembling {
@@ -88,7 +90,11 @@ impl Control {
                 let ids = view.members.iter().map(|member| member.worker.0 + 1);
                 let next_worker = ids.max().unwrap_or(0);
                 let until = now + settings.adopt_max;
-                (view.epoch, Phase::Adopting { view: Arc::new(view), until }, next_worker)
+                (
+                    view.epoch,
+                    Phase::Adopting { view: Arc::new(view), until, missed: BTreeSet::new() },
+                    next_worker,
+                )
             }
             None => (Epoch(0), Phase::Assembling { since: None }, 0),
         };
@@ -151,6 +157,13 @@ impl Control {
             Input::Fault { epoch, text, suspects, silence } => {
                 if let Some(outputs) = self.silent(now, epoch, &silence) {
                     return outputs;
+                }
+                if let Phase::Adopting { view, missed, .. } = &mut self.phase
+                    && view.epoch == epoch
+                {
+                    let of = |rank: &Rank| Some(view.members.get(rank.index())?.worker);
+                    missed.extend(suspects.iter().chain(&silence.ranks).filter_map(of));
+                    return self.adopt(now);
                 }
                 let is_current = self.committed.as_ref().is_some_and(|view| view.epoch == epoch)
                     && self.is_served();
@@ -235,20 +248,25 @@ impl Control {
         worker
     }
 
-    /// Goes on with the view that stands as soon as all its members are here; when the time is over,
-    /// with those that are.
+    /// Goes on with the view that stands as soon as all its members are here; with those that are when the
+    /// time is over, or when the streams wait for all others and those are the smaller part.
     fn adopt(&mut self, now: Duration) -> Vec<Output> {
-        let Phase::Adopting { view, until } = &self.phase else { return Vec::new() };
-        let (view, until) = (Arc::clone(view), *until);
-        let is_here = |member: &&Member| self.members.contains_key(&member.worker);
-        let missing = view.members.iter().find(|member| !is_here(member)).map(|m| m.worker);
-        if missing.is_some() && now < until {
+        let Phase::Adopting { view, until, missed } = &self.phase else { return Vec::new() };
+        let all = view.members.iter().map(|member| member.worker);
+        let missing: Vec<WorkerId> =
+            all.filter(|worker| !self.members.contains_key(worker)).collect();
+        // A step may miss more than have died; those may yet come.
+        let lost = 2 * missing.len() <= view.members.len()
+            && missing.iter().all(|worker| missed.contains(worker));
+        let in_time = now < *until;
+        if !lost && in_time {
             return Vec::new();
         }
+        let view = Arc::clone(view);
         self.committed = Some(Arc::clone(&view));
-        if let Some(worker) = missing {
-            let evidence = "it did not register with the new leader in time".into();
-            return self.plan(now, Cause::Lost { worker, evidence });
+        if let Some(&worker) = missing.first() {
+            let evidence = if lost { "a step misses it" } else { "it did not register in time" };
+            return self.plan(now, Cause::Lost { worker, evidence: evidence.into() });
         }
         self.phase = Phase::Serving;
         let mut outputs = vec![Output::Publish { view: Arc::clone(&view) }];

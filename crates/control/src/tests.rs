@@ -396,6 +396,30 @@ fn new_leader_replaces_members_that_do_not_come() {
 }
 
 #[test]
+fn new_leader_does_not_wait_for_members_whom_a_step_misses() {
+    let missed = |epoch: u64, ranks: &[u16]| Input::Fault {
+        epoch: Epoch(epoch),
+        text: "a stream broke".into(),
+        suspects: ranks.iter().map(|&rank| Rank(rank)).collect(),
+        silence: Silence::default(),
+    };
+    let adopts = || Control::new(settings(2), Duration::from_secs(5), Some(stands()));
+    let goes_on = ["welcome b as w1", "prepare w1 as r0 of n2[w1]"];
+    let inputs = vec![(5, missed(1, &[0])), (6, Input::Hello(hello("b")))];
+    check(&mut adopts(), inputs, &goes_on);
+    let inputs = vec![(5, Input::Hello(hello("b"))), (6, missed(1, &[0]))];
+    check(&mut adopts(), inputs, &goes_on);
+    // Whoever comes all the same is a member.
+    let inputs = vec![(5, missed(1, &[0])), (5, Input::Hello(hello("a")))];
+    let both = ["welcome a as w0", "welcome b as w1", "publish n1[w0 w1]"];
+    check(&mut adopts(), [inputs, vec![(6, Input::Hello(hello("b")))]].concat(), &both);
+    // Old news, and a step that misses everybody, shorten nothing.
+    let inputs = vec![(5, missed(0, &[0])), (6, Input::Hello(hello("b"))), (7, Input::Tick)];
+    check(&mut adopts(), inputs, &["welcome b as w1"]);
+    check(&mut adopts(), vec![(5, missed(1, &[0, 1])), (7, Input::Tick)], &[]);
+}
+
+#[test]
 fn epochs_do_not_go_back_with_a_store_that_lost_its_data() {
     let mut control = start(2);
     let veteran = Hello { epoch: Epoch(40), ..hello("a") };
