@@ -39,7 +39,6 @@ const PIECE_BYTES: usize = 256 << 10;
 const PIECES_MAX: usize = 4;
 
 /// Implements `herd.v1.Experts`.
-#[derive(Clone)]
 pub(crate) struct Service {
     model: Arc<Model>,
     /// What the weights are packed for.

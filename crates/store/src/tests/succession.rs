@@ -1,6 +1,7 @@
 //! Who takes over, and when: leases are so long here that only evidence ends a lead.
 
 use super::*;
+use futures::future::Either;
 use std::time::Instant;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
@@ -47,9 +48,8 @@ async fn soon(leads: JoinHandle<Leadership>) -> Leadership {
 async fn led() -> (Arc<dyn Store>, Process) {
     let store: Arc<dyn Store> = Arc::new(Memory::new());
     let first = Process::start(&store).await;
-    while store.get("/lead").await.unwrap().is_none() {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    let mut states = store.watch("/lead");
+    while next(&mut states).await.is_none() {}
     (store, first)
 }
 
@@ -73,19 +73,18 @@ async fn all_who_stand_by_see_it_and_one_leads() {
     let (second, third) = (Process::start(&store).await, Process::start(&store).await);
     let watching = [first.accept().await, first.accept().await];
     let _first = first.die(watching).await;
-    let leads = async {
-        while !second.leads.is_finished() && !third.leads.is_finished() {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+    let first_to_lead = futures::future::select(second.leads, third.leads);
+    let first_to_lead = tokio::time::timeout(PATIENCE, first_to_lead).await;
+    let (leads, listener, waits) = match first_to_lead.expect("one of them leads") {
+        Either::Left((leads, waits)) => (leads.unwrap(), second.listener, waits),
+        Either::Right((leads, waits)) => (leads.unwrap(), third.listener, waits),
     };
-    tokio::time::timeout(PATIENCE, leads).await.expect("one of them leads");
-    tokio::time::sleep(WHILE).await;
-    assert!(second.leads.is_finished() != third.leads.is_finished(), "both lead");
-    let (leads, waits) = if second.leads.is_finished() { (second, third) } else { (third, second) };
+    let leads = Process { listener, leads: tokio::spawn(async { leads }) };
     let watching = leads.accept().await;
-    assert!(!waits.leads.is_finished(), "that of the first one is no evidence of another's death");
-    let _second = leads.die([watching]).await;
-    soon(waits.leads).await;
+    tokio::time::sleep(WHILE).await;
+    assert!(!waits.is_finished(), "the first one's death is no evidence of another's");
+    let _leads = leads.die([watching]).await;
+    soon(waits).await;
 }
 
 #[tokio::test]
