@@ -18,6 +18,12 @@ def cpu_model():
         return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
+def congestion_control():
+    """Who paces the connections of all sides, unless they choose for themselves."""
+    with open("/proc/sys/net/ipv4/tcp_congestion_control") as file:
+        return file.read().strip()
+
+
 def main(rows_path, result_path):
     with open(rows_path) as lines:
         rows = [json.loads(line) for line in lines]
@@ -41,6 +47,7 @@ def main(rows_path, result_path):
         "time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit,
         "cpu": {"model": cpu_model(), "logical_processors": os.cpu_count(), "kernel": platform.release()},
+        "tcp_congestion_control": congestion_control(),
         "load": {"least": min(loads), "most": max(loads)},
         # Real-time priority, the same for all sides, keeps other work of a busy machine away from the cores.
         "real_time_priority": os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR),

@@ -24,6 +24,7 @@ mod lanes;
 mod link;
 mod mesh;
 mod outbound;
+mod pacing;
 mod pipe;
 mod ring;
 mod runs;

@@ -13,10 +13,10 @@ use super::link::Link;
 use super::mesh::Core;
 use super::pipe::Pipe;
 use super::ring::{self, Offer, Ring};
-use super::socket::{self, poll, watch};
+use super::socket::{self, Listener, poll, watch};
 use crate::lock;
 use std::io::{self, ErrorKind, IoSlice};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -39,13 +39,13 @@ const PAUSE_LONGEST: Duration = Duration::from_millis(320);
 const BEATS: u32 = 5;
 
 /// Runs until the mesh ends.
-pub(super) fn run(core: &Core, listener: &TcpListener) {
+pub(super) fn run(core: &Core, listener: &Listener) {
     let mut keeper = Keeper::new(core);
     let mut entries = Vec::new();
     while !core.quit.load(Ordering::Acquire) {
         let wake = keeper.work(listener, Instant::now());
         entries.clear();
-        entries.extend([core.keeper.entry(), watch(listener, libc::POLLIN)]);
+        entries.extend([core.keeper.entry(), listener.entry()]);
         entries.extend(keeper.callers.iter().map(Talk::entry));
         entries.extend(keeper.dials.iter().flat_map(|dial| dial.talks.each_ref().map(Talk::entry)));
         entries.extend(keeper.links.iter().map(|l| watch(&l.link.control, libc::POLLIN)));
@@ -111,7 +111,7 @@ impl<'a> Keeper<'a> {
     }
 
     /// Does all that can be done now; returns when to do it again even if nothing happens.
-    fn work(&mut self, listener: &TcpListener, now: Instant) -> Option<Instant> {
+    fn work(&mut self, listener: &Listener, now: Instant) -> Option<Instant> {
         self.accept(listener, now);
         self.greet(now);
         self.dial(now);
@@ -136,8 +136,8 @@ impl<'a> Keeper<'a> {
         }
     }
 
-    fn accept(&mut self, listener: &TcpListener, now: Instant) {
-        while let Ok((stream, _)) = listener.accept() {
+    fn accept(&mut self, listener: &Listener, now: Instant) {
+        while let Ok(stream) = listener.accept() {
             if socket::tune(&stream, &self.core.options).is_err() {
                 continue;
             }

@@ -7,7 +7,7 @@ use super::arena::{Arena, Buffer};
 use super::frame::{NAME_MAX, Notice};
 use super::keeper;
 use super::link::Link;
-use super::socket::{self, Bell};
+use super::socket::{Bell, Listener};
 use super::{Identity, Options, Peer, Tcp};
 use crate::error::{ExchangeError, Reason};
 use crate::{View, lock};
@@ -45,14 +45,14 @@ impl Mesh {
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
             }
         }
-        let listener = socket::listen(address)?;
+        let listener = Listener::bind(address)?;
         // Without one, rows are copied once more.
         let arena = options.shared_memory.then(|| Arena::new().ok()).flatten().map(Arc::new);
         let core = Arc::new(Core {
             identity,
             options,
             arena,
-            address: listener.local_addr()?,
+            address: listener.address()?,
             book: Mutex::default(),
             news: AtomicU64::new(0),
             rank: Bell::new()?,

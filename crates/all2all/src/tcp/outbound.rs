@@ -217,11 +217,12 @@ impl Outbound {
         (rows, runs): (&[u8], &Runs),
         share: Share,
     ) -> Result<bool, Trouble> {
-        let whole = share == Share::Whole;
-        if whole && self.open && self.direct.is_none() && self.place.at == self.summed.at {
-            self.sum_on(rows, runs);
+        let inline = share == Share::Whole && self.open && self.direct.is_none();
+        if inline && runs.bytes() - self.place.at <= SUM_BYTES {
+            // The last rows, so that their checksum goes with them.
+            self.sum_to(runs.bytes(), (rows, runs));
         }
-        if whole && self.flips && self.open && self.place.at < self.summed.at {
+        if inline && self.flips {
             return self.send_flipped(pipe, (rows, runs));
         }
         let trailer = self.sum.trailer();
@@ -235,23 +236,27 @@ impl Outbound {
         if self.open {
             add(&self.front[self.front_sent..]);
             let mut ahead = self.place;
-            let inline = whole && self.direct.is_none();
+            let end = runs.bytes().min(ahead.at + SUM_BYTES);
             let most = if inline { PIECES - 3 } else { 0 };
             for _ in 0..most {
-                let run = runs.piece(ahead, self.summed.at - ahead.at);
+                let run = runs.piece(ahead, end - ahead.at);
                 add(&rows[run.start..][..run.bytes]);
                 runs.step(&mut ahead, run.bytes);
-                if ahead.at == self.summed.at {
+                if ahead.at == end {
                     break;
                 }
             }
-            if inline && ahead.at == runs.bytes() {
+            if inline && ahead.at == runs.bytes() && self.summed.at == ahead.at {
                 add(&trailer[self.trailer_sent..]);
             }
         }
         match pipe.send(&pieces[..count]) {
             Ok(Some(sent)) => {
                 self.went(sent, runs);
+                if inline {
+                    // Sending has brought them into the cache.
+                    self.sum_to(self.place.at, (rows, runs));
+                }
                 Ok(true)
             }
             Ok(None) => Ok(false),
@@ -276,12 +281,12 @@ impl Outbound {
         }
     }
 
-    fn sum_on(&mut self, rows: &[u8], runs: &Runs) {
-        let bytes = SUM_BYTES.min(runs.bytes() - self.summed.at);
-        let sum = &mut self.sum;
-        let sums = self.sums;
-        runs.walk(&mut self.summed, bytes, |run| {
-            if sums {
+    /// Sums the rows before `end`, if they are not yet.
+    fn sum_to(&mut self, end: usize, (rows, runs): (&[u8], &Runs)) {
+        let Self { sums, sum, summed, .. } = self;
+        let bytes = end.saturating_sub(summed.at);
+        runs.walk(summed, bytes, |run| {
+            if *sums {
                 sum.add(&rows[run.start..][..run.bytes]);
             }
         });
@@ -307,7 +312,7 @@ impl Outbound {
         if self.direct.is_some() {
             return;
         }
-        let rows = part(self.summed.at - self.place.at);
+        let rows = part(runs.bytes() - self.place.at);
         runs.walk(&mut self.place, rows, |_| {});
         self.trailer_sent += rest;
         if self.trailer_sent == TRAILER {

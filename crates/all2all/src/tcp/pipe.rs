@@ -15,8 +15,7 @@ pub(super) struct Pipe {
 
 impl Pipe {
     pub(super) fn new(stream: TcpStream, ring: Option<Ring>) -> Self {
-        let ends = (stream.local_addr(), stream.peer_addr());
-        let is_near = matches!(ends, (Ok(here), Ok(there)) if here.ip() == there.ip() || there.ip().is_loopback());
+        let is_near = socket::is_near(&stream);
         Self { stream, ring, is_near }
     }
 

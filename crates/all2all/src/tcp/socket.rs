@@ -11,15 +11,39 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
 use super::Options;
+use super::pacing::{self, Pacing};
 
 /// Pieces of memory in one call; the kernel's limit is 1024, and this many fit on the stack.
 pub(super) const PIECES: usize = 64;
 
-/// Listens; connections wait in the kernel until the mesh's thread comes by.
-pub(super) fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let listener = TcpListener::bind(address)?;
-    listener.set_nonblocking(true)?;
-    Ok(listener)
+/// Where connections wait in the kernel until the mesh's thread comes by.
+pub(super) struct Listener {
+    listener: TcpListener,
+    pacing: Pacing,
+}
+
+impl Listener {
+    pub(super) fn bind(address: SocketAddr) -> io::Result<Self> {
+        let listener = TcpListener::bind(address)?;
+        listener.set_nonblocking(true)?;
+        let pacing = Pacing::taken_off(&listener);
+        Ok(Self { listener, pacing })
+    }
+
+    pub(super) fn address(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// The next connection that waits.
+    pub(super) fn accept(&self) -> io::Result<TcpStream> {
+        let (stream, _) = self.listener.accept()?;
+        self.pacing.accepted(&stream);
+        Ok(stream)
+    }
+
+    pub(super) fn entry(&self) -> libc::pollfd {
+        watch(&self.listener, libc::POLLIN)
+    }
 }
 
 /// Begins to connect, from the address that this process listens on if it is a certain one: on a host with
@@ -28,6 +52,7 @@ pub(super) fn connect(address: SocketAddr, from: IpAddr) -> io::Result<TcpStream
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = net::socket_with(family, SocketType::STREAM, flags, None)?;
+    pacing::keep_off(&socket, address);
     if !from.is_unspecified() && from.is_ipv4() == address.is_ipv4() {
         net::bind(&socket, &SocketAddr::new(from, 0))?;
     }
@@ -64,6 +89,12 @@ pub(super) fn tune(stream: &TcpStream, options: &Options) -> io::Result<()> {
         sockopt::set_socket_recv_buffer_size(stream, bytes)?;
     }
     Ok(())
+}
+
+/// Whether the connection does not leave this machine.
+pub(super) fn is_near(stream: &TcpStream) -> bool {
+    let ends = (stream.local_addr(), stream.peer_addr());
+    matches!(ends, (Ok(here), Ok(there)) if here.ip() == there.ip() || there.ip().is_loopback())
 }
 
 /// Sends what fits; `None` if nothing does.
