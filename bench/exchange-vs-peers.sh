@@ -34,9 +34,10 @@ export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 rows=$peers/exchange.jsonl
 : >"$rows"
 
-# Ranks outnumber the cores, so Open MPI may yield; every rival is asked for its best.
+# Ranks outnumber the cores, so Open MPI may yield; every rival is asked for its best. Ranks are bound to cores in turn, but
+# those of gloo, whose threads of their own need the other cores: unbound ones gather on one core at times, for whole runs.
 mpi() {
-    mpirun -n "$1" --oversubscribe --bind-to none --mca mpi_yield_when_idle 1 --mca pml ob1 "${@:2}" \
+    mpirun -n "$1" --oversubscribe --map-by core --bind-to core:overload-allowed --mca mpi_yield_when_idle 1 --mca pml ob1 "${@:2}" \
         "$peers/mpi" "$seconds" $sizes 2>>"$peers/errors.log"
 }
 note() {
@@ -47,7 +48,7 @@ note() {
 
 for ((round = 0; round < rounds; round++)); do
     for ranks in 2 4 8; do
-        ours=(bench exchange --ranks "$ranks" --bytes "${sizes// /,}" --seconds "$seconds")
+        ours=(bench exchange --ranks "$ranks" --bytes "${sizes// /,}" --seconds "$seconds" --bind)
         "$herd" "${ours[@]}" --transport shm | note herd-shm
         mpi "$ranks" --mca btl self,vader | note openmpi-shm
         "$herd" "${ours[@]}" --transport tcp | note herd-tcp

@@ -63,7 +63,19 @@ static void copy(char *blocks, char *to, int rank, int ranks, size_t block) {
     }
 }
 
+// Ranks take the processors that the process may use in turn.
+static void bind(int rank) {
+    cpu_set_t allowed, one;
+    sched_getaffinity(0, sizeof allowed, &allowed);
+    int turn = rank % CPU_COUNT(&allowed), cpu = 0;
+    while (!CPU_ISSET(cpu, &allowed) || turn-- > 0) cpu++;
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    sched_setaffinity(0, sizeof one, &one);
+}
+
 static void run(Meeting *m, char *blocks, double *took, int rank, int ranks, size_t block, double seconds) {
+    bind(rank);
     char *to = calloc(ranks, block), *mine = blocks + (size_t)rank * ranks * block;
     memset(mine, rank + 1, ranks * block);
     meet(m, ranks);

@@ -9,6 +9,7 @@ use all2all::tcp::{Buffer, Identity, Mesh, Options, Peer, Tcp};
 use all2all::{AllToAll, HostRows, LayerKey, Routes, StepOutcome, View};
 use anyhow::{Context, bail, ensure};
 use ids::{Epoch, ExpertId, Rank, StepId};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Lines, Write};
 use std::net::SocketAddr;
@@ -144,6 +145,20 @@ impl Drop for Process {
         }
         let _over = self.child.wait();
     }
+}
+
+/// Binds this process to a processor: ranks take those that the process may use in turn.
+///
+/// # Errors
+///
+/// If the system refuses.
+pub fn bind(me: u16) -> anyhow::Result<()> {
+    let allowed = sched_getaffinity(None).context("cannot read the processors to bind to")?;
+    let turn = usize::from(me) % usize::try_from(allowed.count())?.max(1);
+    let processor = (0..CpuSet::MAX_CPU).filter(|&processor| allowed.is_set(processor)).nth(turn);
+    let mut one = CpuSet::new();
+    one.set(processor.context("this process may use no processor")?);
+    sched_setaffinity(None, &one).context("cannot bind the process to a processor")
 }
 
 /// What a rank does: prints its address, reads those of all, and prints the seconds of every round.

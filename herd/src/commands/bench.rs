@@ -96,6 +96,10 @@ pub(crate) struct ExchangeArgs {
     /// About how long every case is measured.
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
+    /// Bind the processes to processors in turn. Where they outnumber these, the system may leave more of them on one than
+    /// on another, and the figures say more about it than about the exchange.
+    #[arg(long)]
+    bind: bool,
 }
 
 #[derive(clap::Args)]
@@ -110,6 +114,8 @@ pub(crate) struct ExchangeRankArgs {
     bytes: u32,
     #[arg(long)]
     rounds: usize,
+    #[arg(long)]
+    bind: bool,
 }
 
 /// The choices of `--transport`.
@@ -178,8 +184,9 @@ fn exchange(args: &ExchangeArgs, print: &mut dyn FnMut(&serde_json::Value)) -> a
                 let line = exchange_bench::run(case, |me, rounds| {
                     let flags = format!(
                         "bench exchange-rank --transport {} --me {me} --ranks {ranks} \
-                         --bytes {bytes} --rounds {rounds}",
-                        transport.name()
+                         --bytes {bytes} --rounds {rounds}{}",
+                        transport.name(),
+                        if args.bind { " --bind" } else { "" }
                     );
                     flags.split(' ').map(str::to_owned).collect()
                 })?;
@@ -194,5 +201,8 @@ fn exchange_rank(args: &ExchangeRankArgs) -> anyhow::Result<()> {
     let (transport, ranks) = (args.transport.into(), args.ranks);
     let case = Case { transport, ranks, pair_bytes: usize::try_from(args.bytes)?, seconds: 0.0 };
     let (mut input, mut output) = (std::io::stdin().lock(), std::io::stdout().lock());
+    if args.bind {
+        exchange_bench::bind(args.me)?;
+    }
     exchange_bench::rank(case, args.me, args.rounds, &mut input, &mut output)
 }
