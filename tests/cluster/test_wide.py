@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -57,8 +58,19 @@ def test_killed_worker_leaves_its_experts_to_the_others(wide, tmp_path):
     load.until(whole, "the copies are made again, and the worker that was started again holds its part")
 
 
+def background_seconds(pid):
+    """Processor time of the threads that send and take experts; they give way to those of steps."""
+    seconds = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        if (task / "comm").read_text().strip() == "background":
+            assert os.getpriority(os.PRIO_PROCESS, int(task.name)) == os.getpriority(os.PRIO_PROCESS, pid) + 10
+            seconds += int((task / "schedstat").read_text().split()[0]) / 1e9
+    return seconds
+
+
 def test_worker_joins_and_is_drained_under_load(wide, model):
     load = wide
+    before = {member["pid"]: background_seconds(member["pid"]) for member in load.serving()}
     coordinator = next(c["url"] for c in load.status()["coordinators"] if c["leader"])
     command = [BINARY, "worker", "--coordinator", coordinator, "--model", model, "--sequences", "16"]
     log = model.parent / "joined.log"
@@ -68,6 +80,8 @@ def test_worker_joins_and_is_drained_under_load(wide, model):
         load.until_serving(WORKERS + 1)
         worker, experts = next((m["worker"], m["experts"]) for m in load.serving() if m["pid"] == joined.pid)
         assert experts >= 0.9 * min(held(load)), "it takes its part of the experts"
+        sent = {pid: background_seconds(pid) - seconds for pid, seconds in before.items()}
+        assert 0.005 < max(sent.values()), f"they come from a port of their own, served by threads of their own: {sent}"
         drained = [str(BINARY), "--log", "error", "drain", str(worker), "--url", load.cluster.url]
         load.during(lambda: subprocess.run(drained, check=True, timeout=60))
         assert joined.wait(30) == 0

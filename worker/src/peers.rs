@@ -62,25 +62,27 @@ pub(crate) fn serve(
     (model, profile): (Arc<Model>, String),
     stopped: watch::Receiver<()>,
 ) -> std::io::Result<ExpertsServer<Service>> {
-    let listener = std::net::TcpListener::bind((address, 0))?;
-    listener.set_nonblocking(true)?;
-    let port = if is_direct(address, reached) { listener.local_addr()?.port() } else { 0 };
+    let listener = if is_direct(address, reached) { Some(listen(address)?) } else { None };
+    let port = listener.as_ref().map(|listener| listener.local_addr()).transpose()?;
+    let port = port.map_or(0, |address| address.port());
     let mut ends = stopped.clone();
     let server = ExpertsServer::new(Service { model, profile, port, stopped })
         .max_decoding_message_size(proto::MESSAGE_BYTES_MAX);
-    let here = background.handle();
-    let _spawns_there = here.enter();
-    let incoming = proto::incoming(tokio::net::TcpListener::from_std(listener)?);
-    let served = tonic::transport::Server::builder().add_service(server.clone());
-    telemetry::spawn("worker.experts.port", async move {
-        tokio::select! {
-            result = served.serve_with_incoming(incoming) => {
-                tracing::warn!(?result, "experts are sent from the worker's own port now");
+    if let Some(listener) = listener {
+        let here = background.handle();
+        let _spawns_there = here.enter();
+        let incoming = proto::incoming(tokio::net::TcpListener::from_std(listener)?);
+        let served = tonic::transport::Server::builder().add_service(server.clone());
+        telemetry::spawn("worker.experts.port", async move {
+            tokio::select! {
+                result = served.serve_with_incoming(incoming) => {
+                    tracing::warn!(?result, "experts are sent from the worker's own port now");
+                }
+                // Only ever an error: the worker was dropped.
+                _ = ends.changed() => {}
             }
-            // Only ever an error: the worker was dropped.
-            _ = ends.changed() => {}
-        }
-    });
+        });
+    }
     Ok(server)
 }
 
@@ -227,6 +229,13 @@ async fn ask(address: &str, wanted: &Wanted) -> Option<Holder> {
         }
         Err(_) => None,
     }
+}
+
+/// Listens at any free port.
+fn listen(address: IpAddr) -> std::io::Result<std::net::TcpListener> {
+    let listener = std::net::TcpListener::bind((address, 0))?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
 }
 
 /// Whether a port of `address` may be one of the host in `reached`, too: not if that is another host's, a proxy's.
