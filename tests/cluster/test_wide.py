@@ -7,6 +7,7 @@ members' memory, and a worker that joins takes a part of all of them.
 import os
 import re
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
@@ -72,7 +73,10 @@ def test_worker_joins_and_is_drained_under_load(wide, model):
     load = wide
     before = {member["pid"]: background_seconds(member["pid"]) for member in load.serving()}
     coordinator = next(c["url"] for c in load.status()["coordinators"] if c["leader"])
-    command = [BINARY, "worker", "--coordinator", coordinator, "--model", model, "--sequences", "16"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [BINARY, "worker", "--coordinator", coordinator, "--model", model, "--sequences", "16", "--experts-port", port]
     log = model.parent / "joined.log"
     with open(log, "w", encoding="utf-8") as out:
         joined = subprocess.Popen([str(part) for part in command], stdout=out, stderr=subprocess.STDOUT)
@@ -82,6 +86,9 @@ def test_worker_joins_and_is_drained_under_load(wide, model):
         assert experts >= 0.9 * min(held(load)), "it takes its part of the experts"
         sent = {pid: background_seconds(pid) - seconds for pid, seconds in before.items()}
         assert 0.005 < max(sent.values()), f"they come from a port of their own, served by threads of their own: {sent}"
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        second = subprocess.run([str(part) for part in command], timeout=60, text=True, capture_output=True)
+        assert second.returncode == 1 and f"127.0.0.1:{port} is not free" in second.stderr, second.stderr
         drained = [str(BINARY), "--log", "error", "drain", str(worker), "--url", load.cluster.url]
         load.during(lambda: subprocess.run(drained, check=True, timeout=60))
         assert joined.wait(30) == 0

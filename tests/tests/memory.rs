@@ -57,6 +57,7 @@ async fn join(model: &Arc<Model>, coordinator: &str) -> Worker {
             listen: "127.0.0.1:0".parse().unwrap(),
             advertise: None,
             within_host: WithinHost::SharedMemory,
+            experts_port: 0,
         }),
         threads: 1,
         kv: KvBlocks::plan(&model.config, model.dtype, 1 << 26, 32).unwrap(),

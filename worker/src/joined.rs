@@ -43,6 +43,8 @@ pub struct Processes {
     /// Where the others reach it, if that is not where it listens.
     pub advertise: Option<SocketAddr>,
     pub within_host: WithinHost,
+    /// Where experts are sent from, at the address of the service; 0 takes a free port.
+    pub experts_port: u16,
 }
 
 /// What carries rows between processes of one host.
@@ -71,7 +73,7 @@ impl Transport {
     ) -> std::io::Result<Self> {
         match exchange {
             Exchange::Local(hub) => Ok(Self::Local(Arc::clone(hub))),
-            Exchange::Processes(Processes { listen, advertise, within_host }) => {
+            Exchange::Processes(Processes { listen, advertise, within_host, .. }) => {
                 let identity = Identity {
                     cluster: cluster.to_owned(),
                     incarnation: incarnation.to_owned(),

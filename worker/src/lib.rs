@@ -23,12 +23,14 @@ mod platform;
 mod registration;
 mod runner;
 mod service;
+mod site;
 mod step;
 mod tally;
 mod weights;
 
 use background::Background;
 use joined::Transport;
+use site::Site;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -134,15 +136,16 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
     let runner = runner::start(&config, transport).await?;
     let (stop, mut stopped) = watch::channel(());
     let model = Arc::clone(&config.model);
-    let background = match &config.exchange {
-        Exchange::Local(_) => None,
-        Exchange::Processes(_) => Some(Background::start().map_err(no_experts)?),
-    };
     let packed = (Arc::clone(&model), profile.clone());
-    let experts = background
-        .as_ref()
-        .map(|b| peers::serve(b, (address.ip(), &reached), packed, stopped.clone()));
-    let experts = experts.transpose().map_err(no_experts)?;
+    let (background, experts) = match &config.exchange {
+        Exchange::Local(_) => (None, None),
+        Exchange::Processes(Processes { experts_port, .. }) => {
+            let background = Background::start().map_err(no_experts)?;
+            let site = Site { address: address.ip(), reached: &reached, port: *experts_port };
+            let experts = peers::serve(&background, &site, packed, stopped.clone());
+            (Some(background), Some(experts.map_err(no_experts)?))
+        }
+    };
     let identity = (incarnation, profile);
     let service = service::Service::new(model, (&runner, background), identity, stopped.clone());
     let (tell_end, ended) = watch::channel(None);

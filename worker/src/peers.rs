@@ -10,6 +10,7 @@
 
 use crate::background::{Background, beside_steps};
 use crate::held::{Blank, Held};
+use crate::site::{Site, senders};
 use crate::weights::{Key, Model, ModelError};
 use ids::Rank;
 use kernels::DeviceError;
@@ -18,7 +19,6 @@ use pb::experts_server::ExpertsServer;
 use placement::View;
 use proto::pb;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
@@ -50,19 +50,18 @@ pub(crate) struct Service {
 }
 
 /// Serves experts at a port of its own, at the same address as the worker, until that is dropped. The
-/// service is to be had at the worker's own port, too, where the port is told. `reached`: `host:port` under
-/// which the others reach the worker.
+/// service is to be had at the worker's own port, too, where the port is told.
 ///
 /// # Errors
 ///
-/// If no port is free, or the runtime does not listen.
+/// If the port is taken, or the runtime does not listen.
 pub(crate) fn serve(
     background: &Background,
-    (address, reached): (IpAddr, &str),
+    site: &Site<'_>,
     (model, profile): (Arc<Model>, String),
     stopped: watch::Receiver<()>,
 ) -> std::io::Result<ExpertsServer<Service>> {
-    let listener = if is_direct(address, reached) { Some(listen(address)?) } else { None };
+    let listener = site.listen()?;
     let port = listener.as_ref().map(|listener| listener.local_addr()).transpose()?;
     let port = port.map_or(0, |address| address.port());
     let mut ends = stopped.clone();
@@ -229,26 +228,6 @@ async fn ask(address: &str, wanted: &Wanted) -> Option<Holder> {
         }
         Err(_) => None,
     }
-}
-
-/// Listens at any free port.
-fn listen(address: IpAddr) -> std::io::Result<std::net::TcpListener> {
-    let listener = std::net::TcpListener::bind((address, 0))?;
-    listener.set_nonblocking(true)?;
-    Ok(listener)
-}
-
-/// Whether a port of `address` may be one of the host in `reached`, too: not if that is another host's, a proxy's.
-fn is_direct(address: IpAddr, reached: &str) -> bool {
-    let other = reached.parse().is_ok_and(|reached: SocketAddr| reached.ip() != address);
-    address.is_unspecified() || !other
-}
-
-/// Where a peer sends experts: at the port that it names, or where it answers if that is out of reach.
-fn senders(address: &str, port: u32) -> Vec<String> {
-    let own = address.rsplit_once(':').filter(|_| port != 0);
-    let own = own.map(|(host, _)| format!("{host}:{port}"));
-    own.into_iter().chain([address.to_owned()]).collect()
 }
 
 /// Each expert to the holder that has least to send so far.

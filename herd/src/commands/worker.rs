@@ -39,6 +39,10 @@ pub(crate) struct Args {
     /// `address:port` under which other workers reach its exchange, if that is not where it listens.
     #[arg(long)]
     exchange_advertise: Option<SocketAddr>,
+    /// Where other workers get experts from, a port of the address of --listen; a free one if not given. Where it is
+    /// out of reach they come from the port of --listen, and steps and beats may wait for them.
+    #[arg(long, default_value_t = 0, hide_default_value = true)]
+    experts_port: u16,
     /// What carries rows between workers of one host.
     #[arg(long, value_enum, default_value = "auto")]
     exchange: ExchangeArg,
@@ -75,7 +79,8 @@ impl Args {
             ExchangeArg::Auto => WithinHost::SharedMemory,
             ExchangeArg::Tcp => WithinHost::Tcp,
         };
-        Ok(Processes { listen, advertise: self.exchange_advertise, within_host })
+        let (advertise, experts_port) = (self.exchange_advertise, self.experts_port);
+        Ok(Processes { listen, advertise, within_host, experts_port })
     }
 }
 

@@ -117,7 +117,8 @@ fn nan_among_lent_results_fails_the_step_of_the_rank_whose_row_it_is_once() {
 fn mesh(name: &str) -> Transport {
     let listen = "127.0.0.1:0".parse().unwrap();
     let within_host = WithinHost::Tcp;
-    let exchange = Exchange::Processes(Processes { listen, advertise: None, within_host });
+    let exchange =
+        Exchange::Processes(Processes { listen, advertise: None, within_host, experts_port: 0 });
     Transport::open(&exchange, "loans", name).unwrap()
 }
 

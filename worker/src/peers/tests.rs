@@ -86,15 +86,3 @@ fn experts_are_shared_out_evenly_among_those_who_have_them() {
     assert_eq!(shares, [vec![(0, 0), (0, 2), (0, 3), (0, 4)], vec![(0, 1)]]);
     assert_eq!(share_out(&missing, [&BTreeSet::new()].into_iter()), [vec![]]);
 }
-
-#[test]
-fn experts_are_sent_from_the_port_that_is_told_unless_a_proxy_stands_before_it() {
-    assert_eq!(senders("10.0.0.2:7070", 4000), ["10.0.0.2:4000", "10.0.0.2:7070"]);
-    assert_eq!(senders("[::1]:7070", 4000), ["[::1]:4000", "[::1]:7070"]);
-    assert_eq!(senders("10.0.0.2:7070", 0), ["10.0.0.2:7070"]);
-    let own: IpAddr = "10.0.0.2".parse().unwrap();
-    let every: IpAddr = "0.0.0.0".parse().unwrap();
-    assert!(is_direct(own, "10.0.0.2:7070") && is_direct(own, "worker-2:7070"));
-    assert!(is_direct(every, "10.0.0.2:7070"));
-    assert!(!is_direct(own, "127.0.0.1:7070"));
-}
