@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The exchange beside other all-to-alls on this machine: alternating runs, one result file.
 #
-#   bench/exchange-vs-peers.sh [ROUNDS] [SECONDS]      writes bench/results/exchange-cpu.json
+#   bench/exchange-vs-peers.sh [ROUNDS] [SECONDS] [RESULT]      writes bench/results/exchange-cpu.json
 #
 # Peers: Open MPI through shared memory and over TCP, gloo through torch.distributed, and copies through shared
 # memory without any protocol, which no exchange can beat. Programs are built and torch is installed below $PEERS.
@@ -10,6 +10,7 @@ set -euo pipefail
 
 rounds=${1:-3}
 seconds=${2:-0.5}
+result=${3:-bench/results/exchange-cpu.json}
 sizes="10240 81920 1310720 10485760"
 cd "$(dirname "$0")/.."
 peers=${PEERS:-${TMPDIR:-/tmp}/herd-peers}
@@ -34,10 +35,10 @@ export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 rows=$peers/exchange.jsonl
 : >"$rows"
 
-# Ranks outnumber the cores, so Open MPI may yield; every rival is asked for its best. Ranks are bound to cores in turn, but
-# those of gloo, whose threads of their own need the other cores: unbound ones gather on one core at times, for whole runs.
+# Ranks outnumber the cores, so Open MPI may yield; every rival is asked for its best. Ranks are bound to processors in turn,
+# since unbound ones gather on one at times, for whole runs; but not those of gloo, whose threads need the others.
 mpi() {
-    mpirun -n "$1" --oversubscribe --map-by core --bind-to core:overload-allowed --mca mpi_yield_when_idle 1 --mca pml ob1 "${@:2}" \
+    mpirun -n "$1" --oversubscribe --use-hwthread-cpus --map-by hwthread --bind-to hwthread:overload-allowed --mca mpi_yield_when_idle 1 --mca pml ob1 "${@:2}" \
         "$peers/mpi" "$seconds" $sizes 2>>"$peers/errors.log"
 }
 note() {
@@ -58,4 +59,4 @@ for ((round = 0; round < rounds; round++)); do
             2>>"$peers/errors.log" | note gloo
     done
 done
-python3 bench/exchange_vs_peers.py "$rows" bench/results/exchange-cpu.json
+python3 bench/exchange_vs_peers.py "$rows" "$result"

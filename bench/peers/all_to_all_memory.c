@@ -2,8 +2,8 @@
 //
 //   all_to_all_memory RANKS SECONDS BYTES...
 //
-// Every rank writes its blocks into shared memory, all meet at a barrier, and then, timed, every rank copies what
-// is for it out of the others' memory into its own and meets them again.
+// Every rank keeps to a processor and writes its blocks into shared memory, all meet at a barrier, and then, timed, every
+// rank copies what is for it out of the others' memory into its own and meets them again.
 #define _GNU_SOURCE
 #include <linux/futex.h>
 #include <sched.h>
@@ -64,18 +64,18 @@ static void copy(char *blocks, char *to, int rank, int ranks, size_t block) {
 }
 
 // Ranks take the processors that the process may use in turn.
-static void bind(int rank) {
+static void keep_to_one_processor(int rank) {
     cpu_set_t allowed, one;
-    sched_getaffinity(0, sizeof allowed, &allowed);
+    if (sched_getaffinity(0, sizeof allowed, &allowed) || CPU_COUNT(&allowed) == 0) exit(1);
     int turn = rank % CPU_COUNT(&allowed), cpu = 0;
     while (!CPU_ISSET(cpu, &allowed) || turn-- > 0) cpu++;
     CPU_ZERO(&one);
     CPU_SET(cpu, &one);
-    sched_setaffinity(0, sizeof one, &one);
+    if (sched_setaffinity(0, sizeof one, &one)) exit(1);
 }
 
 static void run(Meeting *m, char *blocks, double *took, int rank, int ranks, size_t block, double seconds) {
-    bind(rank);
+    keep_to_one_processor(rank);
     char *to = calloc(ranks, block), *mine = blocks + (size_t)rank * ranks * block;
     memset(mine, rank + 1, ranks * block);
     meet(m, ranks);

@@ -299,3 +299,24 @@ impl Work {
         Ok(took)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_are_bound_to_the_allowed_processors_in_turn() {
+        let allowed = sched_getaffinity(None).unwrap();
+        let all: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|&cpu| allowed.is_set(cpu)).collect();
+        for me in 0..5 {
+            // The affinity is a thread's own.
+            let body = move || {
+                bind(me).unwrap();
+                sched_getaffinity(None).unwrap()
+            };
+            let bound = std::thread::spawn(body).join().unwrap();
+            assert_eq!(bound.count(), 1);
+            assert!(bound.is_set(all[usize::from(me) % all.len()]), "rank {me}");
+        }
+    }
+}

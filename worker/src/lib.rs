@@ -133,16 +133,23 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
     card.exchange = transport.address();
     let (platform, dtype) = (config.model.platform.clone(), config.model.dtype);
     let (profile, nvml) = (platform.profile(dtype), platform.nvml());
+    // A port that is refused is refused before weights are loaded.
+    let sender = match &config.exchange {
+        Exchange::Local(_) => None,
+        Exchange::Processes(Processes { experts_port, .. }) => {
+            let site = Site { address: address.ip(), reached: &reached, port: *experts_port };
+            let listener = site.listen().map_err(no_experts)?;
+            Some((Background::start().map_err(no_experts)?, listener))
+        }
+    };
     let runner = runner::start(&config, transport).await?;
     let (stop, mut stopped) = watch::channel(());
     let model = Arc::clone(&config.model);
     let packed = (Arc::clone(&model), profile.clone());
-    let (background, experts) = match &config.exchange {
-        Exchange::Local(_) => (None, None),
-        Exchange::Processes(Processes { experts_port, .. }) => {
-            let background = Background::start().map_err(no_experts)?;
-            let site = Site { address: address.ip(), reached: &reached, port: *experts_port };
-            let experts = peers::serve(&background, &site, packed, stopped.clone());
+    let (background, experts) = match sender {
+        None => (None, None),
+        Some((background, listener)) => {
+            let experts = peers::serve(&background, listener, packed, stopped.clone());
             (Some(background), Some(experts.map_err(no_experts)?))
         }
     };

@@ -10,7 +10,7 @@
 
 use crate::background::{Background, beside_steps};
 use crate::held::{Blank, Held};
-use crate::site::{Site, senders};
+use crate::site::senders;
 use crate::weights::{Key, Model, ModelError};
 use ids::Rank;
 use kernels::DeviceError;
@@ -19,6 +19,7 @@ use pb::experts_server::ExpertsServer;
 use placement::View;
 use proto::pb;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
@@ -43,25 +44,24 @@ pub(crate) struct Service {
     model: Arc<Model>,
     /// What the weights are packed for.
     profile: String,
-    /// The port for their bytes; 0 if others reach this host by another address.
+    /// The port for their bytes; 0 if there is none but the worker's.
     port: u16,
     /// Closes when the worker is dropped.
     stopped: watch::Receiver<()>,
 }
 
-/// Serves experts at a port of its own, at the same address as the worker, until that is dropped. The
-/// service is to be had at the worker's own port, too, where the port is told.
+/// Serves experts at a port of its own, if it has one, until the worker is dropped. The service is to be had
+/// at the worker's own port, too, where the port is told.
 ///
 /// # Errors
 ///
-/// If the port is taken, or the runtime does not listen.
+/// If the runtime does not listen.
 pub(crate) fn serve(
     background: &Background,
-    site: &Site<'_>,
+    listener: Option<TcpListener>,
     (model, profile): (Arc<Model>, String),
     stopped: watch::Receiver<()>,
 ) -> std::io::Result<ExpertsServer<Service>> {
-    let listener = site.listen()?;
     let port = listener.as_ref().map(|listener| listener.local_addr()).transpose()?;
     let port = port.map_or(0, |address| address.port());
     let mut ends = stopped.clone();

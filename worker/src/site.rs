@@ -17,14 +17,17 @@ impl Site<'_> {
     ///
     /// # Errors
     ///
-    /// If the port is taken.
+    /// If the port is taken, or refused.
     pub(crate) fn listen(&self) -> std::io::Result<Option<TcpListener>> {
         if self.port == 0 && !self.is_direct() {
             return Ok(None);
         }
         let address = SocketAddr::new(self.address, self.port);
         let listener = TcpListener::bind(address).map_err(|error| {
-            std::io::Error::new(error.kind(), format!("{address} is not free for it ({error})"))
+            let text = format!(
+                "cannot listen on {address} for experts: {error}; give another --experts-port"
+            );
+            std::io::Error::new(error.kind(), text)
         })?;
         listener.set_nonblocking(true)?;
         Ok(Some(listener))
@@ -58,16 +61,19 @@ mod tests {
 
     #[test]
     fn behind_a_proxy_only_a_given_port_is_listened_at() {
-        let site = |reached, port| Site { address: [127, 0, 0, 1].into(), reached, port };
+        // Nobody else takes a free port of this address.
+        let site = |reached, port| Site { address: [127, 0, 0, 3].into(), reached, port };
         assert!(site("10.0.0.2:7070", 0).listen().unwrap().is_none());
-        for reached in ["127.0.0.1:7070", "worker-2:7070"] {
+        for reached in ["127.0.0.3:7070", "worker-2:7070"] {
             let listener = site(reached, 0).listen().unwrap().unwrap();
             let port = listener.local_addr().unwrap().port();
             let taken = site(reached, port).listen().unwrap_err().to_string();
-            assert!(taken.contains(&format!("127.0.0.1:{port} is not free")), "{taken}");
+            assert!(taken.contains(&format!("127.0.0.3:{port} for experts")), "{taken}");
             drop(listener);
             assert!(site("10.0.0.2:7070", port).listen().unwrap().is_some());
         }
+        let refused = Site { address: [192, 0, 2, 1].into(), reached: "", port: 1 }.listen();
+        assert!(refused.unwrap_err().to_string().contains("--experts-port"));
         let every = Site { address: [0, 0, 0, 0].into(), reached: "10.0.0.2:7070", port: 0 };
         assert!(every.is_direct());
     }

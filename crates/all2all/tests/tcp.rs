@@ -114,6 +114,13 @@ fn peer_that_takes_no_rows_keeps_them_from_nobody_else() {
 /// next epoch goes on over the same connections.
 #[test]
 fn frame_that_changes_on_its_way_fails_the_step() {
+    corrupted(9);
+    // Rows that are summed piece by piece.
+    corrupted(90);
+}
+
+#[track_caller]
+fn corrupted(rows: usize) {
     let network = &Meshes::apart();
     std::thread::scope(|scope| {
         let rank = |me: usize| {
@@ -124,7 +131,7 @@ fn frame_that_changes_on_its_way_fails_the_step() {
                 assert!(end.keep_next_frame(), "nothing was sent yet");
                 end.corrupt_next_frame();
             }
-            let fault = step(&mut end, 2, 9, LONG).unwrap_err();
+            let fault = step(&mut end, 2, rows, LONG).unwrap_err();
             assert!(!end.keep_next_frame());
             end.reconfigure(view(2, me, &[true; 3]), LONG).unwrap();
             assert_eq!(step(&mut end, 1, 9, LONG), Ok(()), "{me}");

@@ -39,8 +39,9 @@ pub(crate) struct Args {
     /// `address:port` under which other workers reach its exchange, if that is not where it listens.
     #[arg(long)]
     exchange_advertise: Option<SocketAddr>,
-    /// Where other workers get experts from, a port of the address of --listen; a free one if not given. Where it is
-    /// out of reach they come from the port of --listen, and steps and beats may wait for them.
+    /// Where other workers get experts from: this port of the address of --listen, which they reach by the same number
+    /// where --advertise names another host. If not given a free one, or none behind another address. Where it is out
+    /// of reach experts come from the port of --listen, and steps and beats may wait for them.
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     experts_port: u16,
     /// What carries rows between workers of one host.

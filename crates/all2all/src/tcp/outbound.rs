@@ -246,7 +246,8 @@ impl Outbound {
                     break;
                 }
             }
-            if inline && ahead.at == runs.bytes() && self.summed.at == ahead.at {
+            if inline && ahead.at == runs.bytes() {
+                assert_eq!(self.summed.at, ahead.at, "the last piece is summed before it is sent");
                 add(&trailer[self.trailer_sent..]);
             }
         }
@@ -266,6 +267,8 @@ impl Outbound {
 
     /// Sends up to the next byte of a row, and that one with a bit flipped.
     fn send_flipped(&mut self, pipe: &Pipe, (rows, runs): (&[u8], &Runs)) -> Result<bool, Trouble> {
+        // A fault strikes what was summed.
+        self.sum_to(self.place.at + 1, (rows, runs));
         let flipped = [rows[runs.piece(self.place, 1).start] ^ 1];
         let (old, front) = (&self.old[self.old_sent..], &self.front[self.front_sent..]);
         let all = old.len() + front.len() + flipped.len();
@@ -332,7 +335,8 @@ impl Outbound {
         if self.unsent(runs) == 0 {
             return;
         }
-        // Of rows that the peer copies itself, none are summed.
+        let is_summed = self.direct.is_some() || self.place.at <= self.summed.at;
+        assert!(is_summed, "all that was sent is summed, unless the peer copies it");
         let (bytes, summed) = (self.unsent(runs), self.summed.at.saturating_sub(self.place.at));
         let taken = self.place.at;
         self.stage.clear();

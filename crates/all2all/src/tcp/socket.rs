@@ -52,7 +52,7 @@ pub(super) fn connect(address: SocketAddr, from: IpAddr) -> io::Result<TcpStream
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = net::socket_with(family, SocketType::STREAM, flags, None)?;
-    pacing::keep_off(&socket, address);
+    pacing::keep_off(&socket, (from, address));
     if !from.is_unspecified() && from.is_ipv4() == address.is_ipv4() {
         net::bind(&socket, &SocketAddr::new(from, 0))?;
     }
@@ -91,10 +91,13 @@ pub(super) fn tune(stream: &TcpStream, options: &Options) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether the connection does not leave this machine.
+/// Whether a connection certainly does not leave this machine: both ends have the same address, or one for that.
 pub(super) fn is_near(stream: &TcpStream) -> bool {
     let ends = (stream.local_addr(), stream.peer_addr());
-    matches!(ends, (Ok(here), Ok(there)) if here.ip() == there.ip() || there.ip().is_loopback())
+    let (Ok(here), Ok(there)) = ends else { return false };
+    // A socket for both families says IPv4 addresses in the form of IPv6.
+    let (here, there) = (here.ip().to_canonical(), there.ip().to_canonical());
+    here == there || there.is_loopback()
 }
 
 /// Sends what fits; `None` if nothing does.
@@ -190,4 +193,38 @@ pub(super) fn poll(entries: &mut [libc::pollfd], at_most: Option<Duration>) {
     // forever, any other points to the value above. A descriptor that is closed meanwhile only makes the
     // kernel say so. A failed call has waited for nothing, and callers look for themselves.
     let _ready = unsafe { libc::ppoll(entries.as_mut_ptr(), count, timeout, std::ptr::null()) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::sockopt::tcp_congestion;
+
+    /// Both ends of a connection to a listener at `at`, from `from`.
+    fn ends(at: IpAddr, to: IpAddr, from: IpAddr) -> [TcpStream; 2] {
+        let listener = Listener::bind(SocketAddr::new(at, 0)).unwrap();
+        let port = listener.address().unwrap().port();
+        let here = connect(SocketAddr::new(to, port), from).unwrap();
+        poll(&mut [listener.entry()], None);
+        let there = listener.accept().unwrap();
+        poll(&mut [watch(&here, libc::POLLOUT)], None);
+        [here, there]
+    }
+
+    #[test]
+    fn connections_to_the_own_address_are_near_and_not_paced() {
+        let v4 = IpAddr::from([127, 0, 0, 1]);
+        let every = "::".parse().unwrap();
+        let (other, v6) = (IpAddr::from([127, 0, 0, 9]), "::1".parse().unwrap());
+        for (at, to) in [(v4, v4), (every, v4), (every, other), (every, v6)] {
+            if at == every && TcpListener::bind((at, 0)).is_err() {
+                println!("skipped: no IPv6");
+                continue;
+            }
+            for stream in ends(at, to, every) {
+                assert!(is_near(&stream), "{at} {to}");
+                assert_eq!(tcp_congestion(&stream).unwrap().find("bbr"), None, "{at} {to}");
+            }
+        }
+    }
 }
