@@ -70,7 +70,8 @@ class Cluster:
         return next(int(pid) for pid in children.split() if pathlib.Path(f"/proc/{pid}/comm").read_text().strip() == name)
 
     def join(self, model):
-        coordinator = self.status()["coordinators"][0]["url"]
+        # All of them: any may lead when the worker is ready.
+        coordinator = ",".join(coordinator["url"] for coordinator in self.status()["coordinators"])
         command = [HERD, "--log", "error", "worker", "--coordinator", coordinator, "--model", model, "--sequences", "80"]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 

@@ -29,7 +29,9 @@ impl Service {
             return Ok(term);
         }
         let leader = self.handle.leader().await;
-        Err(Status::failed_precondition(format!("this coordinator stands by; {leader} leads")))
+        Err(Status::failed_precondition(format!(
+            "this coordinator stands by; {leader} leads: all coordinators belong in --coordinator"
+        )))
     }
 
     async fn send(&self, event: Event) -> Result<(), Status> {

@@ -194,6 +194,7 @@ async fn standby_names_the_leader_and_takes_the_view_over_unchanged() {
     let refused = standby.register(request(&worker, "f32")).await.unwrap_err();
     assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
     assert!(refused.message().contains("stands by; http://127.0.0.1:"), "{refused}");
+    assert!(refused.message().contains("--coordinator"), "{refused}");
 
     let mut views = client.watch_view(pb::WatchViewRequest {}).await.unwrap().into_inner();
     let mut member = join(&mut client, &worker).await;

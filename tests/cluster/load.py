@@ -68,6 +68,10 @@ class Load:
     def until_serving(self, workers):
         self.until(lambda: len(self.serving()) == workers, f"{workers} workers serve")
 
+    def coordinators(self):
+        """What --coordinator takes: all of them, since any may lead when it matters."""
+        return ",".join(coordinator["url"] for coordinator in self.status()["coordinators"])
+
     def pid(self, role):
         """The last pid that `herd up` printed for a role."""
         self.cluster.log.flush()

@@ -112,9 +112,8 @@ def test_worker_that_is_late_while_etcd_is_away_is_waited_for(load):
 
 def test_join_and_drain_under_load(load):
     load.until_serving(WORKERS)
-    coordinator = load.status()["coordinators"][0]["url"]
     for _ in range(CYCLES):
-        command = [str(BINARY), "--log", "error", "worker", "--coordinator", coordinator, "--model", str(MODEL_DIR)]
+        command = [str(BINARY), "--log", "error", "worker", "--coordinator", load.coordinators(), "--model", str(MODEL_DIR)]
         joined = []
 
         def join():

@@ -76,11 +76,10 @@ def background_seconds(pid):
 def test_worker_joins_and_is_drained_under_load(wide, model):
     load = wide
     before = {member["pid"]: background_seconds(member["pid"]) for member in load.serving()}
-    coordinator = next(c["url"] for c in load.status()["coordinators"] if c["leader"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [BINARY, "worker", "--coordinator", coordinator, "--model", model, "--sequences", "16", "--experts-port", port]
+    command = [BINARY, "worker", "--coordinator", load.coordinators(), "--model", model, "--sequences", "16", "--experts-port", port]
     log = model.parent / "joined.log"
     with open(log, "w", encoding="utf-8") as out:
         joined = subprocess.Popen([str(part) for part in command], stdout=out, stderr=subprocess.STDOUT)
@@ -114,7 +113,6 @@ def test_streams_wait_until_there_is_memory_for_all_experts_again(model):
         load = Load(running, model="wide", streams=12, tokens=60)
         load.until_serving(3)
         assert 4 * EXPERTS <= sum(held(load)) < 2 * 4 * EXPERTS, "no room for all second copies"
-        coordinator = next(c["url"] for c in load.status()["coordinators"] if c["leader"])
         victim = load.serving()[0]
         another = []
 
@@ -123,7 +121,7 @@ def test_streams_wait_until_there_is_memory_for_all_experts_again(model):
             load.until(lambda: load.status().get("waiting"), "it says what it waits for")
             waiting = load.status()["waiting"]
             assert re.search(r"the memory of 2 workers holds \d+ experts of each MoE layer, which has 128; start another worker", waiting), waiting
-            command = [str(BINARY), "--log", "error", "worker", "--coordinator", coordinator, *small(model)]
+            command = [str(BINARY), "--log", "error", "worker", "--coordinator", load.coordinators(), *small(model)]
             another.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
 
         try:
