@@ -12,7 +12,7 @@ use kernels::cuda::GraphFigures;
 use placement::Shape;
 use scheduler::{KvPools, NewSequence, Plan, Scheduler, Slice};
 use serde_json::{Value, json};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use worker::{KvBlocks, Model, Platform};
 
 /// How to measure.
@@ -275,6 +275,7 @@ impl Bench<'_> {
         Ok(Scheduler::new(scheduler::Config {
             pools: vec![self.pools; usize::from(self.options.workers)],
             step_tokens: self.options.step_tokens(),
+            prefill_max: Duration::MAX,
             sequences_max: self.options.streams_max(),
             queue_max: self.options.streams_max(),
             context_tokens: self.model.config.context_tokens,
@@ -288,6 +289,7 @@ impl Bench<'_> {
             prompt: (0..u64::from(tokens)).map(|i| self.token(i, salt)).collect(),
             tokens_max: self.options.sampled_max(),
             group: None,
+            has_begun: false,
         }
     }
 

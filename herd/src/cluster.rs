@@ -20,6 +20,9 @@ pub struct Config {
     pub kv: KvBlocks,
     /// Token budget per rank and step.
     pub step_tokens: u32,
+    /// Longest that prefill holds up a step of streams that wait for their next token, though never less than
+    /// twice as long as the step takes without it.
+    pub prefill_max: Duration,
     /// Running sequences per rank.
     pub sequences_max: u32,
     /// Waiting sequences.
@@ -66,6 +69,7 @@ impl Cluster {
             coordinator: coordinator.clone(),
             address: config.address.clone(),
             step_tokens: config.step_tokens,
+            prefill_max: config.prefill_max,
             sequences_max: config.sequences_max,
             queue_max: config.queue_max,
             step_deadline: config.step_deadline,

@@ -14,6 +14,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use scheduler::{KvPools, NewSequence, Plan, Scheduler};
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::Duration;
 use worker::{KvBlocks, Model};
 
 /// How to run.
@@ -135,6 +136,7 @@ pub fn run(model: &Model, prompt: &[u32], options: Options) -> anyhow::Result<Ou
     let mut scheduler = Scheduler::new(scheduler::Config {
         pools: vec![pools; usize::from(options.workers)],
         step_tokens: options.chunk,
+        prefill_max: Duration::MAX,
         sequences_max: 1,
         queue_max: 1,
         context_tokens: config.context_tokens,
@@ -144,6 +146,7 @@ pub fn run(model: &Model, prompt: &[u32], options: Options) -> anyhow::Result<Ou
         prompt: prompt.to_vec(),
         tokens_max: options.greedy.max(1),
         group: None,
+        has_begun: false,
     };
     scheduler.submit(new)?;
     let shape = Shape { moe_layers: config.moe_layers().len(), experts: config.experts };

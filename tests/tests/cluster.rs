@@ -38,6 +38,7 @@ async fn start(model: &Arc<Model>, workers: u16) -> Cluster {
         },
         kv,
         step_tokens: 48,
+        prefill_max: Duration::from_millis(100),
         sequences_max: 16,
         queue_max: 256,
         step_deadline: Duration::from_secs(20),

@@ -230,6 +230,7 @@ async fn cluster(platform: Platform, workers: u16) -> Cluster {
         },
         kv,
         step_tokens: 16,
+        prefill_max: Duration::from_millis(100),
         sequences_max: 4,
         queue_max: 4,
         step_deadline: Duration::from_secs(20),

@@ -16,9 +16,14 @@
 //! * A new sequence goes to the rank with the most room.
 //! * Decodes come first. Prefills share what remains of the budget: equally between requests, then
 //!   equally between the sequences of a request, and what one cannot use goes to the others.
+//! * Who decodes waits for the prefills of the same step; so they take no longer than a limit then, by
+//!   the times that [`Scheduler::time`] was told.
+//! * A sequence that has begun, and lost what was computed of it, is prefilled before those that have not:
+//!   somebody is in the middle of its text.
 //! * If a pool runs out, the youngest sequence of that rank gives its blocks back.
 
 mod machine;
+mod pace;
 mod pool;
 mod rank;
 mod sequence;
@@ -29,6 +34,7 @@ mod tests;
 pub use machine::Scheduler;
 
 use ids::{BlockId, SeqId, StepId};
+use std::time::Duration;
 
 /// Capacity of the two KV pools of a rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,6 +85,9 @@ pub struct Config {
     /// Token budget per rank and step. At least `sequences_max`, so that every running sequence
     /// can move on in every step.
     pub step_tokens: u32,
+    /// Longest that prefill holds up a step of others that wait for their next token, though never less than
+    /// twice as long as the step takes without it.
+    pub prefill_max: Duration,
     /// Running sequences per rank.
     pub sequences_max: u32,
     /// Waiting sequences. Preempted ones count, and may exceed it: they are never refused.
@@ -97,6 +106,8 @@ pub struct NewSequence {
     pub tokens_max: u32,
     /// Sequences of the same request share one fair share of the prefill budget.
     pub group: Option<u64>,
+    /// The end of the prompt was sampled before: a client waits in the middle of its text.
+    pub has_begun: bool,
 }
 
 /// Consecutive tokens of one sequence, for one rank and step.

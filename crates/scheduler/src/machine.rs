@@ -2,11 +2,17 @@
 
 use crate::{
     Config, ConfigError, NewSequence, Plan, Stats, SubmitError,
-    rank::{RankState, Room},
+    pace::{Load, Pace},
+    rank::{Budget, RankState, Room},
     sequence::Sequence,
 };
 use ids::{SeqId, StepId};
-use std::{cmp::Reverse, collections::VecDeque};
+use std::{cmp::Reverse, collections::VecDeque, time::Duration};
+
+/// Times the prefill of new sequences that resumed ones may take while others decode. Both wait in the
+/// middle of a text: what spares one a pause gives it to the other, and a step that is cut in two reads most of
+/// the experts twice.
+const RESUMED: u32 = 4;
 
 /// Decides what every rank computes next. See the crate's documentation.
 #[derive(Debug)]
@@ -18,6 +24,9 @@ pub struct Scheduler {
     /// The front is next: preempted sequences, then the others in order of arrival.
     queue: VecDeque<Sequence>,
     in_flight: Option<StepId>,
+    /// What the last step held that was planned.
+    load: Load,
+    pace: Pace,
     arrivals: u64,
     preemptions: u64,
     // Buffers of `admit` and `commit`.
@@ -55,6 +64,8 @@ impl Scheduler {
             ranks: config.pools.iter().map(|&kv| RankState::new(kv)).collect(),
             queue: VecDeque::new(),
             in_flight: None,
+            load: Load::default(),
+            pace: Pace::default(),
             arrivals: 0,
             preemptions: 0,
             rooms: Vec::new(),
@@ -86,6 +97,7 @@ impl Scheduler {
         assert_eq!(kept.len(), config.pools.len(), "one entry per new rank");
         let mut next = Self::new(config)?;
         next.preemptions = self.preemptions;
+        next.pace = self.pace;
         if next.context_tokens != self.context_tokens {
             return Ok(next);
         }
@@ -183,9 +195,14 @@ impl Scheduler {
         plan.step = step;
         plan.ranks.resize_with(self.ranks.len(), Vec::new);
         let mut slices = 0;
-        for (rank, out) in self.ranks.iter_mut().zip(&mut plan.ranks) {
+        for rank in &mut self.ranks {
             self.preemptions += rank.secure(&mut self.queue);
-            rank.share_budget(self.config.step_tokens);
+        }
+        let (decodes, budget) = self.budget();
+        self.load = Load { decodes, prefill_tokens: 0 };
+        for (rank, out) in self.ranks.iter_mut().zip(&mut plan.ranks) {
+            let prefill_tokens = rank.share_budget(budget);
+            self.load.prefill_tokens = self.load.prefill_tokens.max(prefill_tokens);
             rank.write_slices(out);
             slices += out.len();
         }
@@ -194,6 +211,26 @@ impl Scheduler {
         }
         self.in_flight = Some(step);
         true
+    }
+
+    /// How many sequences decode, and the budget of every rank. All ranks end a step together, so those
+    /// who wait on one of them wait for the prefill of each.
+    fn budget(&self) -> (u32, Budget) {
+        let waiting = self.ranks.iter().map(RankState::waiting);
+        let (decodes, resumed) = waiting.fold((0, 0), |sum, rank| (sum.0 + rank.0, sum.1 + rank.1));
+        let limit = self.pace.tokens(self.config.prefill_max);
+        let resumed_tokens = if decodes == 0 { u32::MAX } else { limit.saturating_mul(RESUMED) };
+        let prefill_tokens = if decodes + resumed == 0 { u32::MAX } else { limit };
+        let step_tokens = self.config.step_tokens;
+        (decodes, Budget { step_tokens, prefill_tokens, resumed_tokens })
+    }
+
+    /// The step in flight took this long; to be told before its [`Self::commit`]. Optional: a scheduler
+    /// that knows no times holds no prefill back.
+    pub fn time(&mut self, took: Duration) {
+        if self.in_flight.is_some() {
+            self.pace.observe(self.load, took);
+        }
     }
 
     /// The step in flight succeeded on all ranks. `sampled` has one token for every slice that

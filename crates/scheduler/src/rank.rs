@@ -30,6 +30,17 @@ impl Room {
     }
 }
 
+/// What one rank may compute in a step.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Budget {
+    /// In all.
+    pub(crate) step_tokens: u32,
+    /// Of it, prefill.
+    pub(crate) prefill_tokens: u32,
+    /// Prefill of sequences that resume, if that is more.
+    pub(crate) resumed_tokens: u32,
+}
+
 /// A block taken for the step in flight, for `running[index]`.
 #[derive(Debug, Clone, Copy)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
@@ -122,31 +133,48 @@ impl RankState {
         preemptions
     }
 
-    /// Decides how many tokens every running sequence computes. Every one of them has the blocks
-    /// of its next position.
-    pub(crate) fn share_budget(&mut self, step_tokens: u32) {
-        let mut left = step_tokens;
-        self.claims.clear();
-        for (index, sequence) in self.running.iter_mut().enumerate() {
-            let pending = sequence.pending_tokens();
-            if pending == 1 {
-                sequence.set_planned(1);
-                left -= 1;
-            } else {
-                self.claims.push(Claim {
-                    owner: index,
-                    unit: sequence.unit(index),
-                    demand_tokens: pending,
-                    share_tokens: 0,
-                });
-            }
+    /// Running sequences that decode, and those that resume.
+    pub(crate) fn waiting(&self) -> (u32, u32) {
+        let count = |is_so: fn(&Sequence) -> bool| {
+            self.running.iter().map(|sequence| u32::from(is_so(sequence))).sum()
+        };
+        (count(Sequence::decodes), count(Sequence::resumes))
+    }
+
+    /// Decides how many tokens every running sequence computes, and returns how many are prefill. Every
+    /// one of them has the blocks of its next position.
+    pub(crate) fn share_budget(&mut self, budget: Budget) -> u32 {
+        let mut left = budget.step_tokens;
+        for sequence in self.running.iter_mut().filter(|sequence| sequence.decodes()) {
+            sequence.set_planned(1);
+            left -= 1;
         }
-        share::divide(left, &mut self.claims, &mut self.units);
+        let resumed = self.share_prefill(left.min(budget.resumed_tokens), Sequence::resumes);
+        let new = (left - resumed).min(budget.prefill_tokens.saturating_sub(resumed));
+        resumed + self.share_prefill(new, |sequence| !sequence.resumes() && !sequence.decodes())
+    }
+
+    /// Shares a budget between those of whom it is true, and returns what they take of it.
+    fn share_prefill(&mut self, tokens: u32, is_meant: fn(&Sequence) -> bool) -> u32 {
+        self.claims.clear();
+        let running = self.running.iter().enumerate();
+        self.claims.extend(running.filter(|(_, sequence)| is_meant(sequence)).map(
+            |(owner, sequence)| Claim {
+                owner,
+                unit: sequence.unit(owner),
+                demand_tokens: sequence.pending_tokens(),
+                share_tokens: 0,
+            },
+        ));
+        share::divide(tokens, &mut self.claims, &mut self.units);
+        let mut planned = 0;
         for claim in 0..self.claims.len() {
             let Claim { owner, share_tokens, .. } = self.claims[claim];
             self.plan_prefill(owner, share_tokens);
+            planned += self.running[owner].planned_tokens();
         }
         self.claims.clear();
+        planned
     }
 
     /// Plans up to `share_tokens` tokens of a prefill, fewer if there are not blocks for all.

@@ -20,6 +20,8 @@ pub(crate) struct Sequence {
     pub(crate) born: u64,
     pub(crate) fate: Fate,
     group: Option<u64>,
+    /// A client has a part of it and waits for the next.
+    has_begun: bool,
     /// Prompt and everything sampled so far.
     tokens: Vec<u32>,
     /// Length at which the sequence is over.
@@ -42,6 +44,7 @@ impl Sequence {
             born,
             fate: Fate::Wanted,
             group: new.group,
+            has_begun: new.has_begun,
             tokens: new.prompt,
             limit_tokens: limit_tokens.min(context_tokens),
             computed: 0,
@@ -59,6 +62,16 @@ impl Sequence {
     /// Tokens that are not computed yet, at least one. One: it decodes.
     pub(crate) fn pending_tokens(&self) -> u32 {
         self.len_tokens() - self.computed
+    }
+
+    /// Its KV cache misses nothing but the newest token.
+    pub(crate) fn decodes(&self) -> bool {
+        self.pending_tokens() == 1
+    }
+
+    /// Somebody waits for its next token, but what was computed of it is lost.
+    pub(crate) fn resumes(&self) -> bool {
+        self.has_begun && !self.decodes()
     }
 
     pub(crate) fn computed_tokens(&self) -> u32 {
@@ -161,6 +174,7 @@ impl Sequence {
     pub(crate) fn commit(&mut self, sampled: Option<u32>, kv: &KvPools, chunked: &mut Pool) {
         self.computed += std::mem::take(&mut self.planned);
         self.tokens.extend(sampled);
+        self.has_begun |= sampled.is_some();
         if let Some(chunk) = kv.chunk_tokens {
             let first = self.computed / chunk * chunk / kv.block_tokens;
             for block in self.chunked.drain(..index(first - self.chunked_first)) {

@@ -14,6 +14,7 @@ fn config(pools: &[KvPools], step_tokens: u32) -> Config {
     Config {
         pools: pools.to_vec(),
         step_tokens,
+        prefill_max: Duration::from_millis(100),
         sequences_max: 4,
         queue_max: 8,
         context_tokens: 1000,
@@ -21,7 +22,8 @@ fn config(pools: &[KvPools], step_tokens: u32) -> Config {
 }
 
 fn sequence(id: u64, prompt_tokens: u32, tokens_max: u32) -> NewSequence {
-    NewSequence { id: SeqId(id), prompt: (0..prompt_tokens).collect(), tokens_max, group: None }
+    let prompt = (0..prompt_tokens).collect();
+    NewSequence { id: SeqId(id), prompt, tokens_max, group: None, has_begun: false }
 }
 
 /// `r0: q1 0..6 b0 b1 | 0: b0 b1 *`: q1 computes positions 0 to 5; its block table of the full
@@ -323,4 +325,68 @@ fn another_context_takes_no_sequence_over() {
     scheduler.submit(sequence(1, 6, 3)).unwrap();
     let next = scheduler.reconfigure(config(&[pools(6, 4)], 16), &[Some(0)]).unwrap();
     assert!(!next.has(SeqId(1)));
+}
+
+/// How many tokens of each sequence the next step computes, by rank; it then takes so long.
+#[track_caller]
+fn step(scheduler: &mut Scheduler, took_ms: u64, want: &[&[(u64, usize)]]) {
+    let mut plan = Plan::new();
+    scheduler.plan(StepId(0), &mut plan);
+    let slices = |rank: &Vec<Slice>| -> Vec<(u64, usize)> {
+        rank.iter().map(|slice| (slice.sequence.0, slice.tokens.len())).collect()
+    };
+    assert_eq!(plan.ranks.iter().map(slices).collect::<Vec<_>>(), want);
+    scheduler.time(Duration::from_millis(took_ms));
+    commit(scheduler, &plan);
+}
+
+#[test]
+fn prefill_is_held_back_while_somebody_decodes() {
+    let ranks = [pools(999, 999), pools(999, 999)];
+    let mut scheduler = Scheduler::new(config(&ranks, 999)).unwrap();
+    scheduler.submit(sequence(1, 400, 5)).unwrap();
+    // A millisecond a token. Nobody waits, so it is not cut.
+    step(&mut scheduler, 400, &[&[(1, 400)], &[]]);
+    scheduler.submit(sequence(2, 450, 9)).unwrap();
+    scheduler.submit(sequence(3, 250, 9)).unwrap();
+    // Who decodes on one rank waits for the other, too.
+    step(&mut scheduler, 120, &[&[(1, 1), (3, 100)], &[(2, 100)]]);
+    // Without the prefill a step takes 20 ms, as is not known yet.
+    step(&mut scheduler, 120, &[&[(1, 1), (3, 95)], &[(2, 95)]]);
+    scheduler.cancel(SeqId(1));
+    // Nobody waits any more.
+    step(&mut scheduler, 255, &[&[(3, 55)], &[(2, 255)]]);
+    step(&mut scheduler, 80, &[&[(3, 1)], &[(2, 1)]]);
+    scheduler.submit(sequence(4, 300, 9)).unwrap();
+    // A step of 80 ms may take 160 more, of 1.06 ms a token by now.
+    step(&mut scheduler, 240, &[&[(3, 1), (4, 151)], &[(2, 1)]]);
+}
+
+#[test]
+fn those_in_the_middle_of_a_text_are_prefilled_first_and_faster() {
+    let ranks = [pools(999, 999), pools(999, 999)];
+    let mut scheduler = Scheduler::new(config(&ranks, 999)).unwrap();
+    scheduler.submit(sequence(1, 500, 5)).unwrap();
+    scheduler.submit(sequence(2, 500, 5)).unwrap();
+    step(&mut scheduler, 500, &[&[(1, 500)], &[(2, 500)]]);
+    // Rank 1 is lost, and a router that starts resumes a sequence of which it has the journal only.
+    let mut scheduler = scheduler.reconfigure(config(&ranks, 999), &[Some(0), None]).unwrap();
+    scheduler.submit(NewSequence { has_begun: true, ..sequence(3, 250, 9) }).unwrap();
+    scheduler.submit(sequence(4, 250, 9)).unwrap();
+    step(&mut scheduler, 400, &[&[(1, 1), (3, 250)], &[(2, 400)]]);
+    // More than the limit of new ones, so they wait.
+    step(&mut scheduler, 101, &[&[(1, 1), (3, 1)], &[(2, 101)]]);
+    step(&mut scheduler, 100, &[&[(1, 1), (3, 1)], &[(2, 1), (4, 100)]]);
+}
+
+#[test]
+fn who_resumes_alone_is_not_held_back_but_those_who_begin_are() {
+    let ranks = [pools(999, 999)];
+    let mut scheduler = Scheduler::new(config(&ranks, 999)).unwrap();
+    scheduler.submit(sequence(1, 500, 5)).unwrap();
+    step(&mut scheduler, 500, &[&[(1, 500)]]);
+    let mut scheduler = scheduler.reconfigure(config(&ranks, 999), &[None]).unwrap();
+    scheduler.submit(sequence(2, 300, 9)).unwrap();
+    step(&mut scheduler, 501, &[&[(1, 501)]]);
+    step(&mut scheduler, 100, &[&[(1, 1), (2, 100)]]);
 }

@@ -16,10 +16,13 @@ use scheduler::{Config, KvPools, NewSequence, Plan, Scheduler};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Longest wait for a step, and the router's grace beyond it.
 pub(crate) const STEP_MAX: Time = 300 * MS;
 const GRACE: Time = 100 * MS;
+/// Longest that prefill holds up decodes: so short that it is cut into pieces of every size.
+const PREFILL_MAX: Duration = Duration::from_millis(3);
 const RETRY_FIRST: Time = 10 * MS;
 const RETRY_MAX: Time = 500 * MS;
 /// Longest wait for a worker to accept its step stream.
@@ -48,7 +51,13 @@ impl Record {
         if bug != Some(Bug::OutputsForgotten) {
             prompt.extend_from_slice(&self.outputs);
         }
-        NewSequence { id, prompt, tokens_max: self.request.tokens_max - done, group: None }
+        NewSequence {
+            id,
+            prompt,
+            tokens_max: self.request.tokens_max - done,
+            group: None,
+            has_begun: 0 < done,
+        }
     }
 }
 
@@ -117,7 +126,7 @@ enum Phase {
     Waiting,
     Opening,
     Idle,
-    Stepping { answers: BTreeMap<Rank, Vec<(SeqId, u32)>> },
+    Stepping { since: Time, answers: BTreeMap<Rank, Vec<(SeqId, u32)>> },
     Pausing { remedy: Remedy },
 }
 
@@ -264,6 +273,7 @@ impl Router {
         let config = Config {
             pools: view.members.iter().map(pools).collect(),
             step_tokens: 24,
+            prefill_max: PREFILL_MAX,
             sequences_max: 6,
             queue_max: u32::MAX,
             context_tokens: view.members.iter().map(|m| m.context_tokens).min().unwrap_or(0),
@@ -321,7 +331,7 @@ impl Router {
             };
             self.outputs.push(Output::Send { rank, order });
         }
-        self.phase = Phase::Stepping { answers: BTreeMap::new() };
+        self.phase = Phase::Stepping { since: now, answers: BTreeMap::new() };
         self.outputs.push(Output::Wake { at: now + STEP_MAX + GRACE, tag: self.tag });
     }
 
@@ -332,7 +342,8 @@ impl Router {
     }
 
     pub(crate) fn answer(&mut self, now: Time, answer: Answer) {
-        let (Phase::Stepping { answers }, Some(session)) = (&mut self.phase, &mut self.session)
+        let (Phase::Stepping { since, answers }, Some(session)) =
+            (&mut self.phase, &mut self.session)
         else {
             return;
         };
@@ -349,6 +360,7 @@ impl Router {
                     if self.bug == Some(Bug::MajorityCommits) { ranks / 2 + 1 } else { ranks };
                 if needed <= answers.len() {
                     let sampled = std::mem::take(answers).into_values().flatten().collect();
+                    session.scheduler.time(Duration::from_micros(now - *since));
                     self.commit(now, sampled);
                 }
             }

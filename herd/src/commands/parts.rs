@@ -143,6 +143,11 @@ pub(crate) struct ServeArgs {
     /// tokens of running streams.
     #[arg(long, default_value_t = DEFAULT_STEP_TOKENS, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) step_tokens: u32,
+    /// Longest that prefill may hold up a step while streams wait for their next token, in milliseconds, though
+    /// never less than twice as long as the step takes without it. Less: steadier streams, later first
+    /// tokens.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) prefill_ms: u64,
     /// Most sequences that wait; the next one is told to come back later (429).
     #[arg(long, default_value_t = 256)]
     pub(crate) queue: u32,
@@ -162,6 +167,10 @@ fn seconds(text: &str) -> Result<f64, String> {
 impl ServeArgs {
     pub(crate) fn step_deadline(&self) -> Duration {
         Duration::from_secs_f64(self.step_max_s)
+    }
+
+    pub(crate) fn prefill_max(&self) -> Duration {
+        Duration::from_millis(self.prefill_ms)
     }
 
     pub(crate) fn model_name(&self, dir: &Path) -> String {

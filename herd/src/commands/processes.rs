@@ -399,33 +399,19 @@ fn router(
 ) -> Role {
     let serve = &args.serve;
     let name = serve.model_name(dir);
-    let numbers = [
-        serve.step_tokens.to_string(),
-        serve.queue.to_string(),
-        serve.step_max_s.to_string(),
-        serve.drain_max_s.to_string(),
-        args.compute.sequences.to_string(),
-    ];
-    let flags = [
-        "router",
-        "--coordinator",
-        urls,
-        "--listen",
-        address,
-        "--name",
-        &name,
-        "--step-tokens",
-        &numbers[0],
-        "--queue",
-        &numbers[1],
-        "--step-max-s",
-        &numbers[2],
-        "--drain-max-s",
-        &numbers[3],
-        "--sequences",
-        &numbers[4],
-    ];
+    let flags = ["router", "--coordinator", urls, "--listen", address, "--name", &name];
     let mut role = role(ROUTER.into(), program, &flags);
+    let numbers = [
+        ("--step-tokens", serve.step_tokens.to_string()),
+        ("--prefill-ms", serve.prefill_ms.to_string()),
+        ("--queue", serve.queue.to_string()),
+        ("--step-max-s", serve.step_max_s.to_string()),
+        ("--drain-max-s", serve.drain_max_s.to_string()),
+        ("--sequences", args.compute.sequences.to_string()),
+    ];
+    for (flag, number) in numbers {
+        role.args.extend([flag.into(), number.into()]);
+    }
     if 1 < args.routers {
         role.args.extend(["--etcd".into(), etcd.into()]);
         role.environment = args.etcd.environment();

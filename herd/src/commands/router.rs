@@ -53,6 +53,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             coordinator: args.coordinator.clone(),
             address: door.address.clone(),
             step_tokens: args.serve.step_tokens.max(args.sequences),
+            prefill_max: args.serve.prefill_max(),
             sequences_max: args.sequences,
             queue_max: args.serve.queue,
             step_deadline: args.serve.step_deadline(),

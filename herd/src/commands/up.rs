@@ -69,6 +69,7 @@ async fn serve(args: &Args) -> anyhow::Result<()> {
         settings: args.placement.settings(args.workers, ASSEMBLE_MAX),
         kv,
         step_tokens: args.serve.step_tokens.max(args.compute.sequences),
+        prefill_max: args.serve.prefill_max(),
         sequences_max: args.compute.sequences,
         queue_max: args.serve.queue,
         step_deadline: args.serve.step_deadline(),

@@ -71,6 +71,7 @@ impl Record {
             prompt,
             tokens_max: self.generate.tokens_max - self.outputs_count(),
             group: Some(self.generate.group),
+            has_begun: !self.outputs.is_empty(),
         }
     }
 
@@ -166,6 +167,7 @@ mod tests {
             prompt: vec![1, 2, 3, 4, 5],
             tokens_max: 2,
             group: Some(77),
+            has_begun: true,
         };
         assert_eq!(record.resume(SeqId(1)), want);
         assert_eq!(record.sample(), sample);

@@ -176,6 +176,7 @@ impl Engine {
         let config = Config {
             pools: target.peers.iter().map(|peer| peer.kv).collect(),
             step_tokens: self.config.step_tokens,
+            prefill_max: self.config.prefill_max,
             sequences_max: self.config.sequences_max.min(self.config.step_tokens),
             // Live sequences are never refused, however many they are; `accept` bounds new ones.
             queue_max: u32::MAX,
@@ -272,7 +273,9 @@ impl Engine {
             }
             () = self.lead.ended(*since) => return Err(StepFailure::Deposed),
         };
-        histogram!("herd_step_seconds").record(started.elapsed().as_secs_f64());
+        let took = started.elapsed();
+        histogram!("herd_step_seconds").record(took.as_secs_f64());
+        session.scheduler.time(took);
         Ok(sampled)
     }
 

@@ -16,6 +16,7 @@ fn config(cluster: &Cluster) -> EngineConfig {
         coordinator: cluster.coordinator.clone(),
         address: "127.0.0.1:1".into(),
         step_tokens: 24,
+        prefill_max: Duration::from_millis(100),
         sequences_max: 8,
         queue_max: 64,
         step_deadline: Duration::from_secs(5),
@@ -94,6 +95,35 @@ async fn concurrent_streams_yield_what_each_yields_alone() {
     let engine = start(config(&cluster));
     check(&engine, 50).await;
     until("idle", || engine.status_json()["streams"] == 0).await;
+}
+
+/// The most tokens of a step in which a prompt of 180 meets a stream, if a token takes 2 ms.
+async fn crowd(prefill_max: Duration) -> u64 {
+    let cluster = Cluster::start(1).await;
+    cluster.script.token_ms.store(2, Ordering::SeqCst);
+    cluster.publish(1, 1, 256);
+    let engine = start(EngineConfig { prefill_max, step_tokens: 100, ..config(&cluster) });
+    let long = |prompt_tokens: u32, tokens_max: u32| Generate {
+        prompt: (0..prompt_tokens).collect(),
+        tokens_max,
+        stop_tokens: vec![],
+        ..generate(1)
+    };
+    let (stream, begun) = (long(60, 130), cluster.script.last.load(Ordering::SeqCst) + 5);
+    let _stream = engine.submit(stream).await.unwrap();
+    until("it streams", || begun < cluster.script.last.load(Ordering::SeqCst)).await;
+    let prompt = long(180, 2);
+    let want = alone(&prompt);
+    assert_eq!(collect(engine.submit(prompt).await.unwrap()).await, want);
+    cluster.script.crowd.load(Ordering::SeqCst)
+}
+
+#[tokio::test]
+async fn prompt_holds_a_stream_up_no_longer_than_it_may() {
+    assert_eq!(crowd(Duration::from_secs(60)).await, 100, "all that a step may hold");
+    // A busy machine takes longer, and makes it less.
+    let held = crowd(Duration::from_millis(40)).await;
+    assert!((2..40).contains(&held), "{held} tokens in 40 ms");
 }
 
 #[tokio::test]

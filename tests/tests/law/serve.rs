@@ -7,6 +7,7 @@ use herd_tests::rng::Rng;
 use ids::{ExpertId, Rank, SeqId, StepId};
 use scheduler::{Plan, Scheduler, Slice};
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 use worker::{KvBlocks, Model};
 
 /// A step is short; more of them means that somebody starves.
@@ -184,7 +185,11 @@ impl<'a> Service<'a> {
         }
         match failed {
             true => self.scheduler.abort(),
-            false => self.scheduler.commit(&sampled),
+            false => {
+                // However much prefill the times let in.
+                self.scheduler.time(Duration::from_millis(self.rng.between(0, 60).into()));
+                self.scheduler.commit(&sampled);
+            }
         }
     }
 

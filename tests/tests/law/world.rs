@@ -7,6 +7,7 @@ use kernels::{BLOCK_TOKENS, Sampling};
 use model::config::Config;
 use placement::{Placement, Shape};
 use scheduler::{KvPools, NewSequence};
+use std::time::Duration;
 
 /// A sequence to serve.
 #[derive(Clone, Debug)]
@@ -25,6 +26,7 @@ impl Client {
             prompt: self.prompt.clone(),
             tokens_max: self.tokens_max,
             group: self.group,
+            has_begun: false,
         }
     }
 
@@ -87,6 +89,7 @@ impl World {
             scheduler: scheduler::Config {
                 pools: vec![pools(config, 64, 64)],
                 step_tokens: 1000,
+                prefill_max: Duration::MAX,
                 sequences_max: 1,
                 queue_max: 64,
                 context_tokens: config.context_tokens,
@@ -123,6 +126,7 @@ impl World {
             scheduler: scheduler::Config {
                 pools: (0..workers).map(|_| pool(rng)).collect(),
                 step_tokens: sequences_max + rng.pick(&[0, 1, 3, 10, 40]),
+                prefill_max: Duration::from_millis(rng.pick(&[1, 10, 100])),
                 sequences_max,
                 queue_max: 64,
                 context_tokens: config.context_tokens,

@@ -4,7 +4,10 @@ use super::model::{self, Worker};
 use crate::{Config, KvPools, NewSequence, Plan, RankStats, Scheduler, Slice};
 use ids::{BlockId, SeqId, StepId};
 use proptest::prelude::*;
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 #[derive(Debug, Clone)]
 enum Action {
@@ -15,7 +18,8 @@ enum Action {
     },
     /// The n-th live sequence, counted round.
     Cancel(usize),
-    Step,
+    /// It takes so many milliseconds.
+    Step(u64),
     FailedStep,
     /// A step during which the n-th live sequence is cancelled.
     CancelDuring(usize),
@@ -28,7 +32,7 @@ fn action() -> impl Strategy<Value = Action> {
             Action::Submit { prompt_tokens, tokens_max, group }
         }),
         1 => any::<usize>().prop_map(Action::Cancel),
-        6 => Just(Action::Step),
+        6 => (0..40_u64).prop_map(Action::Step),
         1 => Just(Action::FailedStep),
         1 => any::<usize>().prop_map(Action::CancelDuring),
     ]
@@ -50,6 +54,7 @@ fn config() -> impl Strategy<Value = Config> {
         Config {
             pools,
             step_tokens: sequences + more,
+            prefill_max: Duration::from_millis(10),
             sequences_max: sequences,
             queue_max: 6,
             context_tokens: 48,
@@ -96,8 +101,9 @@ impl World {
                 self.submit(prompt_tokens, tokens_max, group);
             }
             Action::Cancel(nth) => self.cancel(nth),
-            Action::Step => {
+            Action::Step(took_ms) => {
                 if self.plan() {
+                    self.scheduler.time(Duration::from_millis(took_ms));
                     self.commit();
                 }
             }
@@ -115,7 +121,8 @@ impl World {
         let id = SeqId(self.submitted);
         let prompt: Vec<u32> =
             (0..prompt_tokens).map(|i| i + 1000 * u32::try_from(id.0).unwrap()).collect();
-        let new = NewSequence { id, prompt: prompt.clone(), tokens_max, group };
+        let has_begun = id.0.is_multiple_of(3);
+        let new = NewSequence { id, prompt: prompt.clone(), tokens_max, group, has_begun };
         if self.scheduler.submit(new).is_ok() {
             let room = self.scheduler.context_tokens() - prompt_tokens;
             self.histories.insert(id, prompt.clone());
@@ -245,6 +252,7 @@ fn busy_small_rank_preempts_and_finishes() {
     let mut world = World::new(Config {
         pools: vec![kv, kv],
         step_tokens: 9,
+        prefill_max: Duration::from_millis(10),
         sequences_max: 4,
         queue_max: 6,
         context_tokens: 40,
@@ -255,7 +263,7 @@ fn busy_small_rank_preempts_and_finishes() {
             tokens_max: 1 + round * 5 % 19,
             group: Some(u64::from(round) / 3),
         });
-        world.act(if round % 7 == 0 { &Action::FailedStep } else { &Action::Step });
+        world.act(if round % 7 == 0 { &Action::FailedStep } else { &Action::Step(1) });
     }
     world.drain();
     let preemptions = world.scheduler.stats().preemptions;
@@ -270,6 +278,7 @@ fn decode_never_waits_for_prefills() {
     let mut world = World::new(Config {
         pools: vec![kv],
         step_tokens: 8,
+        prefill_max: Duration::from_millis(10),
         sequences_max: 4,
         queue_max: 6,
         context_tokens: 400,
@@ -277,7 +286,7 @@ fn decode_never_waits_for_prefills() {
     world.submit(1, 50, None);
     for _ in 0..50 {
         world.submit(300, 1, None);
-        world.act(&Action::Step);
+        world.act(&Action::Step(1));
     }
     assert_eq!(world.histories[&SeqId(0)].len(), 51);
 }

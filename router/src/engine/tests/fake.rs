@@ -56,6 +56,10 @@ pub(crate) struct Script {
     pub(crate) last: AtomicU64,
     /// Positions computed by all ranks, repeated ones included.
     pub(crate) tokens: AtomicU64,
+    /// What a token of a step takes, in milliseconds.
+    pub(crate) token_ms: AtomicU64,
+    /// Most tokens of a step with several sequences.
+    pub(crate) crowd: AtomicU64,
     /// The last step that computed each sequence.
     pub(crate) computed: Mutex<BTreeMap<u64, u64>>,
 }
@@ -111,6 +115,8 @@ impl Worker for FakeWorker {
     ) -> Result<Response<Self::StepsStream>, Status> {
         let (rank, script) = (self.rank, self.script.clone());
         let memory = self.memory.clone();
+        let pause_ms = Arc::new(AtomicU64::new(0));
+        let work_ms = Arc::clone(&pause_ms);
         let answers = request.into_inner().map(move |step| {
             let step = step?;
             let term = script.term.fetch_max(step.router_term, Ordering::SeqCst);
@@ -124,6 +130,11 @@ impl Worker for FakeWorker {
                 });
             }
             script.last.fetch_max(step.step, Ordering::SeqCst);
+            let tokens: u64 = step.slices.iter().map(|slice| slice.tokens.len() as u64).sum();
+            if 1 < step.slices.len() {
+                script.crowd.fetch_max(tokens, Ordering::SeqCst);
+            }
+            pause_ms.store(tokens * script.token_ms.load(Ordering::SeqCst), Ordering::SeqCst);
             for slice in &step.slices {
                 script.computed.lock().unwrap().insert(slice.sequence, step.step);
                 script.tokens.fetch_add(slice.tokens.len() as u64, Ordering::SeqCst);
@@ -167,7 +178,8 @@ impl Worker for FakeWorker {
             let step = answer.as_ref().map_or(0, |result| result.step);
             let beat = pb::StepResult { step, unheard: vec![1], ..Default::default() };
             let beats = stream::iter(is_deaf.then_some(Ok(beat)));
-            let pause = if is_deaf { LONG_STEP } else { Duration::ZERO };
+            let work = Duration::from_millis(work_ms.load(Ordering::SeqCst));
+            let pause = if is_deaf { LONG_STEP } else { work };
             beats.chain(stream::once(async move {
                 tokio::time::sleep(pause).await;
                 answer

@@ -41,6 +41,7 @@ impl Server {
             coordinator: cluster.coordinator.clone(),
             address: "127.0.0.1:1".into(),
             step_tokens: 24,
+            prefill_max: Duration::from_millis(100),
             sequences_max: 2,
             queue_max,
             step_deadline: Duration::from_secs(5),
