@@ -29,14 +29,18 @@ impl Service {
             return Ok(term);
         }
         let leader = self.handle.leader().await;
-        Err(Status::failed_precondition(format!(
-            "this coordinator stands by; {leader} leads: all coordinators belong in --coordinator"
-        )))
+        Err(Status::failed_precondition(format!("this coordinator stands by; {leader} leads")))
     }
 
     async fn send(&self, event: Event) -> Result<(), Status> {
         self.term().await?.events.send(event).await.map_err(|_| ended())
     }
+}
+
+/// For workers and routers, which try what they were told of until one leads.
+fn in_the_role(refused: Status) -> Status {
+    let text = format!("{}; all coordinators belong in --coordinator", refused.message());
+    Status::new(refused.code(), text)
 }
 
 fn ended() -> Status {
@@ -54,7 +58,7 @@ impl pb::coordinator_server::Coordinator for Service {
     ) -> Result<Response<Self::RegisterStream>, Status> {
         let hello = hello_from_wire(request.into_inner())?;
         let (reply, answer) = oneshot::channel();
-        let events = self.term().await?.events;
+        let events = self.term().await.map_err(in_the_role)?.events;
         events.send(Event::Register { hello, reply }).await.map_err(|_| ended())?;
         let registration =
             answer.await.map_err(|_| ended())?.map_err(Status::failed_precondition)?;
@@ -69,7 +73,7 @@ impl pb::coordinator_server::Coordinator for Service {
         &self,
         _request: Request<pb::WatchViewRequest>,
     ) -> Result<Response<Self::WatchViewStream>, Status> {
-        let views = WatchStream::new(self.term().await?.views);
+        let views = WatchStream::new(self.term().await.map_err(in_the_role)?.views);
         let news =
             views.filter_map(|view| std::future::ready(view.map(|view| Ok((*view).clone()))));
         Ok(Response::new(news.boxed()))

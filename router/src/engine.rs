@@ -162,8 +162,8 @@ pub struct EngineConfig {
     pub address: String,
     /// Token budget per rank and step.
     pub step_tokens: u32,
-    /// Longest that prefill holds up a step of streams that wait for their next token, though never less than
-    /// twice as long as the step takes without it.
+    /// Longest that prompts hold up a step of streams that wait for their next token; see
+    /// [`scheduler::Config::prefill_max`].
     pub prefill_max: Duration,
     /// Running sequences per rank.
     pub sequences_max: u32,

@@ -17,9 +17,9 @@
 //! * Decodes come first. Prefills share what remains of the budget: equally between requests, then
 //!   equally between the sequences of a request, and what one cannot use goes to the others.
 //! * Who decodes waits for the prefills of the same step; so they take no longer than a limit then, by
-//!   the times that [`Scheduler::time`] was told.
-//! * A sequence that has begun, and lost what was computed of it, is prefilled before those that have not:
-//!   somebody is in the middle of its text.
+//!   the times that [`Scheduler::time`] was told, if each gets on at all.
+//! * A sequence that has begun, and lost what was computed of it, is prefilled before those that have not,
+//!   and four times as much of it: somebody is in the middle of its text.
 //! * If a pool runs out, the youngest sequence of that rank gives its blocks back.
 
 mod machine;
@@ -85,8 +85,9 @@ pub struct Config {
     /// Token budget per rank and step. At least `sequences_max`, so that every running sequence
     /// can move on in every step.
     pub step_tokens: u32,
-    /// Longest that prefill holds up a step of others that wait for their next token, though never less than
-    /// twice as long as the step takes without it.
+    /// Longest that prefill of new sequences holds up a step of others that wait for their next token. More
+    /// is allowed if the step takes half as long without it, four times as much to sequences that lost their KV memory,
+    /// and 16 tokens to every rank.
     pub prefill_max: Duration,
     /// Running sequences per rank.
     pub sequences_max: u32,
@@ -158,6 +159,8 @@ pub struct Stats {
     pub queued: u32,
     /// Preemptions since the start.
     pub preemptions: u64,
+    /// Most tokens of new prompts in a step in which somebody waits, per rank.
+    pub prompt_tokens: u32,
     /// Per rank.
     pub ranks: Vec<RankStats>,
 }

@@ -9,9 +9,9 @@ use crate::{
 use ids::{SeqId, StepId};
 use std::{cmp::Reverse, collections::VecDeque, time::Duration};
 
-/// Times the prefill of new sequences that resumed ones may take while others decode. Both wait in the
-/// middle of a text: what spares one a pause gives it to the other, and a step that is cut in two reads most of
-/// the experts twice.
+/// Sequences that resume may take this many times the prefill of new ones while others decode. Both are in
+/// the middle of a text: what spares one a pause gives it to the other, and between the pieces of a prefill
+/// there is a decode of everybody else.
 const RESUMED: u32 = 4;
 
 /// Decides what every rank computes next. See the crate's documentation.
@@ -218,9 +218,13 @@ impl Scheduler {
     fn budget(&self) -> (u32, Budget) {
         let waiting = self.ranks.iter().map(RankState::waiting);
         let (decodes, resumed) = waiting.fold((0, 0), |sum, rank| (sum.0 + rank.0, sum.1 + rank.1));
-        let limit = self.pace.tokens(self.config.prefill_max);
-        let resumed_tokens = if decodes == 0 { u32::MAX } else { limit.saturating_mul(RESUMED) };
-        let prefill_tokens = if decodes + resumed == 0 { u32::MAX } else { limit };
+        let tokens = self.pace.tokens(self.config.prefill_max);
+        let resumed_tokens = if decodes == 0 { u32::MAX } else { tokens.saturating_mul(RESUMED) };
+        let prefill_tokens = match (decodes, resumed) {
+            (0, 0) => u32::MAX,
+            (1.., 0) if self.pace.is_stale() => 0,
+            _ => tokens,
+        };
         let step_tokens = self.config.step_tokens;
         (decodes, Budget { step_tokens, prefill_tokens, resumed_tokens })
     }
@@ -271,6 +275,7 @@ impl Scheduler {
             running: ranks.iter().map(|rank| rank.running).sum(),
             queued: self.queued(),
             preemptions: self.preemptions,
+            prompt_tokens: self.pace.tokens(self.config.prefill_max).min(self.config.step_tokens),
             ranks,
         }
     }

@@ -35,9 +35,9 @@ impl Room {
 pub(crate) struct Budget {
     /// In all.
     pub(crate) step_tokens: u32,
-    /// Of it, prefill.
+    /// Of it, prefill. 0: none.
     pub(crate) prefill_tokens: u32,
-    /// Prefill of sequences that resume, if that is more.
+    /// Of it, prefill of sequences that resume; what they take of it new ones do not get.
     pub(crate) resumed_tokens: u32,
 }
 
@@ -149,13 +149,15 @@ impl RankState {
             sequence.set_planned(1);
             left -= 1;
         }
-        let resumed = self.share_prefill(left.min(budget.resumed_tokens), Sequence::resumes);
-        let new = (left - resumed).min(budget.prefill_tokens.saturating_sub(resumed));
-        resumed + self.share_prefill(new, |sequence| !sequence.resumes() && !sequence.decodes())
+        let resumed = self.share_prefill(left, budget.resumed_tokens, Sequence::resumes);
+        let limit = budget.prefill_tokens.saturating_sub(resumed);
+        let is_new = |sequence: &Sequence| !sequence.resumes() && !sequence.decodes();
+        resumed + self.share_prefill(left - resumed, limit, is_new)
     }
 
-    /// Shares a budget between those of whom it is true, and returns what they take of it.
-    fn share_prefill(&mut self, tokens: u32, is_meant: fn(&Sequence) -> bool) -> u32 {
+    /// Shares up to `limit` of the tokens that are left between those of whom it is true, and returns what
+    /// they take. If there is a limit at all, each of them gets on, however many they are.
+    fn share_prefill(&mut self, left: u32, limit: u32, is_meant: fn(&Sequence) -> bool) -> u32 {
         self.claims.clear();
         let running = self.running.iter().enumerate();
         self.claims.extend(running.filter(|(_, sequence)| is_meant(sequence)).map(
@@ -166,7 +168,9 @@ impl RankState {
                 share_tokens: 0,
             },
         ));
-        share::divide(tokens, &mut self.claims, &mut self.units);
+        let claims = u32::try_from(self.claims.len()).expect("sequences of a rank are bounded");
+        let limit = if limit == 0 { 0 } else { limit.max(claims) };
+        share::divide(left.min(limit), &mut self.claims, &mut self.units);
         let mut planned = 0;
         for claim in 0..self.claims.len() {
             let Claim { owner, share_tokens, .. } = self.claims[claim];

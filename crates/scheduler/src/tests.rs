@@ -349,17 +349,56 @@ fn prefill_is_held_back_while_somebody_decodes() {
     step(&mut scheduler, 400, &[&[(1, 400)], &[]]);
     scheduler.submit(sequence(2, 450, 9)).unwrap();
     scheduler.submit(sequence(3, 250, 9)).unwrap();
+    // What a step takes without prefill must be known once.
+    step(&mut scheduler, 20, &[&[(1, 1)], &[]]);
     // Who decodes on one rank waits for the other, too.
     step(&mut scheduler, 120, &[&[(1, 1), (3, 100)], &[(2, 100)]]);
-    // Without the prefill a step takes 20 ms, as is not known yet.
-    step(&mut scheduler, 120, &[&[(1, 1), (3, 95)], &[(2, 95)]]);
     scheduler.cancel(SeqId(1));
     // Nobody waits any more.
-    step(&mut scheduler, 255, &[&[(3, 55)], &[(2, 255)]]);
-    step(&mut scheduler, 80, &[&[(3, 1)], &[(2, 1)]]);
+    step(&mut scheduler, 350, &[&[(3, 150)], &[(2, 350)]]);
+    for _ in 0..6 {
+        step(&mut scheduler, 80, &[&[(3, 1)], &[(2, 1)]]);
+    }
     scheduler.submit(sequence(4, 300, 9)).unwrap();
-    // A step of 80 ms may take 160 more, of 1.06 ms a token by now.
-    step(&mut scheduler, 240, &[&[(3, 1), (4, 151)], &[(2, 1)]]);
+    // A step of 69 ms, as it is believed to be by now, may take twice as much more.
+    step(&mut scheduler, 207, &[&[(3, 1), (4, 138)], &[(2, 1)]]);
+}
+
+#[test]
+fn decodes_are_measured_again_though_prompts_never_end() {
+    let mut scheduler = Scheduler::new(config(&[pools(999, 999)], 999)).unwrap();
+    scheduler.submit(sequence(1, 100, 99)).unwrap();
+    step(&mut scheduler, 100, &[&[(1, 100)]]);
+    scheduler.submit(sequence(2, 900, 9)).unwrap();
+    for _ in 0..3 {
+        step(&mut scheduler, 50, &[&[(1, 1)]]);
+        for _ in 0..16 {
+            let mut plan = Plan::new();
+            scheduler.plan(StepId(0), &mut plan);
+            assert_eq!(plan.ranks[0].len(), 2);
+            scheduler.time(Duration::from_secs(9));
+            commit(&mut scheduler, &plan);
+        }
+    }
+}
+
+#[test]
+fn every_prompt_gets_on_however_many_they_are() {
+    let mut config = config(&[pools(999, 999)], 99);
+    (config.sequences_max, config.queue_max) = (40, 40);
+    let mut scheduler = Scheduler::new(config).unwrap();
+    scheduler.submit(sequence(0, 9, 99)).unwrap();
+    step(&mut scheduler, 9000, &[&[(0, 9)]]);
+    step(&mut scheduler, 10, &[&[(0, 1)]]);
+    for id in 1..40 {
+        scheduler.submit(sequence(id, 50 + u32::try_from(id).unwrap(), 9)).unwrap();
+    }
+    let each: Vec<_> = (0..40).map(|id| (id, 1)).collect();
+    step(&mut scheduler, 9000, &[&each]);
+    scheduler.cancel(SeqId(0));
+    let mut plan = Plan::new();
+    scheduler.plan(StepId(0), &mut plan);
+    assert_eq!(plan.ranks[0].iter().map(|slice| slice.tokens.len()).sum::<usize>(), 99);
 }
 
 #[test]
@@ -369,14 +408,15 @@ fn those_in_the_middle_of_a_text_are_prefilled_first_and_faster() {
     scheduler.submit(sequence(1, 500, 5)).unwrap();
     scheduler.submit(sequence(2, 500, 5)).unwrap();
     step(&mut scheduler, 500, &[&[(1, 500)], &[(2, 500)]]);
-    // Rank 1 is lost, and a router that starts resumes a sequence of which it has the journal only.
+    step(&mut scheduler, 10, &[&[(1, 1)], &[(2, 1)]]);
+    // Rank 1 is lost, and of another sequence only the journal is left.
     let mut scheduler = scheduler.reconfigure(config(&ranks, 999), &[Some(0), None]).unwrap();
     scheduler.submit(NewSequence { has_begun: true, ..sequence(3, 250, 9) }).unwrap();
     scheduler.submit(sequence(4, 250, 9)).unwrap();
-    step(&mut scheduler, 400, &[&[(1, 1), (3, 250)], &[(2, 400)]]);
+    step(&mut scheduler, 410, &[&[(1, 1), (3, 250)], &[(2, 400)]]);
     // More than the limit of new ones, so they wait.
-    step(&mut scheduler, 101, &[&[(1, 1), (3, 1)], &[(2, 101)]]);
-    step(&mut scheduler, 100, &[&[(1, 1), (3, 1)], &[(2, 1), (4, 100)]]);
+    step(&mut scheduler, 112, &[&[(1, 1), (3, 1)], &[(2, 102)]]);
+    step(&mut scheduler, 110, &[&[(1, 1), (3, 1)], &[(2, 1), (4, 100)]]);
 }
 
 #[test]
@@ -388,5 +428,6 @@ fn who_resumes_alone_is_not_held_back_but_those_who_begin_are() {
     let mut scheduler = scheduler.reconfigure(config(&ranks, 999), &[None]).unwrap();
     scheduler.submit(sequence(2, 300, 9)).unwrap();
     step(&mut scheduler, 501, &[&[(1, 501)]]);
-    step(&mut scheduler, 100, &[&[(1, 1), (2, 100)]]);
+    step(&mut scheduler, 10, &[&[(1, 1)]]);
+    step(&mut scheduler, 110, &[&[(1, 1), (2, 100)]]);
 }

@@ -21,7 +21,7 @@ use std::time::Duration;
 /// Longest wait for a step, and the router's grace beyond it.
 pub(crate) const STEP_MAX: Time = 300 * MS;
 const GRACE: Time = 100 * MS;
-/// Longest that prefill holds up decodes: so short that it is cut into pieces of every size.
+/// Longest that prefill holds up decodes: about as long as a step takes here.
 const PREFILL_MAX: Duration = Duration::from_millis(3);
 const RETRY_FIRST: Time = 10 * MS;
 const RETRY_MAX: Time = 500 * MS;
@@ -272,7 +272,7 @@ impl Router {
         };
         let config = Config {
             pools: view.members.iter().map(pools).collect(),
-            step_tokens: 24,
+            step_tokens: 64,
             prefill_max: PREFILL_MAX,
             sequences_max: 6,
             queue_max: u32::MAX,

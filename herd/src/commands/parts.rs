@@ -143,9 +143,9 @@ pub(crate) struct ServeArgs {
     /// tokens of running streams.
     #[arg(long, default_value_t = DEFAULT_STEP_TOKENS, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) step_tokens: u32,
-    /// Longest that prefill may hold up a step while streams wait for their next token, in milliseconds, though
-    /// never less than twice as long as the step takes without it. Less: steadier streams, later first
-    /// tokens.
+    /// Longest that prompts may hold up a step while streams wait for their next token, in milliseconds; as measured.
+    /// Twice as long as the step takes without them is always allowed, as are 16 tokens per worker, and four times as much
+    /// for streams that go on elsewhere after a fault. Less: steadier streams, later first tokens.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) prefill_ms: u64,
     /// Most sequences that wait; the next one is told to come back later (429).

@@ -354,6 +354,7 @@ impl Engine {
         let stats = session.scheduler.stats();
         self.shared.queued.store(stats.queued, Ordering::SeqCst);
         gauge!("herd_queue").set(f64::from(stats.queued));
+        gauge!("herd_prompt_tokens_limit").set(f64::from(stats.prompt_tokens));
         counter!("herd_preemptions_total").increment(stats.preemptions - session.preemptions);
         session.preemptions = stats.preemptions;
         let mut sequences = self.shared.sequences();

@@ -50,7 +50,7 @@ fn kv() -> impl Strategy<Value = KvPools> {
 }
 
 fn config() -> impl Strategy<Value = Config> {
-    (prop::collection::vec(kv(), 1..4), 1..5_u32, 0..20_u32).prop_map(|(pools, sequences, more)| {
+    (prop::collection::vec(kv(), 1..4), 1..5_u32, 0..60_u32).prop_map(|(pools, sequences, more)| {
         Config {
             pools,
             step_tokens: sequences + more,

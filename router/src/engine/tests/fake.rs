@@ -64,6 +64,22 @@ pub(crate) struct Script {
     pub(crate) computed: Mutex<BTreeMap<u64, u64>>,
 }
 
+impl Script {
+    /// Counts a step, and returns how many milliseconds it takes.
+    fn count(&self, step: &pb::Step) -> u64 {
+        self.last.fetch_max(step.step, Ordering::SeqCst);
+        for slice in &step.slices {
+            self.computed.lock().unwrap().insert(slice.sequence, step.step);
+        }
+        let tokens = step.slices.iter().map(|slice| slice.tokens.len() as u64).sum();
+        self.tokens.fetch_add(tokens, Ordering::SeqCst);
+        if 1 < step.slices.len() {
+            self.crowd.fetch_max(tokens, Ordering::SeqCst);
+        }
+        tokens * self.token_ms.load(Ordering::SeqCst)
+    }
+}
+
 struct FakeWorker {
     rank: u32,
     script: Arc<Script>,
@@ -129,16 +145,7 @@ impl Worker for FakeWorker {
                     ..Default::default()
                 });
             }
-            script.last.fetch_max(step.step, Ordering::SeqCst);
-            let tokens: u64 = step.slices.iter().map(|slice| slice.tokens.len() as u64).sum();
-            if 1 < step.slices.len() {
-                script.crowd.fetch_max(tokens, Ordering::SeqCst);
-            }
-            pause_ms.store(tokens * script.token_ms.load(Ordering::SeqCst), Ordering::SeqCst);
-            for slice in &step.slices {
-                script.computed.lock().unwrap().insert(slice.sequence, step.step);
-                script.tokens.fetch_add(slice.tokens.len() as u64, Ordering::SeqCst);
-            }
+            pause_ms.store(script.count(&step), Ordering::SeqCst);
             let breaks = script.break_at.load(Ordering::SeqCst);
             if rank == 0 && breaks != 0 && breaks <= step.step {
                 script.break_at.store(0, Ordering::SeqCst);
