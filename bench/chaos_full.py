@@ -20,7 +20,6 @@ import urllib.request
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HERD = ROOT / "target" / "release" / "herd"
 SCENARIOS = ["freeze-workers", "kill-leader", "kill-leader-and-worker", "kill-workers"]
-LARGE = ROOT / "target" / "mini-maverick"  # of bench/mini-maverick.json, made when it is first needed
 STREAMS = 40  # of the parts that this file loads itself
 WORKERS = 4
 PEACE_S = 8  # load before the first fault
@@ -79,17 +78,18 @@ class Cluster:
         return subprocess.run([HERD, "--log", "error", *arguments, "--url", self.url], check=True, capture_output=True, text=True, timeout=120).stdout
 
 
-def large():
-    """A random checkpoint of 3 GB."""
-    if not LARGE.exists():
-        partial = LARGE.with_suffix(".partial")
+def synthetic(name):
+    """A random checkpoint of the shape in bench/NAME.json, made when it is first needed: mini-maverick has 3 GB, wide-maverick 0.4."""
+    folder = ROOT / "target" / name
+    if not folder.exists():
+        partial = folder.with_suffix(".partial")
         # Every token shall be text, or a stall could not be seen.
-        config = json.loads((ROOT / "bench" / "mini-maverick.json").read_text())
+        config = json.loads((ROOT / "bench" / f"{name}.json").read_text())
         config |= {"vocab_size": 2048, "bos_token_id": 2000, "eos_token_id": 2001, "pad_token_id": 2018}
         partial.with_suffix(".json").write_text(json.dumps(config))
         subprocess.run([HERD, "synth", "--config", partial.with_suffix(".json"), "--tokenizer", ROOT / "models" / "toy-maverick", "--out", partial], check=True)
-        partial.rename(LARGE)
-    return LARGE
+        partial.rename(folder)
+    return folder
 
 
 class Load:
@@ -149,9 +149,9 @@ class Load:
         return round(self.within(since, until)[-1], 4)
 
 
-def scenario(name, rounds, *serving):
+def scenario(name, rounds, model=ROOT / "models" / "toy-maverick"):
     flags = ["--rounds", str(rounds)] if rounds else []
-    with Cluster(*serving) as cluster:
+    with Cluster("--model", model) as cluster:
         command = [HERD, "--log", "error", "chaos", ROOT / "bench" / "chaos" / f"{name}.toml", "--url", cluster.url, *flags]
         done = subprocess.run(command, capture_output=True, text=True)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -160,6 +160,7 @@ def scenario(name, rounds, *serving):
     first = [change["first_token_ms"] for row in rows for change in row["changes"] if change["first_token_ms"] is not None and " lost" in change["cause"]]
     return {
         "scenario": name,
+        "model": model.name,
         "exit_code": done.returncode,
         "rounds": len(rows),
         "streams_lost": sum(row["lost"] for row in rows),
@@ -290,8 +291,9 @@ def main():
     note(join_and_drain(arguments.rounds or 20))
     for name in SCENARIOS:
         note(scenario(name, arguments.rounds))
-    note(join_and_drain(arguments.rounds or 5, model=large(), tokens=48, streams=16))
-    note(scenario("kill-workers-large", arguments.rounds, "--model", large()))
+    note(scenario("kill-workers", arguments.rounds or 10, synthetic("wide-maverick")))
+    note(join_and_drain(arguments.rounds or 5, model=synthetic("mini-maverick"), tokens=48, streams=16))
+    note(scenario("kill-workers-large", arguments.rounds, synthetic("mini-maverick")))
 
 
 if __name__ == "__main__":
