@@ -40,10 +40,7 @@ class Load:
 
     def during(self, action):
         """Runs all streams, calls `action` when they are on their way, and checks every one of them. Returns their longest gaps."""
-        running = [self.pool.submit(self.stream, seed) for seed in range(self.streams)]
-        self.until(lambda: self.cluster.router()["streams"] > self.streams // 2, "the streams start")
-        time.sleep(0.3)
-        assert not all(stream.done() for stream in running), "the streams end before anything happens"
+        running = self.on_their_way()
         action()
         results = [stream.result(120) for stream in running]  # raises what a lost stream raised
         different = [seed for seed, (text, _) in enumerate(results) if text != self.expected[seed]]
@@ -51,6 +48,21 @@ class Load:
         gaps = sorted(gap for _, gap in results)
         assert gaps[-1] < STALL_MAX_S, f"a stream stood still for {gaps[-1]:.1f} s"
         return gaps
+
+    def on_their_way(self):
+        """All streams, running. A machine that is busy with other things may let nobody look before they end; then once more."""
+        for _ in range(5):
+            running = [self.pool.submit(self.stream, seed) for seed in range(self.streams)]
+
+            def have_started():
+                ended = [stream.result() for stream in running if stream.done()]  # raises what a lost stream raised
+                return len(ended) == len(running) or self.cluster.router()["streams"] > self.streams // 2
+
+            self.until(have_started, "the streams start")
+            time.sleep(0.3)
+            if not all(stream.done() for stream in running):
+                return running
+        raise AssertionError("the streams end before anything happens")
 
     @staticmethod
     def until(is_so, what, limit_s=30):
