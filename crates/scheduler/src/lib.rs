@@ -13,11 +13,12 @@
 //!
 //! At most one step is in flight: `plan`, then `commit` or `abort`. Policies:
 //!
-//! * A new sequence goes to the rank with the most room.
+//! * A new sequence goes to the rank that holds the fewest positions, if it has room for one more.
 //! * Decodes come first. Prefills share what remains of the budget: equally between requests, then
 //!   equally between the sequences of a request, and what one cannot use goes to the others.
 //! * Who decodes waits for the prefills of the same step; so they take no longer than a limit then, by
 //!   the times that [`Scheduler::time`] was told, if each gets on at all.
+//! * After a step that failed comes one without prefill, if anything decodes: that has waited already.
 //! * A sequence that has begun, and lost what was computed of it, is prefilled before those that have not,
 //!   and four times as much of it: somebody is in the middle of its text.
 //! * If a pool runs out, the youngest sequence of that rank gives its blocks back.

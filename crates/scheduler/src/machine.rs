@@ -7,7 +7,7 @@ use crate::{
     sequence::Sequence,
 };
 use ids::{SeqId, StepId};
-use std::{cmp::Reverse, collections::VecDeque, time::Duration};
+use std::{collections::VecDeque, time::Duration};
 
 /// Sequences that resume may take this many times the prefill of new ones while others decode. Both are in
 /// the middle of a text: what spares one a pause gives it to the other, and between the pieces of a prefill
@@ -24,9 +24,11 @@ pub struct Scheduler {
     /// The front is next: preempted sequences, then the others in order of arrival.
     queue: VecDeque<Sequence>,
     in_flight: Option<StepId>,
-    /// What the last step held that was planned.
+    /// What the step in flight, or the last one that did not fail, holds.
     load: Load,
     pace: Pace,
+    /// The last step failed, so the next one is for those who have waited for it: it only decodes.
+    behind: bool,
     arrivals: u64,
     preemptions: u64,
     // Buffers of `admit` and `commit`.
@@ -66,6 +68,7 @@ impl Scheduler {
             in_flight: None,
             load: Load::default(),
             pace: Pace::default(),
+            behind: false,
             arrivals: 0,
             preemptions: 0,
             rooms: Vec::new(),
@@ -98,6 +101,7 @@ impl Scheduler {
         let mut next = Self::new(config)?;
         next.preemptions = self.preemptions;
         next.pace = self.pace;
+        next.behind = self.behind;
         if next.context_tokens != self.context_tokens {
             return Ok(next);
         }
@@ -214,10 +218,14 @@ impl Scheduler {
     }
 
     /// How many sequences decode, and the budget of every rank. All ranks end a step together, so those
-    /// who wait on one of them wait for the prefill of each.
+    /// who wait on one of them wait for the prefill of each: who has waited for a step that failed does not.
     fn budget(&self) -> (u32, Budget) {
         let waiting = self.ranks.iter().map(RankState::waiting);
         let (decodes, resumed) = waiting.fold((0, 0), |sum, rank| (sum.0 + rank.0, sum.1 + rank.1));
+        let step_tokens = self.config.step_tokens;
+        if self.behind && decodes != 0 {
+            return (decodes, Budget { step_tokens, prefill_tokens: 0, resumed_tokens: 0 });
+        }
         let tokens = self.pace.tokens(self.config.prefill_max);
         let resumed_tokens = if decodes == 0 { u32::MAX } else { tokens.saturating_mul(RESUMED) };
         let prefill_tokens = match (decodes, resumed) {
@@ -225,7 +233,6 @@ impl Scheduler {
             (1.., 0) if self.pace.is_stale() => 0,
             _ => tokens,
         };
-        let step_tokens = self.config.step_tokens;
         (decodes, Budget { step_tokens, prefill_tokens, resumed_tokens })
     }
 
@@ -245,6 +252,7 @@ impl Scheduler {
     /// If no step is in flight or a token is missing.
     pub fn commit(&mut self, sampled: &[(SeqId, u32)]) {
         assert!(self.in_flight.take().is_some(), "commit without a step in flight");
+        self.behind = false;
         self.sampled.clear();
         self.sampled.extend_from_slice(sampled);
         self.sampled.sort_unstable_by_key(|&(id, _)| id);
@@ -262,6 +270,7 @@ impl Scheduler {
     /// If no step is in flight.
     pub fn abort(&mut self) {
         assert!(self.in_flight.take().is_some(), "abort without a step in flight");
+        (self.behind, self.load) = (true, Load::default());
         for rank in &mut self.ranks {
             rank.abort();
         }
@@ -280,8 +289,9 @@ impl Scheduler {
         }
     }
 
-    /// Moves sequences from the queue to ranks with room. The front is never overtaken: a long
-    /// prompt that waits for memory would otherwise wait for ever.
+    /// Moves sequences from the queue to ranks with room, each to the one that holds least: all ranks end a
+    /// step together, so one with more memory than the others must not do more. The front is never overtaken:
+    /// a long prompt that waits for memory would otherwise wait for ever.
     fn admit(&mut self) {
         if self.queue.is_empty() {
             return;
@@ -292,8 +302,8 @@ impl Scheduler {
             let fitting = (0..self.ranks.len())
                 .map(|rank| (rank, front.needed_blocks(self.ranks[rank].kv())))
                 .filter(|&(rank, needed)| self.rooms[rank].fits(needed));
-            let Some((rank, needed)) = fitting.max_by_key(|&(r, _)| (self.rooms[r], Reverse(r)))
-            else {
+            let taken = |rank: usize| self.rooms[rank].taken(self.ranks[rank].kv());
+            let Some((rank, needed)) = fitting.min_by_key(|&(rank, _)| (taken(rank), rank)) else {
                 break;
             };
             self.rooms[rank].take(needed);

@@ -10,14 +10,23 @@ use ids::SeqId;
 use std::collections::VecDeque;
 
 /// What a rank could still take in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Room {
     pub(crate) full: u32,
     pub(crate) sequences: u32,
     pub(crate) chunked: u32,
+    /// Sequences that are there.
+    running: u32,
 }
 
 impl Room {
+    /// What the rank holds or will hold: positions, sequences, and positions of chunks.
+    pub(crate) fn taken(self, kv: &KvPools) -> (u64, u32, u64) {
+        let positions = |blocks: u32| u64::from(blocks) * u64::from(kv.block_tokens);
+        let full = positions(kv.full_blocks - self.full);
+        (full, self.running, positions(kv.chunked_blocks.saturating_sub(self.chunked)))
+    }
+
     pub(crate) fn fits(self, (full, chunked): (u32, u32)) -> bool {
         1 <= self.sequences && full <= self.full && chunked <= self.chunked
     }
@@ -25,6 +34,7 @@ impl Room {
     /// What remains after one more sequence, which keeps a spare block like every other.
     pub(crate) fn take(&mut self, (full, chunked): (u32, u32)) {
         self.sequences -= 1;
+        self.running += 1;
         self.full = self.full.saturating_sub(full + 1);
         self.chunked = self.chunked.saturating_sub(chunked + 1);
     }
@@ -97,6 +107,7 @@ impl RankState {
             sequences: sequences_max - self.running_count(),
             full: self.full.free_blocks(),
             chunked: self.chunked.free_blocks(),
+            running: self.running_count(),
         };
         for sequence in &self.running {
             let (full, chunked) = sequence.promised_blocks(&self.kv);

@@ -145,14 +145,19 @@ fn long_prompt_does_not_starve_a_short_one() {
 }
 
 #[test]
-fn sequences_go_to_the_rank_with_most_room() {
+fn sequences_go_to_the_rank_that_holds_least() {
+    // However much more another one could hold.
     check(
-        config(&[pools(9, 9), pools(12, 9)], 8),
+        config(&[pools(9, 9), pools(900, 900)], 8),
         vec![
             Submit(sequence(1, 8, 1)),
             Submit(sequence(2, 2, 1)),
             Submit(sequence(3, 2, 1)),
-            Step("r0: q2 0..2 b0 | 0: b0 *; r1: q1 0..6 b0 b2 | 0: b0 b2, q3 0..2 b1 | 0: b1 *"),
+            Submit(sequence(4, 2, 1)),
+            Step(
+                "r0: q1 0..6 b0 b2 | 0: b0 b2, q4 0..2 b1 | 0: b1 *; \
+                 r1: q2 0..2 b0 | 0: b0 *, q3 0..2 b1 | 0: b1 *",
+            ),
         ],
     );
 }
@@ -221,6 +226,28 @@ fn aborted_step_is_planned_again_the_same() {
             Abort,
             Load("2 0 | 7 7"),
             Step("r0: q1 3..7 b0 b2 | 0: b0 b2, q2 3..5 b1 b3 | 0: b1 b3 *"),
+        ],
+    );
+}
+
+#[test]
+fn step_after_a_failed_one_only_decodes() {
+    check(
+        config(&[pools(9, 9), pools(9, 9)], 6),
+        vec![
+            Submit(sequence(1, 3, 9)),
+            Step("r0: q1 0..3 b0 | 0: b0 *"),
+            Submit(sequence(2, 10, 9)),
+            Do::Plan("r0: q1 3..4 b0 | 0: b0 *; r1: q2 0..6 b0 b1 | 0: b0 b1"),
+            Abort,
+            Do::Plan("r0: q1 3..4 b0 | 0: b0 *"),
+            Abort,
+            Step("r0: q1 3..4 b0 | 0: b0 *"),
+            Do::Plan("r0: q1 4..5 b0 b1 | 0: b0 b1 *; r1: q2 0..6 b0 b1 | 0: b0 b1"),
+            Abort,
+            // Nobody waits for its next token any more.
+            Cancel(1),
+            Step("r1: q2 0..6 b0 b1 | 0: b0 b1"),
         ],
     );
 }
@@ -307,16 +334,20 @@ fn lost_rank_s_sequences_start_over_and_the_others_go_on() {
 
     // Old rank 1 becomes rank 0, old rank 0 is gone, rank 1 is new.
     let mut next = scheduler.reconfigure(config(&ranks, 16), &[Some(1), None]).unwrap();
+    // First those that go on, which have waited for the lost step.
     assert!(next.plan(StepId(2), &mut plan));
+    assert_eq!(text(&plan), "r0: q2 6..7 b0 b1 | 0: b0 b1 *");
+    next.commit(&[(SeqId(2), 7)]);
+    assert!(next.plan(StepId(3), &mut plan));
     // q1 and q3 have 6 prompt tokens and the sampled one to compute again.
     assert_eq!(
         text(&plan),
-        "r0: q2 6..7 b0 b1 | 0: b0 b1 *, q3 0..7 b2 b3 | 0: b2 b3 *; r1: q1 0..7 b0 b1 | 0: b0 b1 *"
+        "r0: q2 7..8 b0 b1 | 0: b0 b1 *, q3 0..7 b2 b3 | 0: b2 b3 *; r1: q1 0..7 b0 b1 | 0: b0 b1 *"
     );
     next.abort();
     next.retain(|id| id != SeqId(3));
     assert!(next.has(SeqId(1)) && !next.has(SeqId(3)));
-    assert_eq!(finish(&mut next).len(), 2);
+    assert_eq!(finish(&mut next).len(), 3);
 }
 
 #[test]
