@@ -84,7 +84,8 @@ fn round(
         std::thread::sleep(wait);
         hits.extend(strike::strike(cluster, network, fault, dice, running.started)?);
     }
-    let outcome = running.finish();
+    let first_s = hits.iter().map(|hit| hit.at_s).reduce(f64::min);
+    let outcome = running.finish(first_s.unwrap_or_default());
     for hit in &mut hits {
         // Waits for the fault's own end, which may come after that of the streams.
         drop(hit.thaw.take());

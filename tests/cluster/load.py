@@ -42,6 +42,10 @@ class Load:
         """Runs all streams, calls `action` when they are on their way, and checks every one of them. Returns their longest gaps."""
         running = self.on_their_way()
         action()
+        return self.checked(running)
+
+    def checked(self, running):
+        """Waits for the streams and checks every one of them. Returns their longest gaps."""
         results = [stream.result(120) for stream in running]  # raises what a lost stream raised
         different = [seed for seed, (text, _) in enumerate(results) if text != self.expected[seed]]
         assert not different, f"streams {different} differ"
@@ -62,6 +66,7 @@ class Load:
             time.sleep(0.3)
             if not all(stream.done() for stream in running):
                 return running
+            self.checked(running)
         raise AssertionError("the streams end before anything happens")
 
     @staticmethod

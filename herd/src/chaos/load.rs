@@ -19,21 +19,23 @@ pub(super) struct Stream {
 }
 
 impl Stream {
-    /// The longest time between two pieces.
-    pub(super) fn stall_s(&self) -> f64 {
-        self.pieces_s.windows(2).map(|pair| pair[1] - pair[0]).fold(0.0, f64::max)
+    /// The longest time between two pieces, of which the later came after `since_s`; `None` if none did.
+    fn stall_s(&self, since_s: f64) -> Option<f64> {
+        let gaps = self.pieces_s.windows(2).filter(|pair| since_s <= pair[1]);
+        gaps.map(|pair| pair[1] - pair[0]).max_by(f64::total_cmp)
     }
 }
 
 /// What all streams of a round yielded.
 #[derive(Debug, Clone, Default)]
 pub struct Outcome {
+    pub streams: usize,
     /// Streams that ended with an error, and the first one.
     pub lost: usize,
     pub first_error: Option<String>,
     /// Streams whose text is not the right one.
     pub different: usize,
-    /// The longest stall of every stream, ascending.
+    /// The longest stall since the first fault of every stream that was not over by then, ascending.
     pub stalls_s: Vec<f64>,
     /// Pieces of text per tenth of a second, of all streams.
     pub pieces: Vec<u32>,
@@ -89,7 +91,7 @@ impl Streams {
         }
         ensure!(streams.iter().all(|stream| !stream.text.is_empty()), "a stream is empty");
         self.expected = streams.iter().map(|stream| stream.text.clone()).collect();
-        Ok(outcome(&streams, &self.expected, started.elapsed()))
+        Ok(outcome((&streams, &self.expected), started.elapsed(), 0.0))
     }
 
     pub(super) fn start(&self) -> Running<'_> {
@@ -123,9 +125,10 @@ impl Streams {
 }
 
 impl Running<'_> {
-    pub(super) fn finish(self) -> Outcome {
+    /// Waits for the streams to end. What stood still before `since_s`, when the first fault came, is not its doing.
+    pub(super) fn finish(self, since_s: f64) -> Outcome {
         let streams = join(self.threads);
-        outcome(&streams, self.expected, self.started.elapsed())
+        outcome((&streams, self.expected), self.started.elapsed(), since_s)
     }
 }
 
@@ -134,11 +137,12 @@ fn join(threads: Vec<JoinHandle<Stream>>) -> Vec<Stream> {
     threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect()
 }
 
-fn outcome(streams: &[Stream], expected: &[String], took: Duration) -> Outcome {
+fn outcome((streams, expected): (&[Stream], &[String]), took: Duration, since_s: f64) -> Outcome {
     let is_lost = |stream: &&Stream| stream.error.is_some();
     let differs =
         |(stream, text): &(&Stream, &String)| stream.error.is_none() && stream.text != **text;
-    let mut stalls_s: Vec<f64> = streams.iter().map(Stream::stall_s).collect();
+    let mut stalls_s: Vec<f64> =
+        streams.iter().filter_map(|stream| stream.stall_s(since_s)).collect();
     stalls_s.sort_by(f64::total_cmp);
     let mut pieces = Vec::new();
     for at_s in streams.iter().flat_map(|stream| &stream.pieces_s) {
@@ -150,6 +154,7 @@ fn outcome(streams: &[Stream], expected: &[String], took: Duration) -> Outcome {
         pieces[tenth] += 1;
     }
     Outcome {
+        streams: streams.len(),
         lost: streams.iter().filter(is_lost).count(),
         first_error: streams.iter().find_map(|stream| stream.error.clone()),
         different: streams.iter().zip(expected).filter(differs).count(),
@@ -208,12 +213,16 @@ mod tests {
             stream("", &[], Some("gone")),
         ];
         let expected = ["a", "b", "c"].map(String::from);
-        let outcome = outcome(&streams, &expected, Duration::from_secs(2));
+        let of = |since_s| outcome((&streams, &expected), Duration::from_secs(2), since_s);
+        let outcome = of(0.0);
         assert_eq!((outcome.lost, outcome.different), (1, 1));
         assert_eq!(outcome.first_error.as_deref(), Some("gone"));
         assert_eq!(outcome.pieces, [1, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+        // The first stream was over by then, and the third never began.
+        assert_eq!((of(0.5).streams, of(0.5).stalls_s.as_slice()), (3, [1.0].as_slice()));
+        assert_eq!(of(0.2).stalls_s.len(), 2);
         assert!(
-            (outcome.stall_s(0.5) - 0.2).abs() < 1e-9 && (outcome.stall_s(0.99) - 1.0).abs() < 1e-9
+            (outcome.stall_s(0.0) - 0.2).abs() < 1e-9 && (outcome.stall_s(0.99) - 1.0).abs() < 1e-9
         );
     }
 }

@@ -83,7 +83,7 @@ impl Round {
 }
 
 impl Report {
-    /// Longest stalls of all streams of all rounds, ascending.
+    /// Longest stalls of the streams of all rounds, ascending.
     fn stalls_s(&self) -> Outcome {
         let all = self.rounds.iter().flat_map(|round| &round.outcome.stalls_s);
         let mut stalls_s: Vec<f64> = all.copied().collect();
@@ -140,7 +140,7 @@ impl Report {
             "scenario": self.scenario,
             "workers": self.workers,
             "rounds": self.rounds.len(),
-            "streams": self.rounds.iter().map(|r| r.outcome.stalls_s.len()).sum::<usize>(),
+            "streams": self.rounds.iter().map(|round| round.outcome.streams).sum::<usize>(),
             "lost": lost,
             "different": different,
             "stall_p50_s": round(stalls.stall_s(0.5)),
@@ -183,7 +183,7 @@ pub fn html(report: &Report) -> String {
          <style>body{{font:14px sans-serif;margin:2em;max-width:60em}}td,th{{padding:2px 12px;text-align:right}}\
          svg{{background:#f6f6f6;display:block;margin:4px 0 16px}}</style>\
          <h1>herd chaos</h1><p>{} workers, {} streams in {} rounds, seed {}</p>\
-         <table><tr><th>lost<th>different<th>stall p50 s<th>p99<th>max\
+         <table><tr><th>lost<th>different<th>stall since the first fault, p50 s<th>p99<th>max\
          <tr><td>{}<td>{}<td>{}<td>{}<td>{}</table>",
         report.workers,
         cell("streams"),

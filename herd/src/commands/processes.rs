@@ -445,3 +445,6 @@ fn free_address() -> anyhow::Result<String> {
     let listener = TcpListener::bind("127.0.0.1:0").context("cannot find a free port")?;
     Ok(listener.local_addr()?.to_string())
 }
+
+#[cfg(test)]
+mod tests;
