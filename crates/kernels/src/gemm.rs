@@ -7,9 +7,12 @@
 //! Tiles are `ROWS x PANELS`: few rows take several panels to hide the latency of the additions, many
 //! rows share one. With one row the product runs at the speed of memory.
 
+mod multiply;
+
 use crate::isa::{Isa, Portable};
 use crate::matrix::{Matrix, PANEL, Storage};
 use crate::{Dtype, Level};
+use multiply::{Pairs, Singles, multiply};
 use rayon::prelude::*;
 
 /// Inputs of one block when many rows share the weights: a panel's block (32 KiB in bf16) and the
@@ -18,8 +21,14 @@ const K_BLOCK: usize = 1024;
 /// Bytes of the left operand that are worked on before the weights are read again: half of the
 /// smallest second-level cache we met.
 const ROWS_BYTES: usize = 256 << 10;
-/// Rows of the tallest tile; six rows of two 256-bit accumulators leave room for the weights.
-const ROWS_MAX: usize = 6;
+/// Rows of the tallest tile. Beside five rows of two 256-bit accumulators the weights of a line fit into the 16
+/// registers, beside six they do not (60 rows on a Zen 1 core: 29.5 and 27.9 GFLOPS); 512-bit ones are 32.
+const fn rows_max<I: Isa>() -> usize {
+    match I::ACCS {
+        1 => 6,
+        _ => 5,
+    }
+}
 /// Multiply-adds below which a second thread costs more than it gains.
 const WORK_MIN: usize = 1 << 17;
 
@@ -171,12 +180,12 @@ fn run_avx512bf16(left: &Left<'_, u32>, task: Task<'_>) {
 #[inline(always)]
 unsafe fn run<I: Isa>(left: &Left<'_, I::X>, task: Task<'_>) {
     let inputs = task.w.inputs;
-    let few = task.rows <= ROWS_MAX;
+    let few = task.rows <= rows_max::<I>();
     let k_block = if few { inputs.max(1) } else { K_BLOCK };
     let row_block = if few {
         task.rows
     } else {
-        (ROWS_BYTES / (4 * k_block.min(inputs.max(1)))).next_multiple_of(ROWS_MAX)
+        (ROWS_BYTES / (4 * k_block.min(inputs.max(1)))).next_multiple_of(rows_max::<I>())
     };
     let mut k0 = 0;
     loop {
@@ -209,7 +218,7 @@ unsafe fn rows_by_panels<I: Isa>(
         let mut row = row0;
         while row < row1 {
             // Even tiles: 7 rows are 4 + 3, since a tile of a single row waits for its additions.
-            let tiles = (row1 - row).div_ceil(ROWS_MAX);
+            let tiles = (row1 - row).div_ceil(rows_max::<I>());
             let high = (row1 - row).div_ceil(tiles);
             let tile = Tile { row, panel, k };
             // SAFETY: as the caller's, here and in every arm.
@@ -239,15 +248,15 @@ unsafe fn rows_by_panels<I: Isa>(
     }
 }
 
-/// Panels of the tiles of a block of rows, so that the accumulators fit the registers: 16 of 256
+/// Panels of the tiles of a block of rows, so that accumulators and weights fit the registers: 16 of 256
 /// bits, or 32 of 512. Every tile of the block is as wide as its tallest one may be.
 #[inline(always)]
 fn tile_panels<I: Isa>(rows: usize, room: usize) -> usize {
     let widths: &[usize] = match (I::ACCS, rows) {
         (1, 1) => &[8, 4, 2, 1],
         (_, 1) => &[4, 2, 1],
-        (_, 2) => &[3, 2, 1],
-        (1, _) | (_, 3) => &[2, 1],
+        (1, 2) => &[3, 2, 1],
+        (1, _) | (_, 2) => &[2, 1],
         (_, _) => &[1],
     };
     widths.iter().copied().find(|&wide| wide <= room).unwrap_or(1)
@@ -293,8 +302,16 @@ unsafe fn tile_of<I: Isa, const ROWS: usize, const PANELS: usize>(
     // SAFETY: lines of `k` below `inputs` exist in every panel, and rows have `inputs` elements.
     unsafe {
         match w.storage {
-            Storage::Bf16 => pairs::<I, ROWS, PANELS>(&mut acc, &line, &x, tile.k),
-            Storage::F32 => singles::<I, ROWS, PANELS>(&mut acc, &line, &x, tile.k),
+            Storage::Bf16 => {
+                for pair in tile.k.0 / 2..tile.k.1 / 2 {
+                    multiply::<I, Pairs, ROWS, PANELS>(&mut acc, &line, &x, pair);
+                }
+            }
+            Storage::F32 => {
+                for k in tile.k.0..tile.k.1 {
+                    multiply::<I, Singles, ROWS, PANELS>(&mut acc, &line, &x, k);
+                }
+            }
         }
     }
     let last = tile.k.1 == w.inputs;
@@ -307,61 +324,6 @@ unsafe fn tile_of<I: Isa, const ROWS: usize, const PANELS: usize>(
         }
         // SAFETY: the tile's rows and columns lie inside the result and are this task's own.
         unsafe { store_out::<PANELS>(task, tile, (r, last), &edge) };
-    }
-}
-
-#[expect(clippy::needless_range_loop, reason = "`part` also picks the half of the line")]
-#[inline(always)]
-unsafe fn pairs<I: Isa, const ROWS: usize, const PANELS: usize>(
-    acc: &mut [[[I::Acc; 2]; PANELS]; ROWS],
-    line: &[*const u8; PANELS],
-    x: &[*const I::X; ROWS],
-    k: (usize, usize),
-) {
-    for pair in k.0 / 2..k.1 / 2 {
-        for p in 0..PANELS {
-            for part in 0..I::ACCS {
-                for r in 0..ROWS {
-                    // SAFETY: see `tile_of`.
-                    unsafe {
-                        acc[r][p][part] = I::fma_pair(
-                            acc[r][p][part],
-                            line[p].add(pair * crate::lines::LINE_BYTES),
-                            part,
-                            x[r].add(pair * I::X_PER_PAIR),
-                        );
-                    }
-                }
-            }
-        }
-    }
-}
-
-#[expect(clippy::needless_range_loop, reason = "`part` also picks the half of the line")]
-#[inline(always)]
-unsafe fn singles<I: Isa, const ROWS: usize, const PANELS: usize>(
-    acc: &mut [[[I::Acc; 2]; PANELS]; ROWS],
-    line: &[*const u8; PANELS],
-    x: &[*const I::X; ROWS],
-    k: (usize, usize),
-) {
-    for k in k.0..k.1 {
-        for p in 0..PANELS {
-            for part in 0..I::ACCS {
-                for r in 0..ROWS {
-                    // SAFETY: see `tile_of`; with f32 storage the left operand is f32 on every
-                    // instruction set (`linear` packs pairs for bf16 storage only).
-                    unsafe {
-                        acc[r][p][part] = I::fma_f32(
-                            acc[r][p][part],
-                            line[p].add(k * crate::lines::LINE_BYTES),
-                            part,
-                            x[r].cast::<f32>().add(k),
-                        );
-                    }
-                }
-            }
-        }
     }
 }
 

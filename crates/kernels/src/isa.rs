@@ -18,22 +18,31 @@ pub(crate) unsafe trait Isa: Copy {
     const ACCS: usize;
     /// One element of the left operand: an f32, or a pair of bf16 in a `u32`.
     type X: Copy;
+    /// Operands of a multiplication: weights of as many outputs as an accumulator has, and an element of the
+    /// left operand for each of them.
+    type Factor: Copy;
+    /// Multiplications per pair of `k`, each with an `X` of its own: first the even `k`, then the odd one; or
+    /// one of both, in the order of the hardware.
+    const PER_PAIR: usize;
 
     unsafe fn zero() -> Self::Acc;
     unsafe fn load(from: *const f32) -> Self::Acc;
     unsafe fn store(acc: Self::Acc, to: *mut f32);
-    /// `acc[i] += line[part][i] * x` for the line's `part`-th vector of outputs, f32 weights.
-    unsafe fn fma_f32(acc: Self::Acc, line: *const u8, part: usize, x: *const f32) -> Self::Acc;
-    /// The same for a line of bf16 pairs: first the even `k`, then the odd one (or the order of
-    /// the hardware). `x` points to two elements.
-    unsafe fn fma_pair(
-        acc: Self::Acc,
-        line: *const u8,
-        part: usize,
-        x: *const Self::X,
-    ) -> Self::Acc;
-    /// `X` elements per pair of `k`.
-    const X_PER_PAIR: usize;
+    /// Weights of the line's `part`-th vector of outputs, f32.
+    unsafe fn single(line: *const u8, part: usize) -> Self::Factor;
+    /// The same of a line of bf16 pairs, for the `nth` multiplication.
+    unsafe fn pair(line: *const u8, part: usize, nth: usize) -> Self::Factor;
+    /// An element of the left operand, for f32 weights.
+    unsafe fn spread_single(x: *const f32) -> Self::Factor;
+    /// The same for pairs.
+    unsafe fn spread(x: *const Self::X) -> Self::Factor;
+    /// `acc[i] += w[i] * x[i]`, f32 weights.
+    unsafe fn fma(acc: Self::Acc, w: Self::Factor, x: Self::Factor) -> Self::Acc;
+    /// The same for pairs.
+    unsafe fn fma_pair(acc: Self::Acc, w: Self::Factor, x: Self::Factor) -> Self::Acc {
+        // SAFETY: passed on.
+        unsafe { Self::fma(acc, w, x) }
+    }
 }
 
 /// Plain Rust, eight lanes a vector; the reference of the others.
@@ -45,7 +54,8 @@ unsafe impl Isa for Portable {
     type Acc = [f32; 8];
     const ACCS: usize = 2;
     type X = f32;
-    const X_PER_PAIR: usize = 2;
+    type Factor = [f32; 8];
+    const PER_PAIR: usize = 2;
 
     #[inline(always)]
     unsafe fn zero() -> Self::Acc {
@@ -65,20 +75,33 @@ unsafe impl Isa for Portable {
     }
 
     #[inline(always)]
-    unsafe fn fma_f32(acc: Self::Acc, line: *const u8, part: usize, x: *const f32) -> Self::Acc {
-        // SAFETY: the line is 64 bytes and aligned to them, `x` is readable.
-        let (w, x) = unsafe { (line.cast::<[f32; 8]>().add(part).read(), *x) };
-        std::array::from_fn(|i| w[i].mul_add(x, acc[i]))
+    unsafe fn single(line: *const u8, part: usize) -> Self::Factor {
+        // SAFETY: the line is 64 bytes and aligned to them.
+        unsafe { line.cast::<[f32; 8]>().add(part).read() }
     }
 
     #[inline(always)]
-    unsafe fn fma_pair(acc: Self::Acc, line: *const u8, part: usize, x: *const f32) -> Self::Acc {
-        // SAFETY: the line is 64 bytes and aligned to them, `x` has two elements.
-        let (w, even, odd) = unsafe { (line.cast::<[u32; 8]>().add(part).read(), *x, *x.add(1)) };
-        std::array::from_fn(|i| {
-            let acc = f32::from_bits(w[i] << 16).mul_add(even, acc[i]);
-            f32::from_bits(w[i] & 0xffff_0000).mul_add(odd, acc)
-        })
+    unsafe fn pair(line: *const u8, part: usize, nth: usize) -> Self::Factor {
+        // SAFETY: the line is 64 bytes and aligned to them.
+        let pairs = unsafe { line.cast::<[u32; 8]>().add(part).read() };
+        pairs.map(|pair| f32::from_bits(if nth == 0 { pair << 16 } else { pair & 0xffff_0000 }))
+    }
+
+    #[inline(always)]
+    unsafe fn spread_single(x: *const f32) -> Self::Factor {
+        // SAFETY: `x` is readable.
+        [unsafe { *x }; 8]
+    }
+
+    #[inline(always)]
+    unsafe fn spread(x: *const f32) -> Self::Factor {
+        // SAFETY: passed on.
+        unsafe { Self::spread_single(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn fma(acc: Self::Acc, w: Self::Factor, x: Self::Factor) -> Self::Acc {
+        std::array::from_fn(|i| w[i].mul_add(x[i], acc[i]))
     }
 }
 
@@ -99,7 +122,8 @@ mod x86 {
         type Acc = __m256;
         const ACCS: usize = 2;
         type X = f32;
-        const X_PER_PAIR: usize = 2;
+        type Factor = __m256;
+        const PER_PAIR: usize = 2;
 
         #[inline(always)]
         unsafe fn zero() -> __m256 {
@@ -120,27 +144,40 @@ mod x86 {
         }
 
         #[inline(always)]
-        unsafe fn fma_f32(acc: __m256, line: *const u8, part: usize, x: *const f32) -> __m256 {
+        unsafe fn single(line: *const u8, part: usize) -> __m256 {
+            // SAFETY: a line is 64 bytes, aligned to them.
+            unsafe { _mm256_load_ps(line.cast::<f32>().add(8 * part)) }
+        }
+
+        #[inline(always)]
+        unsafe fn pair(line: *const u8, part: usize, nth: usize) -> __m256 {
             // SAFETY: a line is 64 bytes, aligned to them.
             unsafe {
-                let w = _mm256_load_ps(line.cast::<f32>().add(8 * part));
-                _mm256_fmadd_ps(w, _mm256_broadcast_ss(&*x), acc)
+                let w = _mm256_load_si256(line.cast::<__m256i>().add(part));
+                let upper = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
+                _mm256_castsi256_ps(match nth {
+                    0 => _mm256_slli_epi32::<16>(w),
+                    _ => _mm256_and_si256(w, upper),
+                })
             }
         }
 
         #[inline(always)]
-        unsafe fn fma_pair(acc: __m256, line: *const u8, part: usize, x: *const f32) -> __m256 {
-            // SAFETY: a line is 64 bytes, aligned to them; `x` has two elements.
-            unsafe {
-                let w = _mm256_load_si256(line.cast::<__m256i>().add(part));
-                let even = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(w));
-                let odd = _mm256_castsi256_ps(_mm256_and_si256(
-                    w,
-                    _mm256_set1_epi32(0xffff_0000_u32.cast_signed()),
-                ));
-                let acc = _mm256_fmadd_ps(even, _mm256_broadcast_ss(&*x), acc);
-                _mm256_fmadd_ps(odd, _mm256_broadcast_ss(&*x.add(1)), acc)
-            }
+        unsafe fn spread_single(x: *const f32) -> __m256 {
+            // SAFETY: `x` is readable.
+            unsafe { _mm256_broadcast_ss(&*x) }
+        }
+
+        #[inline(always)]
+        unsafe fn spread(x: *const f32) -> __m256 {
+            // SAFETY: passed on.
+            unsafe { Self::spread_single(x) }
+        }
+
+        #[inline(always)]
+        unsafe fn fma(acc: __m256, w: __m256, x: __m256) -> __m256 {
+            // SAFETY: contract of the trait.
+            unsafe { _mm256_fmadd_ps(w, x, acc) }
         }
     }
 
@@ -153,7 +190,8 @@ mod x86 {
         type Acc = __m512;
         const ACCS: usize = 1;
         type X = f32;
-        const X_PER_PAIR: usize = 2;
+        type Factor = __m512;
+        const PER_PAIR: usize = 2;
 
         #[inline(always)]
         unsafe fn zero() -> __m512 {
@@ -174,24 +212,40 @@ mod x86 {
         }
 
         #[inline(always)]
-        unsafe fn fma_f32(acc: __m512, line: *const u8, _part: usize, x: *const f32) -> __m512 {
+        unsafe fn single(line: *const u8, _part: usize) -> __m512 {
             // SAFETY: a line is 64 bytes.
-            unsafe { _mm512_fmadd_ps(_mm512_loadu_ps(line.cast()), _mm512_set1_ps(*x), acc) }
+            unsafe { _mm512_loadu_ps(line.cast()) }
         }
 
         #[inline(always)]
-        unsafe fn fma_pair(acc: __m512, line: *const u8, _part: usize, x: *const f32) -> __m512 {
-            // SAFETY: a line is 64 bytes; `x` has two elements.
+        unsafe fn pair(line: *const u8, _part: usize, nth: usize) -> __m512 {
+            // SAFETY: a line is 64 bytes.
             unsafe {
                 let w = _mm512_loadu_si512(line.cast());
-                let even = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(w));
-                let odd = _mm512_castsi512_ps(_mm512_and_si512(
-                    w,
-                    _mm512_set1_epi32(0xffff_0000_u32.cast_signed()),
-                ));
-                let acc = _mm512_fmadd_ps(even, _mm512_set1_ps(*x), acc);
-                _mm512_fmadd_ps(odd, _mm512_set1_ps(*x.add(1)), acc)
+                let upper = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+                _mm512_castsi512_ps(match nth {
+                    0 => _mm512_slli_epi32::<16>(w),
+                    _ => _mm512_and_si512(w, upper),
+                })
             }
+        }
+
+        #[inline(always)]
+        unsafe fn spread_single(x: *const f32) -> __m512 {
+            // SAFETY: `x` is readable.
+            unsafe { _mm512_set1_ps(*x) }
+        }
+
+        #[inline(always)]
+        unsafe fn spread(x: *const f32) -> __m512 {
+            // SAFETY: passed on.
+            unsafe { Self::spread_single(x) }
+        }
+
+        #[inline(always)]
+        unsafe fn fma(acc: __m512, w: __m512, x: __m512) -> __m512 {
+            // SAFETY: contract of the trait.
+            unsafe { _mm512_fmadd_ps(w, x, acc) }
         }
     }
 
@@ -205,7 +259,8 @@ mod x86 {
         type Acc = __m512;
         const ACCS: usize = 1;
         type X = u32;
-        const X_PER_PAIR: usize = 1;
+        type Factor = __m512;
+        const PER_PAIR: usize = 1;
 
         #[inline(always)]
         unsafe fn zero() -> __m512 {
@@ -226,17 +281,40 @@ mod x86 {
         }
 
         #[inline(always)]
-        unsafe fn fma_f32(acc: __m512, line: *const u8, part: usize, x: *const f32) -> __m512 {
+        unsafe fn single(line: *const u8, part: usize) -> __m512 {
             // SAFETY: passed on.
-            unsafe { Avx512::fma_f32(acc, line, part, x) }
+            unsafe { Avx512::single(line, part) }
         }
 
         #[inline(always)]
-        unsafe fn fma_pair(acc: __m512, line: *const u8, _part: usize, x: *const u32) -> __m512 {
-            // SAFETY: a line is 64 bytes; __m512bh and __m512i are the same 64 bytes of plain bits.
+        unsafe fn pair(line: *const u8, part: usize, _nth: usize) -> __m512 {
+            // SAFETY: passed on; the bits of both weights.
+            unsafe { Avx512::single(line, part) }
+        }
+
+        #[inline(always)]
+        unsafe fn spread_single(x: *const f32) -> __m512 {
+            // SAFETY: passed on.
+            unsafe { Avx512::spread_single(x) }
+        }
+
+        #[inline(always)]
+        unsafe fn spread(x: *const u32) -> __m512 {
+            // SAFETY: `x` is readable.
+            unsafe { _mm512_castsi512_ps(_mm512_set1_epi32((*x).cast_signed())) }
+        }
+
+        #[inline(always)]
+        unsafe fn fma(acc: __m512, w: __m512, x: __m512) -> __m512 {
+            // SAFETY: passed on.
+            unsafe { Avx512::fma(acc, w, x) }
+        }
+
+        #[inline(always)]
+        unsafe fn fma_pair(acc: __m512, w: __m512, x: __m512) -> __m512 {
+            // SAFETY: __m512bh and __m512 are the same 64 bytes of plain bits.
             unsafe {
-                let w: __m512bh = std::mem::transmute(_mm512_loadu_si512(line.cast()));
-                let x: __m512bh = std::mem::transmute(_mm512_set1_epi32((*x).cast_signed()));
+                let (w, x): (__m512bh, __m512bh) = (std::mem::transmute(w), std::mem::transmute(x));
                 _mm512_dpbf16_ps(acc, w, x)
             }
         }

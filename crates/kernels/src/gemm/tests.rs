@@ -99,7 +99,8 @@ fn pair_code_reads_the_right_elements() {
         type Acc = [f32; 16];
         const ACCS: usize = 1;
         type X = u32;
-        const X_PER_PAIR: usize = 1;
+        type Factor = [u32; 16];
+        const PER_PAIR: usize = 1;
         unsafe fn zero() -> [f32; 16] {
             [0.0; 16]
         }
@@ -111,22 +112,30 @@ fn pair_code_reads_the_right_elements() {
             // SAFETY: 16 writable floats by contract.
             unsafe { to.cast::<[f32; 16]>().write_unaligned(acc) }
         }
-        unsafe fn fma_f32(acc: [f32; 16], _: *const u8, _: usize, _: *const f32) -> [f32; 16] {
-            acc
+        unsafe fn single(_: *const u8, _: usize) -> [u32; 16] {
+            unreachable!("the weights are bf16")
         }
-        unsafe fn fma_pair(
-            acc: [f32; 16],
-            line: *const u8,
-            part: usize,
-            x: *const u32,
-        ) -> [f32; 16] {
-            assert_eq!(part, 0);
+        unsafe fn pair(line: *const u8, part: usize, nth: usize) -> [u32; 16] {
+            assert_eq!((part, nth), (0, 0));
             // SAFETY: 64 readable bytes by contract.
-            let (w, x) = unsafe { (line.cast::<[u32; 16]>().read(), *x) };
-            let (even, odd) = (f32::from_bits(x << 16), f32::from_bits(x & 0xffff_0000));
+            unsafe { line.cast::<[u32; 16]>().read() }
+        }
+        unsafe fn spread_single(_: *const f32) -> [u32; 16] {
+            unreachable!("the weights are bf16")
+        }
+        unsafe fn spread(x: *const u32) -> [u32; 16] {
+            // SAFETY: readable by contract.
+            [unsafe { *x }; 16]
+        }
+        unsafe fn fma(_: [f32; 16], _: [u32; 16], _: [u32; 16]) -> [f32; 16] {
+            unreachable!("the weights are bf16")
+        }
+        unsafe fn fma_pair(acc: [f32; 16], w: [u32; 16], x: [u32; 16]) -> [f32; 16] {
+            let halves =
+                |bits: u32| (f32::from_bits(bits << 16), f32::from_bits(bits & 0xffff_0000));
             std::array::from_fn(|i| {
-                let acc = f32::from_bits(w[i] << 16).mul_add(even, acc[i]);
-                f32::from_bits(w[i] & 0xffff_0000).mul_add(odd, acc)
+                let ((even, odd), (x_even, x_odd)) = (halves(w[i]), halves(x[i]));
+                odd.mul_add(x_odd, even.mul_add(x_even, acc[i]))
             })
         }
     }
