@@ -314,7 +314,8 @@ mod x86 {
         unsafe fn fma_pair(acc: __m512, w: __m512, x: __m512) -> __m512 {
             // SAFETY: __m512bh and __m512 are the same 64 bytes of plain bits.
             unsafe {
-                let (w, x): (__m512bh, __m512bh) = (std::mem::transmute(w), std::mem::transmute(x));
+                let w = std::mem::transmute::<__m512, __m512bh>(w);
+                let x = std::mem::transmute::<__m512, __m512bh>(x);
                 _mm512_dpbf16_ps(acc, w, x)
             }
         }
