@@ -145,7 +145,8 @@ pub(crate) struct ServeArgs {
     pub(crate) step_tokens: u32,
     /// Longest that prompts may hold up a step while streams wait for their next token, in milliseconds; as measured.
     /// Twice as long as the step takes without them is always allowed, as are 16 tokens per worker, and four times as much
-    /// for streams that go on elsewhere after a fault. Less: steadier streams, later first tokens.
+    /// for streams that go on elsewhere after a fault; the step after a failed one takes none while streams wait. Less:
+    /// steadier streams, later first tokens.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) prefill_ms: u64,
     /// Most sequences that wait; the next one is told to come back later (429).
