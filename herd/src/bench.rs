@@ -279,6 +279,7 @@ impl Bench<'_> {
             sequences_max: self.options.streams_max(),
             queue_max: self.options.streams_max(),
             context_tokens: self.model.config.context_tokens,
+            backup_tokens: Vec::new(),
         })?)
     }
 

@@ -140,6 +140,7 @@ pub fn run(model: &Model, prompt: &[u32], options: Options) -> anyhow::Result<Ou
         sequences_max: 1,
         queue_max: 1,
         context_tokens: config.context_tokens,
+        backup_tokens: Vec::new(),
     })?;
     let new = NewSequence {
         id: SeqId(1),

@@ -22,7 +22,11 @@
 //! * A sequence that has begun, and lost what was computed of it, is prefilled before those that have not,
 //!   and four times as much of it: somebody is in the middle of its text.
 //! * If a pool runs out, the youngest sequence of that rank gives its blocks back.
+//! * Every sequence has a *backup*: a copy of its KV rows in the memory of another rank, as far as there is
+//!   room for it. Its rank sends rows after each step; the other one says what it has. A sequence that loses
+//!   its rank goes on where its copy is, and computes only what that lacks.
 
+mod backup;
 mod machine;
 mod pace;
 mod pool;
@@ -34,7 +38,7 @@ mod tests;
 
 pub use machine::Scheduler;
 
-use ids::{BlockId, SeqId, StepId};
+use ids::{BlockId, Rank, SeqId, StepId};
 use std::time::Duration;
 
 /// Capacity of the two KV pools of a rank.
@@ -63,6 +67,11 @@ impl KvPools {
             Some(chunk) if chunk.is_multiple_of(self.block_tokens) => chunk / self.block_tokens,
             Some(chunk) => (chunk - 1).div_ceil(self.block_tokens) + 1,
         }
+    }
+
+    /// The number of the block with the start of the chunk of a position; 0 without chunks.
+    fn first_of_chunk(&self, position: u32) -> u32 {
+        self.chunk_tokens.map_or(0, |chunk| position / chunk * chunk / self.block_tokens)
     }
 
     /// Positions that one sequence alone on the rank can hold.
@@ -96,6 +105,8 @@ pub struct Config {
     pub queue_max: u32,
     /// Longest sequence that the model serves, prompt and output.
     pub context_tokens: u32,
+    /// Per rank: positions of other ranks' sequences of which it can keep a copy. Empty: no rank can.
+    pub backup_tokens: Vec<u32>,
 }
 
 /// A sequence to run.
@@ -127,6 +138,33 @@ pub struct Slice {
     pub chunked_first: u32,
     /// The slice reaches the end of the sequence: sample after its last token.
     pub samples: bool,
+    /// Positions `0..restored` of the blocks are to be filled from the copy that this rank keeps, before anything
+    /// is computed. 0: the blocks hold what is before `start`.
+    pub restored: u32,
+    /// What of the sequence goes to another rank after the step.
+    pub backup: Option<BackupOrder>,
+}
+
+/// Rows of a sequence that go to the rank that keeps a copy of them: those of positions `start..end`, all of them
+/// computed when the step is over.
+///
+/// By law 1 the rows of a position depend on the tokens up to it alone. So it does not matter which attempt at a step
+/// they come from, and a copy may be written over again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BackupOrder {
+    pub rank: Rank,
+    pub start: u32,
+    pub end: u32,
+}
+
+/// What a rank says of a copy that it keeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Held {
+    pub sequence: SeqId,
+    /// It has the rows of positions `0..positions`.
+    pub positions: u32,
+    /// Rows have come that do not follow these: what is between must be sent again.
+    pub has_gap: bool,
 }
 
 /// One step of all ranks. Meant to be reused, so that planning allocates nothing.
@@ -135,13 +173,15 @@ pub struct Plan {
     pub step: StepId,
     /// Per rank; a rank without slices still takes part in the step.
     pub ranks: Vec<Vec<Slice>>,
+    /// Per rank: sequences of which it needs to keep no copy any more. Said until a step that says it succeeds.
+    pub released: Vec<Vec<SeqId>>,
 }
 
 impl Plan {
     /// A buffer for [`Scheduler::plan`].
     #[must_use]
     pub fn new() -> Self {
-        Self { step: StepId(0), ranks: Vec::new() }
+        Self { step: StepId(0), ranks: Vec::new(), released: Vec::new() }
     }
 }
 
@@ -172,6 +212,8 @@ pub struct RankStats {
     pub running: u32,
     pub full_free_blocks: u32,
     pub chunked_free_blocks: u32,
+    /// Positions of others' sequences of which it has a copy, as far as it has said so.
+    pub backup_tokens: u64,
 }
 
 /// A configuration under which sequences could get stuck.
@@ -186,6 +228,9 @@ pub enum ConfigError {
     /// A limit that would admit nothing.
     #[error("step_tokens, sequences_max and queue_max must be at least 1")]
     ZeroLimit,
+    /// Not one entry per rank.
+    #[error("backup_tokens has {entries} entries for {ranks} ranks")]
+    Backups { entries: usize, ranks: usize },
     /// Some running sequences would get no token in a step.
     #[error("a step of {step_tokens} tokens cannot serve {sequences_max} sequences")]
     SmallStep { step_tokens: u32, sequences_max: u32 },

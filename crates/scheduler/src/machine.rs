@@ -1,12 +1,13 @@
 //! The scheduler itself: admission, and one step at a time over all ranks.
 
 use crate::{
-    Config, ConfigError, NewSequence, Plan, Stats, SubmitError,
+    Config, ConfigError, Held, NewSequence, Plan, Stats, SubmitError,
+    backup::{Backups, Released, rank_of},
     pace::{Load, Pace},
     rank::{Budget, RankState, Room},
     sequence::Sequence,
 };
-use ids::{SeqId, StepId};
+use ids::{Rank, SeqId, StepId};
 use std::{collections::VecDeque, time::Duration};
 
 /// Sequences that resume may take this many times the prefill of new ones while others decode. Both are in
@@ -31,6 +32,7 @@ pub struct Scheduler {
     behind: bool,
     arrivals: u64,
     preemptions: u64,
+    backups: Backups,
     // Buffers of `admit` and `commit`.
     rooms: Vec<Room>,
     sampled: Vec<(SeqId, u32)>,
@@ -52,6 +54,10 @@ impl Scheduler {
                 sequences_max: config.sequences_max,
             });
         }
+        if !config.backup_tokens.is_empty() && config.backup_tokens.len() != config.pools.len() {
+            let (entries, ranks) = (config.backup_tokens.len(), config.pools.len());
+            return Err(ConfigError::Backups { entries, ranks });
+        }
         let is_empty = |kv: &crate::KvPools| {
             kv.block_tokens == 0 || kv.chunk_tokens == Some(0) || kv.capacity_tokens() == 0
         };
@@ -71,6 +77,7 @@ impl Scheduler {
             behind: false,
             arrivals: 0,
             preemptions: 0,
+            backups: Backups::new(config.backup_tokens.clone()),
             rooms: Vec::new(),
             sampled: Vec::new(),
             config,
@@ -78,8 +85,9 @@ impl Scheduler {
     }
 
     /// Moves to the ranks of another view. `kept[new]` names the old rank whose KV memory rank `new`
-    /// still has, blocks and all: its sequences go on where they are. Those of ranks that nobody
-    /// kept wait at the front of the queue, oldest first, and are computed again from their tokens.
+    /// still has, blocks, copies and all: its sequences go on where they are. Those of ranks that nobody
+    /// kept wait at the front of the queue, oldest first, and go on from the copies of what was computed of them,
+    /// or are computed again from their tokens.
     ///
     /// If the longest possible sequence changes, no sequence is taken over: submit them again, as
     /// far as [`Self::has`] does not know them.
@@ -119,15 +127,24 @@ impl Scheduler {
         homeless.sort_by_key(|sequence| sequence.born);
         next.queue.extend(homeless);
         next.queue.append(&mut self.queue);
+        let running = next.ranks.iter_mut().flat_map(RankState::running_mut);
+        for sequence in running.chain(&mut next.queue) {
+            sequence.backup.take_if(|backup| {
+                let now = kept.iter().position(|kept| *kept == Some(backup.rank.index()));
+                backup.rank = now.map_or(backup.rank, rank_of);
+                now.is_none()
+            });
+        }
         Ok(next)
     }
 
     /// Ends every sequence that is not wanted any more. Only while no step is in flight.
     pub fn retain(&mut self, wanted: impl Fn(SeqId) -> bool) {
-        self.queue.retain(|sequence| wanted(sequence.id));
+        self.drop_queued(|sequence| !wanted(sequence.id));
         for rank in &mut self.ranks {
             rank.retain(&wanted);
         }
+        self.release_dropped();
     }
 
     /// Whether the sequence is here, running or waiting.
@@ -178,13 +195,34 @@ impl Scheduler {
     /// Ends a sequence and frees its blocks: at once, or when the step in flight ends. Unknown
     /// sequences are ignored, so it may be called twice.
     pub fn cancel(&mut self, id: SeqId) {
-        self.queue.retain(|sequence| sequence.id != id);
+        self.drop_queued(|sequence| sequence.id == id);
         for rank in &mut self.ranks {
             match self.in_flight {
                 Some(_) => rank.doom(id),
                 None => rank.remove(id),
             }
         }
+        self.release_dropped();
+    }
+
+    /// What a rank says of the copies that it keeps.
+    pub fn held(&mut self, rank: Rank, held: &[Held]) {
+        let running = self.ranks.iter_mut().flat_map(RankState::running_mut);
+        self.backups.told(rank, held, running.chain(&mut self.queue));
+    }
+
+    /// The last step failed because a rank does not have copies of these sequences from which they were to go on:
+    /// they are computed again from their tokens.
+    ///
+    /// # Panics
+    ///
+    /// If a step is in flight.
+    pub fn unrestore(&mut self, rank: Rank, ids: &[SeqId]) {
+        assert!(self.in_flight.is_none(), "copies are missed while a step is in flight");
+        if let Some(rank) = self.ranks.get_mut(rank.index()) {
+            rank.unrestore(ids);
+        }
+        self.release_dropped();
     }
 
     /// Plans one step into `plan`, whose memory is reused. False: there is nothing to do, and no
@@ -204,11 +242,16 @@ impl Scheduler {
         }
         let (decodes, budget) = self.budget();
         self.load = Load { decodes, prefill_tokens: 0 };
-        for (rank, out) in self.ranks.iter_mut().zip(&mut plan.ranks) {
+        for rank in &mut self.ranks {
             let prefill_tokens = rank.share_budget(budget);
             self.load.prefill_tokens = self.load.prefill_tokens.max(prefill_tokens);
-            rank.write_slices(out);
-            slices += out.len();
+        }
+        self.backups.plan(&mut self.ranks, &self.queue);
+        plan.released.resize_with(self.ranks.len(), Vec::new);
+        for (index, rank) in self.ranks.iter_mut().enumerate() {
+            rank.write_slices(&mut plan.ranks[index]);
+            rank.write_released(&mut plan.released[index]);
+            slices += plan.ranks[index].len();
         }
         if slices == 0 {
             return false;
@@ -260,6 +303,7 @@ impl Scheduler {
             rank.commit(&self.sampled);
         }
         self.sampled.clear();
+        self.release_dropped();
     }
 
     /// The step in flight failed; nothing of it counts. Preemptions and admissions stand: the
@@ -274,12 +318,17 @@ impl Scheduler {
         for rank in &mut self.ranks {
             rank.abort();
         }
+        self.release_dropped();
     }
 
     /// The load right now.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        let ranks: Vec<_> = self.ranks.iter().map(RankState::stats).collect();
+        let mut ranks: Vec<_> = self.ranks.iter().map(RankState::stats).collect();
+        let running = self.ranks.iter().flat_map(RankState::running);
+        for backup in running.chain(&self.queue).filter_map(|sequence| sequence.backup.as_ref()) {
+            ranks[backup.rank.index()].backup_tokens += u64::from(backup.held_tokens());
+        }
         Stats {
             running: ranks.iter().map(|rank| rank.running).sum(),
             queued: self.queued(),
@@ -289,9 +338,10 @@ impl Scheduler {
         }
     }
 
-    /// Moves sequences from the queue to ranks with room, each to the one that holds least: all ranks end a
-    /// step together, so one with more memory than the others must not do more. The front is never overtaken:
-    /// a long prompt that waits for memory would otherwise wait for ever.
+    /// Moves sequences from the queue to ranks with room: one of which there is a copy to where that is, any
+    /// other to the rank that holds least. All ranks end a step together, so one with more memory than the others
+    /// must not do more. The front is never overtaken: a long prompt that waits for memory would otherwise wait for
+    /// ever.
     fn admit(&mut self) {
         if self.queue.is_empty() {
             return;
@@ -299,17 +349,51 @@ impl Scheduler {
         self.rooms.clear();
         self.rooms.extend(self.ranks.iter().map(|rank| rank.room(self.config.sequences_max)));
         while let Some(front) = self.queue.front() {
+            let copy = front.backup.as_ref().map(|backup| backup.rank.index());
+            let restorable = copy.map_or(0, |rank| front.restorable(self.ranks[rank].kv()));
             let fitting = (0..self.ranks.len())
                 .map(|rank| (rank, front.needed_blocks(self.ranks[rank].kv())))
                 .filter(|&(rank, needed)| self.rooms[rank].fits(needed));
             let taken = |rank: usize| self.rooms[rank].taken(self.ranks[rank].kv());
-            let Some((rank, needed)) = fitting.min_by_key(|&(rank, _)| (taken(rank), rank)) else {
-                break;
-            };
+            let is_elsewhere = |rank: usize| restorable == 0 || copy != Some(rank);
+            let best = fitting.min_by_key(|&(rank, _)| (is_elsewhere(rank), taken(rank), rank));
+            let Some((rank, needed)) = best else { break };
             self.rooms[rank].take(needed);
-            self.ranks[rank].admit(self.queue.pop_front().expect("it has a front"));
+            let mut sequence = self.queue.pop_front().expect("it has a front");
+            if !is_elsewhere(rank) {
+                sequence.restore(restorable, self.ranks[rank].kv());
+            } else if copy == Some(rank) {
+                self.release_on(sequence.let_go());
+            }
+            self.ranks[rank].admit(sequence);
         }
         self.rooms.clear();
+    }
+
+    fn drop_queued(&mut self, leaves: impl Fn(&Sequence) -> bool) {
+        let mut dropped = Vec::new();
+        self.queue.retain_mut(|sequence| {
+            let leaves = leaves(sequence);
+            if leaves {
+                dropped.extend(sequence.let_go());
+            }
+            !leaves
+        });
+        self.release_on(dropped);
+    }
+
+    /// Copies that nobody needs any more are told to those who keep them.
+    fn release_on(&mut self, copies: impl IntoIterator<Item = Released>) {
+        for Released { rank, sequence } in copies {
+            self.ranks[rank.index()].release(sequence);
+        }
+    }
+
+    fn release_dropped(&mut self) {
+        for rank in 0..self.ranks.len() {
+            let dropped: Vec<Released> = self.ranks[rank].take_dropped().collect();
+            self.release_on(dropped);
+        }
     }
 
     fn queued(&self) -> u32 {

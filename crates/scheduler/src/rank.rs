@@ -2,6 +2,7 @@
 
 use crate::{
     KvPools, RankStats, Slice,
+    backup::Released,
     pool::Pool,
     sequence::{Fate, Sequence},
     share::{self, Claim, UnitClaim},
@@ -69,6 +70,11 @@ pub(crate) struct RankState {
     chunked: Pool,
     /// In the order of taking, so that an abort can restore the pools exactly.
     grants: Vec<Grant>,
+    /// Copies on this rank that nobody needs any more; the first `telling` are said with the step in flight.
+    released: Vec<SeqId>,
+    telling: usize,
+    /// Copies, on whatever rank, of sequences that have left this one.
+    dropped: Vec<Released>,
     // Buffers of `share_budget`.
     claims: Vec<Claim>,
     units: Vec<UnitClaim>,
@@ -82,6 +88,9 @@ impl RankState {
             full: Pool::new(kv.full_blocks),
             chunked: Pool::new(if kv.chunk_tokens.is_some() { kv.chunked_blocks } else { 0 }),
             grants: Vec::new(),
+            released: Vec::new(),
+            telling: 0,
+            dropped: Vec::new(),
             claims: Vec::new(),
             units: Vec::new(),
         }
@@ -96,6 +105,41 @@ impl RankState {
             running: self.running_count(),
             full_free_blocks: self.full.free_blocks(),
             chunked_free_blocks: self.chunked.free_blocks(),
+            backup_tokens: 0,
+        }
+    }
+
+    /// Its sequences, oldest first.
+    pub(crate) fn running(&self) -> impl Iterator<Item = &Sequence> {
+        self.running.iter()
+    }
+
+    pub(crate) fn running_mut(&mut self) -> impl Iterator<Item = &mut Sequence> {
+        self.running.iter_mut()
+    }
+
+    /// It needs to keep no copy of this sequence any more.
+    pub(crate) fn release(&mut self, sequence: SeqId) {
+        self.released.push(sequence);
+    }
+
+    /// Copies of sequences that have left it since the last call.
+    pub(crate) fn take_dropped(&mut self) -> impl Iterator<Item = Released> {
+        self.dropped.drain(..)
+    }
+
+    /// Writes what it is told with the step that is planned.
+    pub(crate) fn write_released(&mut self, released: &mut Vec<SeqId>) {
+        released.clear();
+        released.extend_from_slice(&self.released);
+        self.telling = self.released.len();
+    }
+
+    /// The copies are gone that its sequences of these ids were to go on from.
+    pub(crate) fn unrestore(&mut self, ids: &[SeqId]) {
+        let Self { running, full, chunked, dropped, .. } = self;
+        for sequence in running.iter_mut().filter(|sequence| ids.contains(&sequence.id)) {
+            dropped.extend(sequence.unrestore(full, chunked));
         }
     }
 
@@ -235,6 +279,8 @@ impl RankState {
                     chunked_blocks: Vec::new(),
                     chunked_first: 0,
                     samples: false,
+                    restored: 0,
+                    backup: None,
                 });
             }
             sequence.write_slice(&mut slices[written], &self.kv);
@@ -247,12 +293,13 @@ impl RankState {
     /// meanwhile or reached their limit leave.
     pub(crate) fn commit(&mut self, sampled: &[(SeqId, u32)]) {
         self.grants.clear();
+        self.released.drain(..std::mem::take(&mut self.telling));
         for sequence in &mut self.running {
             let token = (sequence.samples() && sequence.fate == Fate::Wanted).then(|| {
                 let found = sampled.binary_search_by_key(&sequence.id, |&(id, _)| id);
                 sampled[found.expect("the caller checks that every slice was sampled")].1
             });
-            sequence.commit(token, &self.kv, &mut self.chunked);
+            self.dropped.extend(sequence.commit(token, &self.kv, &mut self.chunked));
         }
         self.drop_running(|sequence| sequence.fate == Fate::Cancelled || sequence.is_at_limit());
     }
@@ -271,8 +318,9 @@ impl RankState {
                 }
             }
         }
+        self.telling = 0;
         for sequence in &mut self.running {
-            sequence.set_planned(0);
+            sequence.abort();
         }
         self.drop_running(|sequence| sequence.fate == Fate::Cancelled);
     }
@@ -307,11 +355,12 @@ impl RankState {
     }
 
     fn drop_running(&mut self, leaves: impl Fn(&Sequence) -> bool) {
-        let Self { running, full, chunked, .. } = self;
+        let Self { running, full, chunked, dropped, .. } = self;
         running.retain_mut(|sequence| {
             let leaves = leaves(sequence);
             if leaves {
                 sequence.release(full, chunked);
+                dropped.extend(sequence.let_go());
             }
             !leaves
         });

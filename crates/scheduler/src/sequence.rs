@@ -1,6 +1,11 @@
 //! One sequence: its tokens, how far they are computed, and the blocks that hold the result.
 
-use crate::{KvPools, NewSequence, Slice, pool::Pool, share::Unit};
+use crate::{
+    KvPools, NewSequence, Slice,
+    backup::{Backup, Released},
+    pool::Pool,
+    share::Unit,
+};
 use ids::{BlockId, SeqId};
 
 /// Whether the router still wants a sequence.
@@ -33,6 +38,11 @@ pub(crate) struct Sequence {
     full: Vec<BlockId>,
     chunked: Vec<BlockId>,
     chunked_first: u32,
+    /// Where a copy of its KV rows is.
+    pub(crate) backup: Option<Backup>,
+    /// Positions `0..restored` count as computed, but are still to come out of the copy, which is on the
+    /// sequence's own rank. 0: nothing is.
+    restored: u32,
 }
 
 impl Sequence {
@@ -52,6 +62,8 @@ impl Sequence {
             full: Vec::new(),
             chunked: Vec::new(),
             chunked_first: 0,
+            backup: None,
+            restored: 0,
         }
     }
 
@@ -156,6 +168,8 @@ impl Sequence {
         let blocks = kv.blocks(end);
         slice.sequence = self.id;
         slice.start = self.computed;
+        slice.restored = self.restored;
+        slice.backup = self.backup.as_ref().and_then(|backup| backup.order());
         slice.samples = self.samples();
         slice.tokens.clear();
         slice.tokens.extend_from_slice(&self.tokens[index(self.computed)..index(end)]);
@@ -170,27 +184,90 @@ impl Sequence {
         }
     }
 
-    /// The step succeeded. Blocks of chunks that are over go back to `chunked`.
-    pub(crate) fn commit(&mut self, sampled: Option<u32>, kv: &KvPools, chunked: &mut Pool) {
+    /// How many positions could come out of its copy, where that is.
+    pub(crate) fn restorable(&self, kv: &KvPools) -> u32 {
+        let copy = self.backup.as_ref();
+        copy.map_or(0, |backup| backup.restorable(self.len_tokens() - 1, kv.chunk_tokens))
+    }
+
+    /// It comes to the rank of its copy and goes on from there.
+    pub(crate) fn restore(&mut self, positions: u32, kv: &KvPools) {
+        debug_assert!(self.full.is_empty() && positions < self.len_tokens());
+        (self.restored, self.computed) = (positions, positions);
+        self.chunked_first = kv.first_of_chunk(positions);
+    }
+
+    /// There is no such copy: what was to come out of it is not computed after all.
+    pub(crate) fn unrestore(&mut self, full: &mut Pool, chunked: &mut Pool) -> Option<Released> {
+        if self.restored == 0 {
+            return None;
+        }
+        self.release(full, chunked);
+        self.let_go()
+    }
+
+    /// The end of the slice of the step in flight, if it has one.
+    pub(crate) fn planned_end(&self) -> Option<u32> {
+        (0 < self.planned).then_some(self.computed + self.planned)
+    }
+
+    /// The step succeeded. Blocks of chunks that are over go back to `chunked`. Returns a copy that nobody
+    /// needs any more.
+    pub(crate) fn commit(
+        &mut self,
+        sampled: Option<u32>,
+        kv: &KvPools,
+        chunked: &mut Pool,
+    ) -> Option<Released> {
+        let released = match &mut self.backup {
+            Some(_) if 0 < self.restored && 0 < self.planned => {
+                self.restored = 0;
+                self.let_go()
+            }
+            Some(backup) => {
+                backup.commit();
+                None
+            }
+            None => None,
+        };
         self.computed += std::mem::take(&mut self.planned);
         self.tokens.extend(sampled);
         self.has_begun |= sampled.is_some();
-        if let Some(chunk) = kv.chunk_tokens {
-            let first = self.computed / chunk * chunk / kv.block_tokens;
+        if kv.chunk_tokens.is_some() {
+            let first = kv.first_of_chunk(self.computed);
             for block in self.chunked.drain(..index(first - self.chunked_first)) {
                 chunked.give(block);
             }
             self.chunked_first = first;
         }
+        released
     }
 
-    /// Gives all blocks back; what was computed is lost, the tokens stay.
+    /// The step failed.
+    pub(crate) fn abort(&mut self) {
+        self.planned = 0;
+        if let Some(backup) = &mut self.backup {
+            backup.abort();
+        }
+    }
+
+    /// Nobody needs its copy any more: where that is.
+    pub(crate) fn let_go(&mut self) -> Option<Released> {
+        let backup = self.backup.take()?;
+        Some(Released { rank: backup.rank, sequence: self.id })
+    }
+
+    /// Gives all blocks back; what was computed is lost, the tokens stay, and so does a copy elsewhere.
     pub(crate) fn release(&mut self, full: &mut Pool, chunked: &mut Pool) {
         full.give_all(&mut self.full);
         chunked.give_all(&mut self.chunked);
         self.chunked_first = 0;
         self.computed = 0;
         self.planned = 0;
+        self.restored = 0;
+        if let Some(backup) = &mut self.backup {
+            backup.abort();
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Golden traces of what is planned, and the rules at the edges.
 
+mod backup;
 mod model;
 mod random;
 
@@ -18,6 +19,7 @@ fn config(pools: &[KvPools], step_tokens: u32) -> Config {
         sequences_max: 4,
         queue_max: 8,
         context_tokens: 1000,
+        backup_tokens: Vec::new(),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::model::{self, Worker};
 use crate::{Config, KvPools, NewSequence, Plan, RankStats, Scheduler, Slice};
-use ids::{BlockId, SeqId, StepId};
+use ids::{BlockId, Rank, SeqId, StepId};
 use proptest::prelude::*;
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,6 +23,12 @@ enum Action {
     FailedStep,
     /// A step during which the n-th live sequence is cancelled.
     CancelDuring(usize),
+    /// The n-th rank is lost, and another worker takes its place; with a step in flight if so told.
+    Lose(usize, bool),
+    /// Rows of the next step get lost on their way to copies.
+    LosePieces,
+    /// The n-th rank forgets its copies.
+    Evict(usize),
 }
 
 fn action() -> impl Strategy<Value = Action> {
@@ -35,31 +41,37 @@ fn action() -> impl Strategy<Value = Action> {
         6 => (0..40_u64).prop_map(Action::Step),
         1 => Just(Action::FailedStep),
         1 => any::<usize>().prop_map(Action::CancelDuring),
+        1 => (any::<usize>(), any::<bool>()).prop_map(|(nth, during)| Action::Lose(nth, during)),
+        1 => Just(Action::LosePieces),
+        1 => any::<usize>().prop_map(Action::Evict),
     ]
 }
 
+/// All but the chunks, which are the model's.
 fn kv() -> impl Strategy<Value = KvPools> {
-    (1..5_u32, 4..24_u32, 4..16_u32, prop_oneof![Just(None), (2..11_u32).prop_map(Some)]).prop_map(
-        |(block_tokens, full_blocks, chunked_blocks, chunk_tokens)| KvPools {
-            block_tokens,
-            full_blocks,
-            chunked_blocks,
-            chunk_tokens,
-        },
-    )
+    (1..5_u32, 4..24_u32, 4..16_u32).prop_map(|(block_tokens, full_blocks, chunked_blocks)| {
+        KvPools { block_tokens, full_blocks, chunked_blocks, chunk_tokens: None }
+    })
 }
 
 fn config() -> impl Strategy<Value = Config> {
-    (prop::collection::vec(kv(), 1..4), 1..5_u32, 0..60_u32).prop_map(|(pools, sequences, more)| {
-        Config {
-            pools,
-            step_tokens: sequences + more,
-            prefill_max: Duration::from_millis(10),
-            sequences_max: sequences,
-            queue_max: 6,
-            context_tokens: 48,
-        }
-    })
+    let ranks = prop::collection::vec((kv(), 0..150_u32), 1..4);
+    let chunk = prop_oneof![Just(None), (2..11_u32).prop_map(Some)];
+    (ranks, chunk, 1..5_u32, 0..60_u32, any::<bool>()).prop_map(
+        |(ranks, chunk_tokens, sequences, more, has_backups)| {
+            let (pools, backup_tokens): (Vec<KvPools>, _) = ranks.into_iter().unzip();
+            let pools = pools.into_iter().map(|kv| KvPools { chunk_tokens, ..kv }).collect();
+            Config {
+                pools,
+                step_tokens: sequences + more,
+                prefill_max: Duration::from_millis(10),
+                sequences_max: sequences,
+                queue_max: 6,
+                context_tokens: 48,
+                backup_tokens: if has_backups { backup_tokens } else { Vec::new() },
+            }
+        },
+    )
 }
 
 /// A sequence as its owner sees it.
@@ -75,6 +87,7 @@ struct World {
     plan: Plan,
     wanted: BTreeMap<SeqId, Wanted>,
     histories: BTreeMap<SeqId, Vec<u32>>,
+    loses_pieces: bool,
     steps: u64,
     submitted: u64,
     finished: u64,
@@ -89,6 +102,7 @@ impl World {
             plan: Plan::new(),
             wanted: BTreeMap::new(),
             histories: BTreeMap::new(),
+            loses_pieces: false,
             steps: 0,
             submitted: 0,
             finished: 0,
@@ -114,7 +128,32 @@ impl World {
                     self.commit();
                 }
             }
+            Action::Lose(nth, during) => self.lose(nth % self.workers.len(), during),
+            Action::LosePieces => self.loses_pieces = true,
+            Action::Evict(nth) => {
+                let nth = nth % self.workers.len();
+                self.workers[nth].evict();
+            }
         }
+    }
+
+    /// A view change in which the ranks are told in another order, too.
+    fn lose(&mut self, lost: usize, during: bool) {
+        if during && self.plan() {
+            model::fail(&mut self.workers, &self.plan);
+            self.scheduler.abort();
+        }
+        let ranks = self.workers.len();
+        self.workers[lost] = Worker::new(self.config.pools[lost]);
+        let turn = |index: usize| (index + 1) % ranks;
+        self.workers.rotate_left(1 % ranks);
+        self.config.pools.rotate_left(1 % ranks);
+        let backups = self.config.backup_tokens.len().min(1);
+        self.config.backup_tokens.rotate_left(backups);
+        let kept: Vec<_> = (0..ranks).map(turn).map(|old| (old != lost).then_some(old)).collect();
+        let empty = Scheduler::new(self.config.clone()).unwrap();
+        let scheduler = std::mem::replace(&mut self.scheduler, empty);
+        self.scheduler = scheduler.reconfigure(self.config.clone(), &kept).unwrap();
     }
 
     fn submit(&mut self, prompt_tokens: u32, tokens_max: u32, group: Option<u64>) {
@@ -162,7 +201,12 @@ impl World {
             let aborted = self.scheduler.clone();
             assert!(self.plan());
             if preemptions == aborted.stats().preemptions && aborted.stats().queued == 0 {
-                assert_eq!(self.plan.ranks, what_is_due(first.ranks));
+                let second = without_backups(self.plan.ranks.clone());
+                assert_eq!(second, what_is_due(without_backups(first.ranks)));
+                // By now every sequence that can have a copy has a rank for it.
+                self.scheduler.abort();
+                let aborted = self.scheduler.clone();
+                assert!(self.plan());
                 self.scheduler.abort();
                 assert_eq!(self.scheduler, aborted, "as if never planned");
                 assert!(self.plan());
@@ -172,8 +216,31 @@ impl World {
     }
 
     fn commit(&mut self) {
-        let sampled = model::run(&mut self.workers, &self.plan, &self.histories);
+        let ran = loop {
+            match model::run(&mut self.workers, &self.plan, &self.histories) {
+                Ok(ran) => break ran,
+                Err((rank, missing)) => {
+                    self.scheduler.abort();
+                    self.scheduler.unrestore(rank, &missing);
+                    if !self.plan() {
+                        return;
+                    }
+                }
+            }
+        };
+        let sampled = ran.sampled;
+        // What ranks say is what they had before the rows of this step.
+        for (rank, worker) in (0..).map(Rank).zip(&mut self.workers) {
+            let held = worker.take_news();
+            self.scheduler.held(rank, &held);
+        }
         self.scheduler.commit(&sampled);
+        let is_lost = std::mem::take(&mut self.loses_pieces);
+        for (rank, piece) in ran.pieces {
+            if !is_lost {
+                self.workers[rank.index()].keep(piece);
+            }
+        }
         for (id, token) in sampled {
             let Some(wanted) = self.wanted.get(&id) else { continue };
             let history = self.histories.get_mut(&id).unwrap();
@@ -212,10 +279,25 @@ impl World {
         assert!(self.wanted.is_empty(), "{:?} never ended", self.wanted.keys());
         let stats = self.scheduler.stats();
         assert_eq!((stats.running, stats.queued), (0, 0));
+        self.assert_copies_released();
         for (rank, kv) in stats.ranks.iter().zip(&self.config.pools) {
             assert_eq!(rank.full_free_blocks, kv.full_blocks);
             let chunked = if kv.chunk_tokens.is_some() { kv.chunked_blocks } else { 0 };
             assert_eq!(rank.chunked_free_blocks, chunked);
+        }
+    }
+}
+
+impl World {
+    /// Nobody is left, so the next step tells every rank to keep no copy.
+    fn assert_copies_released(&mut self) {
+        self.submit(1, 1, None);
+        assert!(self.plan());
+        self.commit();
+        // That of the one sequence of this step.
+        let id = SeqId(self.submitted - 1);
+        for worker in &mut self.workers {
+            assert!(worker.copies().iter().all(|&copy| copy == id), "{:?}", worker.copies());
         }
     }
 }
@@ -246,9 +328,10 @@ proptest! {
     }
 }
 
-/// The random test must not pass by never preempting, never crossing a chunk or never finishing.
+/// The random test must not pass by never preempting, never crossing a chunk, never going on from a copy or
+/// never finishing.
 #[test]
-fn busy_small_rank_preempts_and_finishes() {
+fn busy_small_rank_preempts_restores_and_finishes() {
     let kv = KvPools { block_tokens: 3, full_blocks: 14, chunked_blocks: 8, chunk_tokens: Some(7) };
     let mut world = World::new(Config {
         pools: vec![kv, kv],
@@ -257,6 +340,7 @@ fn busy_small_rank_preempts_and_finishes() {
         sequences_max: 4,
         queue_max: 6,
         context_tokens: 40,
+        backup_tokens: vec![200, 200],
     });
     for round in 0..60 {
         world.act(&Action::Submit {
@@ -264,9 +348,15 @@ fn busy_small_rank_preempts_and_finishes() {
             tokens_max: 1 + round * 5 % 19,
             group: Some(u64::from(round) / 3),
         });
-        world.act(if round % 7 == 0 { &Action::FailedStep } else { &Action::Step(1) });
+        world.act(match round % 7 {
+            0 => &Action::FailedStep,
+            3 => &Action::Lose(0, true),
+            _ => &Action::Step(1),
+        });
     }
     world.drain();
+    let restored: u64 = world.workers.iter().map(|worker| worker.restored).sum();
+    assert!(20 < restored, "{restored}");
     let preemptions = world.scheduler.stats().preemptions;
     assert!(4 < preemptions, "{preemptions}");
     assert!(20 < world.finished, "{}", world.finished);
@@ -281,6 +371,14 @@ fn what_is_due(ranks: Vec<Vec<Slice>>) -> Vec<Vec<Slice>> {
     ranks.into_iter().map(|slices| slices.into_iter().filter(decodes).collect()).collect()
 }
 
+/// There may be more room for copies than there was a moment ago.
+fn without_backups(mut ranks: Vec<Vec<Slice>>) -> Vec<Vec<Slice>> {
+    for slice in ranks.iter_mut().flatten() {
+        slice.backup = None;
+    }
+    ranks
+}
+
 /// Long prompts keep arriving; a sequence that decodes gets a token in every step.
 #[test]
 fn decode_never_waits_for_prefills() {
@@ -292,6 +390,7 @@ fn decode_never_waits_for_prefills() {
         sequences_max: 4,
         queue_max: 6,
         context_tokens: 400,
+        backup_tokens: Vec::new(),
     });
     world.submit(1, 50, None);
     for _ in 0..50 {
