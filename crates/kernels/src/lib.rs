@@ -34,7 +34,7 @@ mod staged;
 
 pub use attention::{AttentionShape, BLOCK_TOKENS};
 pub use bandwidth::read_bandwidth;
-pub use cache::Cache;
+pub use cache::{Cache, RowsAt};
 pub use cpu::{Cpu, CpuBatch, ExpertWeights, Experts, Route, RowMemory, Tensor, Wire};
 pub use device::{
     AttentionLayer, Device, DeviceError, Pool, Positional, Room, RopeTable, Row, SampleRow,

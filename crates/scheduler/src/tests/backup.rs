@@ -130,7 +130,10 @@ fn failed_step_restores_and_sends_again() {
     assert_eq!(step(&mut scheduler), ["q1 r1 6..7 <6"]);
     for _ in 0..2 {
         assert!(scheduler.plan(StepId(1), &mut plan));
-        assert_eq!((orders(&plan), &plan.released[1]), (vec!["q1 r1 7..8 >r0 0..8".into()], &vec![SeqId(1)]));
+        assert_eq!(
+            (orders(&plan), &plan.released[1]),
+            (vec!["q1 r1 7..8 >r0 0..8".into()], &vec![SeqId(1)])
+        );
         scheduler.abort();
     }
 }
