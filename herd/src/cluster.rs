@@ -96,6 +96,7 @@ impl Cluster {
             kv: self.config.kv,
             // The workers of a process share what is loaded.
             places: self.config.model.config.experts,
+            backup_bytes: 0,
             coordinator: self.coordinator.clone(),
             advertise: None,
             chaos: worker::Chaos::Refused,

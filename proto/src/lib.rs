@@ -11,7 +11,7 @@ use std::time::Duration;
 use tonic::transport::Endpoint;
 
 pub use shares::{shares_from_wire, shares_to_wire};
-pub use step::{slice_from_wire, slice_to_wire};
+pub use step::{held_from_wire, slice_to_wire};
 pub use view::{pools_from_wire, pools_to_wire, view_from_wire, view_to_wire};
 
 /// Messages, clients and servers of `herd/v1/herd.proto`.

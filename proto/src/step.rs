@@ -1,8 +1,8 @@
-//! Slices of a step: scheduler -> wire -> worker.
+//! Slices of a step: scheduler -> wire. What a rank has to say to the scheduler: wire -> scheduler.
 
 use crate::pb;
-use ids::{BlockId, SeqId};
-use scheduler::Slice;
+use ids::SeqId;
+use scheduler::{BackupOrder, Held, Slice};
 
 /// The wire form of a slice; the caller adds how to sample.
 #[must_use]
@@ -15,20 +15,22 @@ pub fn slice_to_wire(slice: &Slice, sample: Option<pb::Sample>) -> pb::Slice {
         chunked_blocks: slice.chunked_blocks.iter().map(|b| b.0).collect(),
         chunked_first: slice.chunked_first,
         sample,
+        restored: slice.restored,
+        backup: slice.backup.map(|BackupOrder { rank, start, end }| pb::Backup {
+            rank: rank.0.into(),
+            start,
+            end,
+        }),
     }
 }
 
-/// The core form of a slice and how to sample after it.
+/// What a rank says of the copies that it keeps.
 #[must_use]
-pub fn slice_from_wire(wire: pb::Slice) -> (Slice, Option<pb::Sample>) {
-    let slice = Slice {
-        sequence: SeqId(wire.sequence),
-        start: wire.start,
-        tokens: wire.tokens,
-        full_blocks: wire.full_blocks.into_iter().map(BlockId).collect(),
-        chunked_blocks: wire.chunked_blocks.into_iter().map(BlockId).collect(),
-        chunked_first: wire.chunked_first,
-        samples: wire.sample.is_some(),
+pub fn held_from_wire(held: &[pb::Held]) -> Vec<Held> {
+    let of = |held: &pb::Held| Held {
+        sequence: SeqId(held.sequence),
+        positions: held.positions,
+        has_gap: held.has_gap,
     };
-    (slice, wire.sample)
+    held.iter().map(of).collect()
 }

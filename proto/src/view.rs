@@ -52,6 +52,7 @@ pub fn pools_to_wire(pools: KvPools) -> pb::KvPools {
         full_blocks: pools.full_blocks,
         chunked_blocks: pools.chunked_blocks,
         chunk_tokens: pools.chunk_tokens.unwrap_or(0),
+        backup_tokens: pools.backup_tokens,
     }
 }
 
@@ -63,6 +64,7 @@ pub fn pools_from_wire(wire: pb::KvPools) -> KvPools {
         full_blocks: wire.full_blocks,
         chunked_blocks: wire.chunked_blocks,
         chunk_tokens: (wire.chunk_tokens != 0).then_some(wire.chunk_tokens),
+        backup_tokens: wire.backup_tokens,
     }
 }
 
@@ -127,7 +129,13 @@ mod tests {
             incarnation: "i".into(),
             pid: 1,
             device: "cpu".into(),
-            kv: KvPools { block_tokens: 16, full_blocks: 4, chunked_blocks: 5, chunk_tokens: None },
+            kv: KvPools {
+                block_tokens: 16,
+                full_blocks: 4,
+                chunked_blocks: 5,
+                chunk_tokens: None,
+                backup_tokens: 77,
+            },
             context_tokens: 64,
             exchange: format!("127.0.0.1:9{rank}"),
         };

@@ -66,7 +66,7 @@ fn taken(
     steps: &[StepBatch],
 ) -> (Taken, Taken, MemoryPlan) {
     let (model, driver) = open(dtype, room);
-    let share = Share { memory: 1 << 40, ranks, workers: ranks };
+    let share = Share { memory: 1 << 40, backups: 0, ranks, workers: ranks };
     let plan = MemoryPlan::new(&model, KV, share).unwrap();
     let (before, after) = on_ranks(&model, ranks, |run| {
         let each = |step: &StepBatch| vec![step.clone(); usize::from(ranks)];
@@ -127,7 +127,7 @@ fn larger_step_is_refused_and_spoils_nothing() {
 #[test]
 fn plan_shows_the_workspace_and_names_it_where_memory_is_too_small() {
     let (model, _) = open(Dtype::Bf16, SMALL);
-    let share = |memory| Share { memory, ranks: 1, workers: 1 };
+    let share = |memory| Share { memory, backups: 0, ranks: 1, workers: 1 };
     let plan = MemoryPlan::new(&model, KV, share(1 << 40)).unwrap();
     assert!(plan.to_string().contains(", workspace of steps 72.2 MiB, up to"), "{plan}");
     let others = plan.dense + plan.kv + plan.expert;

@@ -62,6 +62,7 @@ async fn join(model: &Arc<Model>, coordinator: &str) -> Worker {
         threads: 1,
         kv: KvBlocks::plan(&model.config, model.dtype, 1 << 26, 32).unwrap(),
         places: model.config.experts,
+        backup_bytes: 1 << 24,
         coordinator: coordinator.to_owned(),
         advertise: None,
         chaos: worker::Chaos::Refused,

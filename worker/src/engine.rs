@@ -1,6 +1,7 @@
 //! One rank's steps: device, weights, KV cache and exchange of a view.
 
 use crate::chaos::{Hooks, Struck};
+use crate::error::EngineError;
 use crate::exchange::{HostExchange, Rows, Served, StepExchange};
 use crate::finite::{NonFinite, located};
 use crate::joined::{Joined, Transport};
@@ -10,70 +11,18 @@ use crate::observe::{Eyes, Observer};
 use crate::plantable::Plantable;
 use crate::platform::{Backend, Placed, Platform, Ranks};
 use crate::tally::Tally;
-use crate::weights::{Model, ModelError};
+use crate::weights::Model;
 use all2all::local::{Hub, Lending};
 use all2all::tcp::Peer;
-use all2all::{Aborter, AllToAll, ExchangeError, Fault, Reason, Routes, StepOutcome, View};
+use all2all::{Aborter, AllToAll, ExchangeError, Reason, Routes, StepOutcome, View};
 use ids::{Epoch, ExpertId, Rank, StepId};
 use kernels::cuda::Cuda;
-use kernels::{Cpu, DeviceError, Dtype, Pool, Sampled, StepBatch};
+use kernels::{Cpu, Dtype, Pool, RowsAt, Sampled, StepBatch};
 use model::forward::{Forward, ForwardError, Pass};
 use model::weights::Dense;
 use placement::Shares;
 use std::sync::Arc;
 use std::time::Instant;
-
-/// Why a rank cannot start, or a step failed.
-#[derive(Debug, thiserror::Error)]
-pub enum EngineError {
-    #[error(transparent)]
-    Model(#[from] ModelError),
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    #[error("exchange: {0}")]
-    Exchange(#[from] ExchangeError),
-    #[error("placement: {0}")]
-    Routes(#[from] all2all::RoutesError),
-    #[error("step failed: {0}")]
-    Step(Fault),
-    #[error("shares: {0}")]
-    Parts(#[from] all2all::PartsError),
-    #[error("{0}")]
-    NonFinite(NonFinite),
-    #[error("a GPU cannot serve this model: {0}")]
-    Unsupported(String),
-    #[error("the worker has no rank yet")]
-    Unseated,
-    #[error("the step belongs to {got}, the worker serves {serving:?}")]
-    Epoch { got: Epoch, serving: Option<Epoch> },
-    #[error("{0}")]
-    Io(String),
-}
-
-impl EngineError {
-    /// What the exchange saw, if it was the exchange.
-    #[must_use]
-    pub fn fault(&self) -> Option<&Fault> {
-        match self {
-            Self::Exchange(ExchangeError::Faulted(fault)) | Self::Step(fault) => Some(fault),
-            Self::Exchange(
-                ExchangeError::StaleEpoch { .. }
-                | ExchangeError::NotReady { .. }
-                | ExchangeError::Poisoned { .. }
-                | ExchangeError::Join { .. },
-            )
-            | Self::Model(_)
-            | Self::Device(_)
-            | Self::Routes(_)
-            | Self::Parts(_)
-            | Self::NonFinite(_)
-            | Self::Unsupported(_)
-            | Self::Unseated
-            | Self::Epoch { .. }
-            | Self::Io(_) => None,
-        }
-    }
-}
 
 /// What a rank serves: who holds which expert, `[moe layers][ranks]` ascending, and who serves this one's rows of it.
 pub struct Shard<'a> {
@@ -232,6 +181,33 @@ impl Engine {
         self.tally().take()
     }
 
+    /// Appends rows of the KV cache to `out`, between steps.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError`] if they are not there.
+    pub(crate) fn read_rows(
+        &mut self,
+        at: &RowsAt<'_>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), EngineError> {
+        on_device!(&mut self.0, rank => rank.device.read_rows(&rank.cache, at, out))
+    }
+
+    /// Puts rows into blocks of the KV cache, between steps.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError`] if there are no such blocks.
+    pub(crate) fn write_rows(&mut self, at: &RowsAt<'_>, rows: &[u8]) -> Result<(), EngineError> {
+        on_device!(&mut self.0, rank => rank.device.write_rows(&mut rank.cache, at, rows))
+    }
+
+    /// Fails a step that this rank cannot take part in, so that the others do not wait for it.
+    pub(crate) fn abandon(&mut self, step: StepId, deadline: Instant) {
+        on_device!(&mut self.0, rank => rank.abandon(step, deadline));
+    }
+
     fn view(&self) -> Option<&View> {
         on_device!(&self.0, rank => rank.seated.as_ref().map(|seated| seated.joined.view()))
     }
@@ -361,6 +337,15 @@ impl<D: Backend> RankEngine<D> {
         Ok(())
     }
 
+    fn abandon(&mut self, step: StepId, deadline: Instant) {
+        match self.seated.as_mut().map(|seated| &mut seated.joined) {
+            Some(Joined::Local(local)) => abandon(local, step, deadline),
+            Some(Joined::Lending(lending)) => abandon(lending, step, deadline),
+            Some(Joined::Tcp(tcp, _)) => abandon(&mut **tcp, step, deadline),
+            None => {}
+        }
+    }
+
     fn step(
         &mut self,
         step: StepId,
@@ -459,6 +444,16 @@ impl<D: Backend> RankStep<'_, D> {
         let mut all2all = Struck::new(all2all, self.hooks, self.dtype);
         all2all.begin_step(epoch, self.step, self.deadline)?;
         Ok(all2all)
+    }
+}
+
+/// Begins a step only to end it for all ranks.
+fn abandon<A: AllToAll>(all2all: &mut A, step: StepId, deadline: Instant) {
+    let epoch = all2all.view().epoch;
+    // If it does not begin, nobody waits in it.
+    if all2all.begin_step(epoch, step, deadline).is_ok() {
+        all2all.aborter().abort(epoch, Reason::Abandoned);
+        all2all.end_step();
     }
 }
 

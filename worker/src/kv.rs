@@ -1,5 +1,6 @@
 //! How much KV cache a worker keeps.
 
+use crate::backups::RowBytes;
 use kernels::{BLOCK_TOKENS, Cache, Dtype, Pool};
 use model::config::Config;
 use model::forward::{pools, shape};
@@ -87,15 +88,30 @@ impl KvBlocks {
         pools(config).iter().map(of).sum()
     }
 
-    /// What the coordinator and the router need to know of it.
+    /// What the coordinator and the router need to know of it. Copies of others' rows are beside it.
     #[must_use]
     pub fn pools(self, config: &Config) -> KvPools {
         KvPools {
+            backup_tokens: 0,
             block_tokens: u32::try_from(BLOCK_TOKENS).unwrap_or(u32::MAX),
             full_blocks: self.full,
             chunked_blocks: self.chunked,
             chunk_tokens: chunk_tokens(config),
         }
+    }
+}
+
+/// Bytes that the keys and values of one position take.
+#[must_use]
+pub(crate) fn row_bytes(config: &Config, dtype: Dtype) -> RowBytes {
+    let heads = shape(config);
+    let layer = 2 * heads.kv_heads * heads.head_dim * dtype.bytes();
+    let layers = pools(config);
+    let full = layers.iter().filter(|pool| matches!(pool, Pool::Full)).count();
+    RowBytes {
+        full: full * layer,
+        chunked: (layers.len() - full) * layer,
+        chunk_tokens: chunk_tokens(config),
     }
 }
 

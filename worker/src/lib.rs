@@ -4,8 +4,10 @@
 //! coordinator; [`Engine`] is the rank alone, for tools.
 
 mod background;
+mod backups;
 mod chaos;
 mod engine;
+mod error;
 mod exchange;
 mod fence;
 mod finite;
@@ -29,6 +31,7 @@ mod tally;
 mod weights;
 
 use background::Background;
+use backups::{Backups, RowBytes};
 use joined::Transport;
 use site::Site;
 use std::sync::Arc;
@@ -37,7 +40,8 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 pub use chaos::Chaos;
-pub use engine::{Engine, EngineError, Seat, Shard};
+pub use engine::{Engine, Seat, Shard};
+pub use error::EngineError;
 pub use finite::{NonFinite, Place};
 pub use gpu::Gpu;
 pub use joined::{Exchange, Processes, WithinHost};
@@ -57,11 +61,32 @@ pub struct Config {
     pub kv: KvBlocks,
     /// Copies of experts per MoE layer that its memory holds.
     pub places: usize,
+    /// Bytes of the host's memory for copies of other workers' KV rows. Workers of one process keep none: they die
+    /// together.
+    pub backup_bytes: u64,
     /// `http://host:port` of the coordinator. Several, separated by commas, are tried in turn.
     pub coordinator: String,
     /// `host:port` under which the others reach it, if that is not where it listens.
     pub advertise: Option<String>,
     pub chaos: Chaos,
+}
+
+impl Config {
+    /// Bytes of a position's KV rows.
+    fn row_bytes(&self) -> RowBytes {
+        kv::row_bytes(&self.model.config, self.model.dtype)
+    }
+
+    /// Positions of other workers' sequences of which it keeps copies.
+    fn backup_tokens(&self) -> u32 {
+        match (&self.exchange, &self.model.platform) {
+            (Exchange::Processes(_), Platform::Cpu) => {
+                let tokens = self.backup_bytes / (self.row_bytes().sum().max(1) as u64);
+                u32::try_from(tokens).unwrap_or(u32::MAX)
+            }
+            (Exchange::Local(_), _) | (_, Platform::Cuda(_)) => 0,
+        }
+    }
 }
 
 /// A running worker. Dropping it ends the worker.
@@ -107,6 +132,9 @@ async fn failure(platform: Platform) -> String {
     }
 }
 
+/// What may be on its way to a worker over one connection: rows of a step at the speed of a fast network.
+const WINDOW_BYTES: u32 = 4 << 20;
+
 /// How often a worker without steps looks whether its device is well.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -142,7 +170,9 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
             Some((Background::start().map_err(no_experts)?, listener))
         }
     };
-    let runner = runner::start(&config, transport).await?;
+    let keeps = config.backup_tokens() != 0;
+    let backups = keeps.then(|| Backups::new(config.row_bytes(), config.backup_bytes));
+    let runner = runner::start(&config, transport, backups.clone()).await?;
     let (stop, mut stopped) = watch::channel(());
     let model = Arc::clone(&config.model);
     let packed = (Arc::clone(&model), profile.clone());
@@ -159,9 +189,13 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
     let reports = registration::Reports::new(runner.tally(), nvml);
     let register = registration::keep(config.coordinator, (card, service.epoch()), reports);
     let mut streams = service.streams();
+    let keeping = backups.map(|backups| backups::server(backups, stopped.clone()));
     let server = tonic::transport::Server::builder()
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
         .add_service(service.into_server())
         .add_optional_service(experts)
+        .add_optional_service(keeping)
         .add_service(inject::server(config.chaos, runner.clone()))
         .serve_with_incoming(proto::incoming(listener));
     telemetry::spawn("worker", async move {

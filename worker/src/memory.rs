@@ -15,6 +15,8 @@ pub struct MemoryPlan {
     pub memory: u64,
     pub dense: u64,
     pub kv: u64,
+    /// Copies of other workers' KV rows.
+    pub backups: u64,
     /// Of steps, on a GPU: a CPU takes little, and as it goes.
     pub workspace: u64,
     /// One routed expert of every MoE layer.
@@ -29,10 +31,10 @@ pub struct MemoryPlan {
 pub enum MemoryError {
     /// Not even one expert of each layer fits.
     #[error(
-        "{} for weights and KV cache are too few: the dense weights take {}, the KV cache {}{}, and one \
+        "{} for weights and KV cache are too few: the dense weights take {}, the KV cache {}{}{}, and one \
          expert of each MoE layer {}; give the worker more (--memory-mib) or its KV cache less (--kv-mib){}",
-        Size(&.0.memory), Size(&.0.dense), Size(&.0.kv), Workspace(", the workspace of steps ", .0.workspace),
-        Size(&.0.expert), Remedy(.0.workspace)
+        Size(&.0.memory), Size(&.0.dense), Size(&.0.kv), IfAny(", copies of others' KV rows ", .0.backups),
+        IfAny(", the workspace of steps ", .0.workspace), Size(&.0.expert), Remedy(.0.workspace)
     )]
     TooSmall(MemoryPlan),
     /// What steps take cannot be told.
@@ -45,6 +47,8 @@ pub enum MemoryError {
 pub struct Share {
     /// Bytes that it may take.
     pub memory: u64,
+    /// Of it, for copies of other workers' KV rows.
+    pub backups: u64,
     /// Workers of the cluster, whose rows may all come to this one.
     pub ranks: u16,
     /// Workers that take a KV cache and a workspace out of this memory, and share the weights.
@@ -58,18 +62,20 @@ impl MemoryPlan {
     ///
     /// [`MemoryError::TooSmall`] if that does not hold one expert of each layer.
     pub fn new(model: &Model, kv: KvBlocks, share: Share) -> Result<Self, MemoryError> {
-        let Share { memory, ranks, workers } = share;
+        let Share { memory, backups, ranks, workers } = share;
         let ranks = Ranks { count: ranks, through_host: workers < ranks };
         let workspace = model.platform.workspace(model, kv, ranks)? * u64::from(workers);
         let footprint = model.footprint();
         let (dense, expert, experts) = (footprint.dense, footprint.expert, footprint.experts);
         let kv = kv.bytes(&model.config, model.dtype) * u64::from(workers);
-        let left = memory.saturating_sub(dense).saturating_sub(kv).saturating_sub(workspace);
+        let others = [dense, kv, backups, workspace];
+        let left = others.into_iter().fold(memory, u64::saturating_sub);
         let fit = usize::try_from(left / expert.max(1)).unwrap_or(usize::MAX);
         // Not the last one.
         let kept_back = model.platform.gpu().map_or(0, |_| KEPT_BACK);
         let fit = if fit < experts { fit.saturating_sub(kept_back).max(fit.min(1)) } else { fit };
-        let plan = Self { memory, dense, kv, workspace, expert, places: fit.min(experts), experts };
+        let places = fit.min(experts);
+        let plan = Self { memory, dense, kv, backups, workspace, expert, places, experts };
         if plan.places == 0 && 0 < experts { Err(MemoryError::TooSmall(plan)) } else { Ok(plan) }
     }
 }
@@ -77,19 +83,20 @@ impl MemoryPlan {
 /// `4.0 GiB of memory: dense weights 1.2 GiB, KV cache 0.5 GiB, up to 2.3 GiB of experts: 43 of 128 per MoE layer`.
 impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { memory, dense, kv, workspace, expert, places, experts } = self;
+        let Self { memory, dense, kv, backups, workspace, expert, places, experts } = self;
         let held = Size(&(expert * *places as u64)).to_string();
         write!(f, "{} of memory: dense weights {}, ", Size(memory), Size(dense))?;
-        let workspace = Workspace(", workspace of steps ", *workspace);
-        write!(f, "KV cache {}{workspace}, up to {held} of experts: ", Size(kv))?;
+        let workspace = IfAny(", workspace of steps ", *workspace);
+        let backups = IfAny(", copies of others' KV rows ", *backups);
+        write!(f, "KV cache {}{backups}{workspace}, up to {held} of experts: ", Size(kv))?;
         write!(f, "{places} of {experts} per MoE layer")
     }
 }
 
-/// What steps take, if that is told.
-struct Workspace(&'static str, u64);
+/// What something takes, if it does.
+struct IfAny(&'static str, u64);
 
-impl fmt::Display for Workspace {
+impl fmt::Display for IfAny {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.1 == 0 { Ok(()) } else { write!(f, "{}{}", self.0, Size(&self.1)) }
     }
@@ -130,7 +137,7 @@ mod tests {
     }
 
     fn alone(memory: u64) -> Share {
-        Share { memory, ranks: 1, workers: 1 }
+        Share { memory, backups: 0, ranks: 1, workers: 1 }
     }
 
     #[test]
@@ -168,7 +175,9 @@ mod tests {
         assert_eq!(places(fixed + 3 * expert), 3);
         assert_eq!(places(fixed + 4 * expert - 1), 3);
         assert_eq!(places(1 << 40), 16, "no more than there are");
-        let two = Share { memory: fixed + 3 * expert, ranks: 2, workers: 2 };
+        let share = Share { backups: expert, ..alone(fixed + 4 * expert) };
+        assert_eq!(MemoryPlan::new(&model, kv, share).unwrap().places, 3, "less the copies");
+        let two = Share { ranks: 2, workers: 2, ..alone(fixed + 3 * expert) };
         let two = MemoryPlan::new(&model, kv, Share { memory: two.memory + kv_bytes, ..two });
         assert_eq!(two.unwrap().places, 3, "a KV cache each");
     }
@@ -184,8 +193,7 @@ mod tests {
         let Footprint { dense, expert, .. } = model.footprint();
         let fixed = dense + kv.bytes(&model.config, model.dtype);
         let places = |experts: u64| {
-            let share = Share { memory: fixed + experts * expert, ranks: 1, workers: 1 };
-            MemoryPlan::new(&model, kv, share).unwrap().places
+            MemoryPlan::new(&model, kv, alone(fixed + experts * expert)).unwrap().places
         };
         assert_eq!([1, 2, 4, 15, 16].map(places), [1, 1, 3, 14, 16]);
     }

@@ -4,7 +4,7 @@
 //! them once, for all of its ranks.
 
 use crate::KvBlocks;
-use crate::engine::EngineError;
+use crate::error::EngineError;
 use crate::gpu::{Gpu, route_table};
 use crate::weights::Model;
 use all2all::Routes;
@@ -13,8 +13,8 @@ use kernels::cuda::{
     Arriving, CacheOnDevice, Cuda, Driver, ExpertsOnDevice, RouteTable, WireOnDevice,
 };
 use kernels::{
-    Cache, Cpu, Device, DeviceError, Dtype, Experts, Level, Pool, RowMemory, Staged, StepRoom,
-    Temperature,
+    Cache, Cpu, Device, DeviceError, Dtype, Experts, Level, Pool, RowMemory, RowsAt, Staged,
+    StepRoom, Temperature,
 };
 use model::forward::{Forward, pools, shape};
 use model::weights::Dense;
@@ -137,6 +137,30 @@ pub(crate) trait Backend: Staged + Sized {
         blocks: &dyn Fn(Pool) -> u32,
     ) -> Result<Self::Cache, DeviceError>;
 
+    /// Appends rows of the KV cache to `out`.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError`] if they are not there.
+    fn read_rows(
+        &mut self,
+        cache: &Self::Cache,
+        at: &RowsAt<'_>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), EngineError>;
+
+    /// Puts rows into blocks of the KV cache.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError`] if there are no such blocks.
+    fn write_rows(
+        &mut self,
+        cache: &mut Self::Cache,
+        at: &RowsAt<'_>,
+        rows: &[u8],
+    ) -> Result<(), EngineError>;
+
     /// Takes what was placed for it.
     fn take(placed: Placed) -> (Vec<Self::Experts>, Self::Routes);
 
@@ -177,6 +201,24 @@ impl Backend for Cpu {
         Cache::new(model.dtype, heads.kv_heads, heads.head_dim, &layers, blocks)
     }
 
+    fn read_rows(
+        &mut self,
+        cache: &Cache,
+        at: &RowsAt<'_>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), EngineError> {
+        Ok(cache.read_rows(at, out)?)
+    }
+
+    fn write_rows(
+        &mut self,
+        cache: &mut Cache,
+        at: &RowsAt<'_>,
+        rows: &[u8],
+    ) -> Result<(), EngineError> {
+        Ok(cache.write_rows(at, rows)?)
+    }
+
     fn take(placed: Placed) -> (Vec<Experts>, ()) {
         match placed {
             Placed::Cpu(experts) => (experts, ()),
@@ -205,6 +247,24 @@ impl Backend for Cuda {
         blocks: &dyn Fn(Pool) -> u32,
     ) -> Result<CacheOnDevice, DeviceError> {
         Ok(self.cache(shape(&model.config), &pools(&model.config), blocks)?)
+    }
+
+    fn read_rows(
+        &mut self,
+        _: &CacheOnDevice,
+        _: &RowsAt<'_>,
+        _: &mut Vec<u8>,
+    ) -> Result<(), EngineError> {
+        Err(EngineError::Unsupported("copies of KV rows".into()))
+    }
+
+    fn write_rows(
+        &mut self,
+        _: &mut CacheOnDevice,
+        _: &RowsAt<'_>,
+        _: &[u8],
+    ) -> Result<(), EngineError> {
+        Err(EngineError::Unsupported("copies of KV rows".into()))
     }
 
     fn take(placed: Placed) -> (Vec<ExpertsOnDevice>, Arc<RouteTable>) {

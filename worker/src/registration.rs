@@ -5,6 +5,7 @@
 use crate::Config;
 use crate::tally::Tally;
 use kernels::cuda::nvml::{GpuHealth, Nvml};
+use placement::KvPools;
 use proto::pb;
 use proto::pb::coordinator_client::CoordinatorClient;
 use proto::pb::report_request::News;
@@ -42,6 +43,7 @@ type Error = Box<dyn std::error::Error + Send + Sync>;
 pub(crate) fn card(config: &Config, address: &str, incarnation: &str) -> pb::RegisterRequest {
     let (model, platform) = (&config.model.config, &config.model.platform);
     let small = |n: usize| u32::try_from(n).expect("layers and experts are numbered in 16 bits");
+    let kv = KvPools { backup_tokens: config.backup_tokens(), ..config.kv.pools(model) };
     pb::RegisterRequest {
         address: address.to_owned(),
         incarnation: incarnation.to_owned(),
@@ -52,7 +54,7 @@ pub(crate) fn card(config: &Config, address: &str, incarnation: &str) -> pb::Reg
         moe_layers: small(model.moe_layers().len()),
         experts: small(model.experts),
         expert_places: small(config.places),
-        kv: Some(proto::pools_to_wire(config.kv.pools(model))),
+        kv: Some(proto::pools_to_wire(kv)),
         context_tokens: model.context_tokens,
         exchange: String::new(),
         epoch: 0,

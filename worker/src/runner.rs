@@ -3,8 +3,10 @@
 //! A prepared seat waits beside the thread until a step of its epoch comes; so a planned view change
 //! costs a running epoch nothing, and the switch happens between two steps.
 
+use crate::backups::{Backups, Keeper, Sender};
 use crate::chaos::Hooks;
-use crate::engine::{Engine, EngineError, Seat};
+use crate::engine::{Engine, Seat};
+use crate::error::EngineError;
 use crate::fence::{Admitted, Fence, Outranked};
 use crate::joined::{Haste, Transport};
 use crate::tally::Tally;
@@ -56,9 +58,9 @@ struct Waiting(Arc<Mutex<Seats>>);
 
 #[derive(Default)]
 struct Seats {
-    /// Wait for a step of their epoch, each with the incarnations of its view's members. A router may
-    /// still come to a view while the next one is prepared.
-    next: BTreeMap<Epoch, (Seat, Vec<String>)>,
+    /// Wait for a step of their epoch, each with its view's members. A router may still come to a view while the next
+    /// one is prepared.
+    next: BTreeMap<Epoch, (Seat, Vec<Neighbour>)>,
     /// The view that is served.
     current: Option<Current>,
     /// How the copies of experts shall share rows from the next step of this epoch on.
@@ -82,11 +84,26 @@ impl Seats {
 
 struct Current {
     epoch: Epoch,
-    incarnations: Vec<String>,
+    members: Vec<Neighbour>,
     aborter: Aborter,
 }
 
+/// A member of a view, to the others.
+#[derive(Debug, Clone)]
+pub(crate) struct Neighbour {
+    pub(crate) incarnation: String,
+    /// `host:port` of its service.
+    pub(crate) address: String,
+}
+
 impl Waiting {
+    /// The services of the members of the view that is served, by rank.
+    fn addresses(&self) -> Vec<String> {
+        let seats = self.lock();
+        let members = seats.current.iter().flat_map(|current| &current.members);
+        members.map(|member| member.address.clone()).collect()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Seats> {
         // Seats are put and taken whole.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -103,7 +120,7 @@ impl Runner {
     pub(crate) fn abort_without(&self, incarnations: &[String]) {
         let seats = self.waiting.lock();
         let Some(current) = &seats.current else { return };
-        if current.incarnations.iter().any(|member| !incarnations.contains(member)) {
+        if current.members.iter().any(|member| !incarnations.contains(&member.incarnation)) {
             current.aborter.abort(current.epoch, Reason::ViewChange);
         }
     }
@@ -121,8 +138,9 @@ impl Runner {
     /// Ranks of the view that is served of which nothing is heard.
     pub(crate) fn unheard(&self) -> Vec<u32> {
         let seats = self.waiting.lock();
-        let members = seats.current.iter().flat_map(|current| &current.incarnations);
-        let is_unheard = |(_, member): &(u32, &String)| !self.transport.reaches(member);
+        let members = seats.current.iter().flat_map(|current| &current.members);
+        let is_unheard =
+            |(_, member): &(u32, &Neighbour)| !self.transport.reaches(&member.incarnation);
         (0..).zip(members).filter(is_unheard).map(|(rank, _)| rank).collect()
     }
 
@@ -132,21 +150,21 @@ impl Runner {
     }
 
     /// Offers a seat in the view of these members.
-    pub(crate) fn offer(&self, seat: Seat, incarnations: &[String]) {
-        let unwanted = self.put_aside(seat, incarnations);
+    pub(crate) fn offer(&self, seat: Seat, members: Vec<Neighbour>) {
+        let unwanted = self.put_aside(seat, members);
         // A GPU takes its time to free memory: not on the runtime's threads.
         tokio::task::spawn_blocking(move || drop(unwanted));
     }
 
     /// Returns the seats that nobody will take.
-    fn put_aside(&self, seat: Seat, incarnations: &[String]) -> Vec<Seat> {
+    fn put_aside(&self, seat: Seat, members: Vec<Neighbour>) -> Vec<Seat> {
         let mut seats = self.waiting.lock();
         if seats.current.as_ref().is_some_and(|current| seat.epoch() <= current.epoch) {
             // It is served already: asked for again by a leader that did not hear the answer.
             return vec![seat];
         }
         let mut unwanted = Vec::new();
-        let replaced = seats.next.insert(seat.epoch(), (seat, incarnations.to_vec()));
+        let replaced = seats.next.insert(seat.epoch(), (seat, members));
         unwanted.extend(replaced.map(|(seat, _)| seat));
         while SEATS_MAX < seats.next.len() {
             unwanted.extend(seats.next.pop_first().map(|(_, (seat, _))| seat));
@@ -208,7 +226,11 @@ pub(crate) async fn end(ended: &mut watch::Receiver<Option<String>>) -> String {
 }
 
 /// Starts the thread; returns when the dense weights are loaded.
-pub(crate) async fn start(config: &Config, transport: Transport) -> Result<Runner, EngineError> {
+pub(crate) async fn start(
+    config: &Config,
+    transport: Transport,
+    backups: Option<Backups>,
+) -> Result<Runner, EngineError> {
     let (jobs, inbox) = mpsc::channel(STEPS_MAX);
     let (tell_ready, ready) = oneshot::channel();
     let (tell_end, ended) = watch::channel(None);
@@ -221,12 +243,14 @@ pub(crate) async fn start(config: &Config, transport: Transport) -> Result<Runne
     let (connecting, hooks) = (transport.clone(), Hooks::default());
     let armed = hooks.clone();
     let (threads, kv) = (config.threads, config.kv);
+    let runtime = tokio::runtime::Handle::current();
+    let keeper = backups.map(|backups| Keeper::new(backups, Sender::new(runtime)));
     let body = move || match Engine::unseated(&model, transport, threads, kv) {
         Ok(mut engine) => {
             engine.hook(armed);
             // Nobody waits any more if the start was given up.
             let _given_up = tell_ready.send(Ok(engine.tally()));
-            run((engine, &model), (&seats, &thread_fence), inbox)
+            run((Rank { engine, keeper }, &model), (&seats, &thread_fence), inbox)
         }
         Err(error) => {
             let _given_up = tell_ready.send(Err(error));
@@ -258,9 +282,16 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no text")
 }
 
+/// What the thread owns.
+struct Rank {
+    engine: Engine,
+    /// Of copies of other ranks' KV rows, if it keeps any.
+    keeper: Option<Keeper>,
+}
+
 /// Runs steps until nobody can ask for more, or the device fails; which of them.
 fn run(
-    (mut engine, model): (Engine, &Model),
+    (mut rank, model): (Rank, &Model),
     (waiting, fence): (&Waiting, &Fence),
     mut inbox: mpsc::Receiver<Job>,
 ) -> String {
@@ -271,12 +302,16 @@ fn run(
             continue;
         }
         let result = match fence.begin(job.step.router_term) {
-            Ok(()) => execute(&mut engine, waiting, &mut batch, &job),
+            Ok(()) => execute(&mut rank, waiting, &mut batch, &job),
             Err(outranked) => refusal(&job.step, outranked),
         };
         fence.end();
+        let has_ended_well = result.fault.is_empty();
         // A router that left meanwhile plans its steps again.
         let _left = job.answer.blocking_send(Ok(result));
+        if let Some(keeper) = rank.keeper.as_mut().filter(|_| has_ended_well) {
+            keeper.send(&mut rank.engine, &job.step, &waiting.addresses());
+        }
         if let Some(failure) = model.platform.failure() {
             return failure;
         }
@@ -296,19 +331,15 @@ pub(crate) fn refusal(step: &pb::Step, Outranked { term }: Outranked) -> pb::Ste
 }
 
 /// Runs one step; whatever is wrong is said in the result.
-fn execute(
-    engine: &mut Engine,
-    waiting: &Waiting,
-    batch: &mut StepBatch,
-    job: &Job,
-) -> pb::StepResult {
+fn execute(rank: &mut Rank, waiting: &Waiting, batch: &mut StepBatch, job: &Job) -> pb::StepResult {
     let wire = &job.step;
     let started = Instant::now();
     let mut result = pb::StepResult { epoch: wire.epoch, step: wire.step, ..Default::default() };
-    match attempt(engine, waiting, batch, job) {
-        Ok((rank, sampled)) => {
-            result.rank = rank;
+    match attempt(rank, waiting, batch, job) {
+        Ok((number, sampled)) => {
+            result.rank = number;
             result.sampled = sampled;
+            result.held = rank.keeper.as_ref().map_or_else(Vec::new, Keeper::take_news);
         }
         Err(error) => {
             tracing::debug!(epoch = wire.epoch, step = wire.step, %error, "step failed");
@@ -316,6 +347,9 @@ fn execute(
             result.echo = is_echo(&error);
             result.not_finite = not_finite(&error, batch, wire);
             result.fault = error.to_string();
+            if let EngineError::Missing(sequences) = error {
+                result.missing = sequences;
+            }
         }
     }
     result.busy_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -323,7 +357,7 @@ fn execute(
 }
 
 fn attempt(
-    engine: &mut Engine,
+    Rank { engine, keeper }: &mut Rank,
     waiting: &Waiting,
     batch: &mut StepBatch,
     job: &Job,
@@ -338,12 +372,15 @@ fn attempt(
         (seats.next.remove(&epoch), unwanted)
     };
     drop(unwanted);
-    if let Some((seat, incarnations)) = next {
+    if let Some((seat, members)) = next {
         tracing::info!(%epoch, "takes its seat");
         engine.take(seat)?;
         let aborter = engine.aborter();
-        let current = aborter.map(|aborter| Current { epoch, incarnations, aborter });
+        let current = aborter.map(|aborter| Current { epoch, members, aborter });
         waiting.lock().current = current;
+        if let Some(keeper) = keeper {
+            keeper.sit_among(&waiting.addresses());
+        }
     }
     if engine.epoch() != Some(epoch) {
         return Err(EngineError::Epoch { got: epoch, serving: engine.epoch() });
@@ -357,6 +394,11 @@ fn attempt(
     }
     step::fill(batch, wire);
     let deadline = job.received + Duration::from_millis(u64::from(wire.deadline_ms));
+    let restored = keeper.as_mut().map_or(Ok(()), |keeper| keeper.restore(engine, wire));
+    if let Err(error) = restored {
+        engine.abandon(StepId(wire.step), deadline);
+        return Err(error);
+    }
     let sampled = engine.step(StepId(wire.step), batch, deadline, None)?;
     Ok((u32::from(engine.rank().0), step::sampled(wire, sampled)))
 }

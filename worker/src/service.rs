@@ -1,10 +1,11 @@
 //! The gRPC face of a worker.
 
 use crate::background::Background;
-use crate::engine::{EngineError, Seat, Shard};
+use crate::engine::{Seat, Shard};
+use crate::error::EngineError;
 use crate::joined::Haste;
 use crate::peers;
-use crate::runner::{self, Job, Runner};
+use crate::runner::{self, Job, Neighbour, Runner};
 use crate::weights::Model;
 use all2all::tcp::Peer;
 use ids::{Epoch, Rank};
@@ -184,7 +185,12 @@ impl pb::worker_server::Worker for Service {
         let addresses = addresses(&view).map_err(|error| Status::internal(error.to_string()))?;
         self.runner.connect(epoch, &addresses);
         let (seat, from_peers, from_disk) = self.load(&view, Rank(rank)).await?;
-        self.runner.offer(seat.with_peers(addresses.clone()), &incarnations);
+        let neighbour = |member: &placement::Member| Neighbour {
+            incarnation: member.incarnation.clone(),
+            address: member.address.clone(),
+        };
+        let members = view.members.iter().map(neighbour).collect();
+        self.runner.offer(seat.with_peers(addresses.clone()), members);
         let haste = if urgent { Haste::Urgent } else { Haste::Planned };
         let unreached = self.unreached(addresses, haste).await?;
         let epoch = epoch.0;

@@ -66,6 +66,7 @@ mod tests {
             chunked_blocks: vec![3],
             chunked_first: 1,
             sample: samples.then(|| pb::Sample { seed: sequence, ..Default::default() }),
+            ..Default::default()
         };
         let slices = vec![slice(5, 0, &[1, 2], false), slice(6, 20, &[3], true)];
         let step = pb::Step { slices, ..Default::default() };

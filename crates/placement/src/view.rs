@@ -14,6 +14,8 @@ pub struct KvPools {
     pub chunked_blocks: u32,
     /// Positions of a chunk; `None` if no layer is chunked.
     pub chunk_tokens: Option<u32>,
+    /// Positions of other ranks' sequences of which it can keep copies.
+    pub backup_tokens: u32,
 }
 
 /// A worker in a view.

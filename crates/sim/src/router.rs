@@ -277,6 +277,7 @@ impl Router {
             sequences_max: 6,
             queue_max: u32::MAX,
             context_tokens: view.members.iter().map(|m| m.context_tokens).min().unwrap_or(0),
+            backup_tokens: view.members.iter().map(|member| member.kv.backup_tokens).collect(),
         };
         let Some((before, scheduler)) = self.left.take() else {
             return Scheduler::new(config).expect("pools of this world hold a token");

@@ -204,6 +204,7 @@ impl World {
                 full_blocks: if process.is_multiple_of(5) { 30 } else { 40 },
                 chunked_blocks: 40,
                 chunk_tokens: None,
+                backup_tokens: 0,
             },
             context_tokens: 200,
             exchange: String::new(),

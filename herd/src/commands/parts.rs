@@ -14,6 +14,8 @@ use worker::{KvBlocks, Model};
 
 /// Of a worker's memory, the part that the KV cache may take.
 const KV_MEMORY_SHARE: u64 = 4;
+/// Of a worker's memory, the part that copies of others' KV rows may take.
+const BACKUP_MEMORY_SHARE: u64 = 8;
 /// Tenths of the free memory that are taken. While experts move a worker holds those of two views.
 const MEMORY_TENTHS: u64 = 9;
 /// Where the machine does not tell how much is free.
@@ -79,6 +81,11 @@ pub(crate) struct ComputeArgs {
     /// its sequences can use.
     #[arg(long)]
     pub(crate) kv_mib: Option<u64>,
+    /// Memory for copies of other workers' KV rows, in MiB: sequences that lose their worker go on from them, instead of
+    /// being computed again. By default as much as the KV cache, and at most an eighth of the worker's memory; 0: none.
+    /// Workers of one process, which would die together, and those on GPUs keep none.
+    #[arg(long)]
+    pub(crate) backup_mib: Option<u64>,
     /// Most sequences that run at once on one worker; the others wait.
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) sequences: u32,
@@ -127,6 +134,19 @@ impl ComputeArgs {
         };
         KvBlocks::plan(&model.config, model.dtype, bytes, self.sequences)
             .with_context(|| BadInput("--kv-mib is too small for this model".into()))
+    }
+}
+
+impl ComputeArgs {
+    /// What of a worker's memory is for copies of others' KV rows, in bytes.
+    pub(crate) fn backups(&self, model: &Model, (memory, kv): (u64, KvBlocks)) -> u64 {
+        match (self.device, self.backup_mib) {
+            (DeviceArg::Cuda(_), _) => 0,
+            (DeviceArg::Cpu, Some(mib)) => mib.saturating_mul(1 << 20),
+            (DeviceArg::Cpu, None) => {
+                kv.bytes(&model.config, model.dtype).min(memory / BACKUP_MEMORY_SHARE)
+            }
+        }
     }
 }
 

@@ -383,6 +383,9 @@ fn worker(
     if let Some(mib) = compute.kv_mib {
         role.args.extend(["--kv-mib".into(), mib.to_string().into()]);
     }
+    if let Some(mib) = compute.backup_mib {
+        role.args.extend(["--backup-mib".into(), mib.to_string().into()]);
+    }
     if compute.device != DeviceArg::Cpu {
         let cache = compute.kernel_cache.clone().unwrap_or_else(|| data.join("kernels"));
         role.args.extend(["--kernel-cache".into(), cache.into_os_string()]);

@@ -111,7 +111,7 @@ async fn serve(args: &Args) -> anyhow::Result<()> {
 fn check_memory(args: &Args, model: &Model, kv: KvBlocks) -> anyhow::Result<()> {
     let workers = args.workers;
     let memory = args.compute.memory(workers)?.saturating_mul(workers.into());
-    let plan = MemoryPlan::new(model, kv, Share { memory, ranks: workers, workers });
+    let plan = MemoryPlan::new(model, kv, Share { memory, backups: 0, ranks: workers, workers });
     let plan = plan.with_context(|| BadInput("the model does not fit this machine".into()))?;
     tracing::info!("{plan}");
     ensure!(

@@ -90,7 +90,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         let model = Arc::new(args.compute.model(&args.model.dir()?, args.step_tokens)?);
         let memory = args.compute.memory(1)?;
         let kv = args.compute.kv(&model, memory)?;
-        let share = Share { memory, ranks: args.workers, workers: 1 };
+        let backups = args.compute.backups(&model, (memory, kv));
+        let share = Share { memory, backups, ranks: args.workers, workers: 1 };
         let plan = MemoryPlan::new(&model, kv, share)
             .with_context(|| BadInput("this worker is too small for the model".into()))?;
         tracing::info!("{plan}");
@@ -102,6 +103,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             threads: args.compute.threads(1),
             kv,
             places: plan.places,
+            backup_bytes: plan.backups,
             exchange: Exchange::Processes(args.exchange(address)?),
             advertise: args.advertise.clone(),
             chaos: if args.allow_chaos { Chaos::Allowed } else { Chaos::Refused },

@@ -4,9 +4,9 @@
 use super::suspicion::{BEAT, Signs, Silence, Suspicion};
 use super::watch::{Peer, Target};
 use futures::future;
-use ids::{Epoch, SeqId, StepId};
+use ids::{Epoch, Rank, SeqId, StepId};
 use proto::pb;
-use scheduler::Plan;
+use scheduler::{Held, Plan};
 use std::{collections::BTreeSet, time::Duration};
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
@@ -28,7 +28,13 @@ const UNREAD_STEPS_MAX: usize = 4;
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StepFailure {
     #[error("rank {rank} reports: {text}; it suspects {suspects:?}")]
-    Fault { rank: usize, text: String, suspects: Vec<u32>, not_finite: Option<SeqId> },
+    Fault {
+        rank: usize,
+        text: String,
+        suspects: Vec<u32>,
+        not_finite: Option<SeqId>,
+        missing: Vec<SeqId>,
+    },
     #[error("the stream to rank {rank} broke: {text}")]
     Broken { rank: usize, text: String },
     #[error("no sign of life from ranks {:?} for {:?}", silence.ranks, silence.lasted)]
@@ -79,6 +85,24 @@ impl StepFailure {
         match self {
             Self::Fault { not_finite, .. } => *not_finite,
             Self::Broken { .. }
+            | Self::Silent { .. }
+            | Self::Unheard { .. }
+            | Self::Deadline { .. }
+            | Self::Incomplete { .. }
+            | Self::Outranked { .. }
+            | Self::Deposed
+            | Self::Superseded { .. } => None,
+        }
+    }
+
+    /// A rank, and sequences that were to go on from copies which it does not have.
+    pub(super) fn missing(&self) -> Option<(Rank, &[SeqId])> {
+        match self {
+            Self::Fault { rank, missing, .. } if !missing.is_empty() => {
+                Some((Rank(u16::try_from(*rank).ok()?), missing))
+            }
+            Self::Fault { .. }
+            | Self::Broken { .. }
             | Self::Silent { .. }
             | Self::Unheard { .. }
             | Self::Deadline { .. }
@@ -149,16 +173,16 @@ impl Links {
         Ok(Self { epoch: target.epoch, links: future::try_join_all(opening).await? })
     }
 
-    /// Runs one step on all ranks, under a router's term. `sample` says how to sample a sequence. Silent ranks
+    /// Runs one step on all ranks, under a router's journal and term. `sample` says how to sample a sequence. Silent ranks
     /// are told of, but the step goes on: only a newer view proves that they are gone.
     pub(super) async fn step(
         &mut self,
-        (plan, term): (&Plan, u64),
+        (plan, journal, term): (&Plan, u64, u64),
         deadline: Duration,
         (suspicion, tell): (&mut Suspicion, impl Fn(StepFailure)),
         sample: impl Fn(SeqId) -> pb::Sample,
-    ) -> Result<Vec<pb::Sampled>, StepFailure> {
-        for (link, slices) in self.links.iter().zip(&plan.ranks) {
+    ) -> Result<Stepped, StepFailure> {
+        for ((link, slices), released) in self.links.iter().zip(&plan.ranks).zip(&plan.released) {
             let to_wire = |slice| {
                 let slice: &scheduler::Slice = slice;
                 proto::slice_to_wire(slice, slice.samples.then(|| sample(slice.sequence)))
@@ -169,6 +193,8 @@ impl Links {
                 deadline_ms: u32::try_from(deadline.as_millis()).unwrap_or(u32::MAX),
                 slices: slices.iter().map(to_wire).collect(),
                 router_term: term,
+                journal,
+                released: released.iter().map(|id| id.0).collect(),
             };
             link.steps.try_send(step).map_err(|error| StepFailure::Broken {
                 rank: link.rank,
@@ -269,21 +295,31 @@ impl Link {
             }
             let (text, suspects) = (result.fault, result.suspects);
             let not_finite = result.not_finite.map(SeqId);
-            return Err(StepFailure::Fault { rank, text, suspects, not_finite });
+            let missing = result.missing.into_iter().map(SeqId).collect();
+            return Err(StepFailure::Fault { rank, text, suspects, not_finite, missing });
         }
     }
 }
 
-/// The sampled tokens of all ranks, after checking that none is missing.
-fn sampled(plan: &Plan, results: Vec<pb::StepResult>) -> Result<Vec<pb::Sampled>, StepFailure> {
-    let mut all = Vec::new();
+/// What came of a step.
+#[derive(Debug, Default)]
+pub(super) struct Stepped {
+    pub(super) sampled: Vec<pb::Sampled>,
+    /// By rank: what it says of copies that it keeps.
+    pub(super) held: Vec<Vec<Held>>,
+}
+
+/// What all ranks have answered, after checking that no token is missing.
+fn sampled(plan: &Plan, results: Vec<pb::StepResult>) -> Result<Stepped, StepFailure> {
+    let mut all = Stepped::default();
     for (rank, (slices, result)) in plan.ranks.iter().zip(results).enumerate() {
         let got: BTreeSet<u64> = result.sampled.iter().map(|sampled| sampled.sequence).collect();
         let mut asked = slices.iter().filter(|slice| slice.samples);
         if let Some(missing) = asked.find(|slice| !got.contains(&slice.sequence.0)) {
             return Err(StepFailure::Incomplete { rank, sequence: missing.sequence });
         }
-        all.extend(result.sampled);
+        all.sampled.extend(result.sampled);
+        all.held.push(proto::held_from_wire(&result.held));
     }
     Ok(all)
 }

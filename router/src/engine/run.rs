@@ -7,13 +7,13 @@ mod standby;
 use super::{
     EngineConfig, Event, Finish, SampledToken, Shared, Submission,
     journal::Record,
-    link::{Links, Remedy, StepFailure},
+    link::{Links, Remedy, StepFailure, Stepped},
     report::{self, Reporter},
     suspicion::Suspicion,
     watch::{Peer, Target},
 };
 use crate::lead::{Lead, LeadHandle};
-use ids::{Epoch, SeqId, StepId};
+use ids::{Epoch, Rank, SeqId, StepId};
 use metrics::{counter, gauge, histogram};
 use proto::pb;
 use scheduler::{Config, Plan, Scheduler};
@@ -68,6 +68,8 @@ pub(super) struct Engine {
     lead: LeadHandle,
     reporter: Reporter,
     shared: Arc<Shared>,
+    /// Of the live sequences: no other router's, or this one's before it was started again, has this number.
+    journal: u64,
     live: BTreeMap<SeqId, Live>,
     /// What the last session left behind: whose KV memory holds what.
     left: Option<Left>,
@@ -92,6 +94,7 @@ impl Engine {
             views,
             lead,
             shared,
+            journal: uuid::Uuid::new_v4().as_u64_pair().0,
             live: BTreeMap::new(),
             left: None,
             next_sequence: SeqId(0),
@@ -181,6 +184,7 @@ impl Engine {
             // Live sequences are never refused, however many they are; `accept` bounds new ones.
             queue_max: u32::MAX,
             context_tokens: target.context_tokens,
+            backup_tokens: target.peers.iter().map(|peer| peer.backup_tokens).collect(),
         };
         // Another router's steps may have written over what an earlier leadership left.
         let Some(Left { target: before, scheduler, .. }) =
@@ -226,13 +230,19 @@ impl Engine {
             }
             self.next_step = self.next_step.next();
             match self.step(session).await {
-                Ok(sampled) => {
+                Ok(Stepped { sampled, held }) => {
+                    for (rank, held) in (0..).map(Rank).zip(&held) {
+                        session.scheduler.held(rank, held);
+                    }
                     self.commit(session, sampled);
                     self.report(session);
                     self.retry_pause = RETRY_FIRST;
                 }
                 Err(failure) => {
                     session.scheduler.abort();
+                    if let Some((rank, sequences)) = failure.missing() {
+                        session.scheduler.unrestore(rank, sequences);
+                    }
                     self.shared.failed_steps.fetch_add(1, Ordering::SeqCst);
                     let remedy = failure.remedy();
                     self.give_up_on_poisoned(session, &failure);
@@ -251,7 +261,7 @@ impl Engine {
         }
     }
 
-    async fn step(&mut self, session: &mut Session) -> Result<Vec<pb::Sampled>, StepFailure> {
+    async fn step(&mut self, session: &mut Session) -> Result<Stepped, StepFailure> {
         let live = &self.live;
         let sample = |id| live.get(&id).expect("only live sequences are planned").record.sample();
         let Session { links, plan, target, since, .. } = session;
@@ -263,9 +273,10 @@ impl Engine {
             reporter.fault(epoch, &news);
         };
         let watch = (&mut self.suspicion, tell);
-        let step = links.step((plan, term), self.config.step_deadline, watch, sample);
-        let sampled = tokio::select! {
-            sampled = step => sampled?,
+        let plan = (&*plan, self.journal, term);
+        let step = links.step(plan, self.config.step_deadline, watch, sample);
+        let stepped = tokio::select! {
+            stepped = step => stepped?,
             // Nobody waits for the answer of a rank that is gone. A planned change keeps all ranks, and
             // lets the step end.
             epoch = without_a_rank_of(&mut self.views, target) => {
@@ -276,7 +287,7 @@ impl Engine {
         let took = started.elapsed();
         histogram!("herd_step_seconds").record(took.as_secs_f64());
         session.scheduler.time(took);
-        Ok(sampled)
+        Ok(stepped)
     }
 
     /// Every rank took part: the step counts.
@@ -289,6 +300,9 @@ impl Engine {
         counter!("herd_steps_total").increment(1);
         counter!("herd_tokens_generated_total").increment(tokens.len() as u64);
         counter!("herd_tokens_prefilled_total").increment((computed - tokens.len()) as u64);
+        let slices = session.plan.ranks.iter().flatten();
+        let restored: u64 = slices.map(|slice| u64::from(slice.restored)).sum();
+        counter!("herd_tokens_restored_total").increment(restored);
         self.shared.steps.fetch_add(1, Ordering::SeqCst);
 
         if session.committed == 0 {
@@ -368,6 +382,8 @@ impl Engine {
             };
             free("full", load.full_free_blocks);
             free("chunked", load.chunked_free_blocks);
+            gauge!("herd_kv_backup_tokens", "rank" => rank.to_string())
+                .set(load.backup_tokens as f64);
         }
     }
 

@@ -30,6 +30,8 @@ pub(super) struct Peer {
     /// Random per process start.
     pub(super) incarnation: String,
     pub(super) kv: KvPools,
+    /// Positions of other ranks' sequences of which it can keep copies.
+    pub(super) backup_tokens: u32,
 }
 
 impl Peer {
@@ -111,6 +113,7 @@ fn target_from_wire(wire: pb::View) -> Result<Target, proto::WireError> {
                     chunked_blocks: member.kv.chunked_blocks,
                     chunk_tokens: member.kv.chunk_tokens,
                 },
+                backup_tokens: member.kv.backup_tokens,
             })
             .collect(),
     })

@@ -26,6 +26,7 @@ const UP: &[&str] = &[
     "--gpu-limit-s=2",
     "--memory-mib=5000",
     "--kv-mib=600",
+    "--backup-mib=70",
     "--sequences=12",
     "--workers=6",
     "--redundancy=2",

@@ -298,6 +298,7 @@ impl Cluster {
                 full_blocks,
                 chunked_blocks: 64,
                 chunk_tokens: 8,
+                backup_tokens: 0,
             }),
             context_tokens: 200,
             exchange: String::new(),

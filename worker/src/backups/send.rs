@@ -1,0 +1,99 @@
+//! Rows on their way to the workers that keep copies of them. Nobody waits for them: what finds the way full is dropped,
+//! and shows as a gap at the other end.
+
+use pb::backups_client::BackupsClient;
+use proto::pb;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::transport::Endpoint;
+
+/// Bytes that wait for one worker.
+const WAITING_MAX: usize = 64 << 20;
+/// Longest wait for a connection, and between attempts.
+const CONNECT_MAX: Duration = Duration::from_millis(500);
+
+/// The ways to other workers.
+pub(crate) struct Sender {
+    runtime: Handle,
+    /// By `host:port` of the worker's service.
+    ways: BTreeMap<String, Way>,
+}
+
+struct Way {
+    rows: mpsc::UnboundedSender<pb::BackupRows>,
+    waiting: Arc<AtomicUsize>,
+}
+
+impl Sender {
+    /// Its tasks run there.
+    pub(crate) fn new(runtime: Handle) -> Self {
+        Self { runtime, ways: BTreeMap::new() }
+    }
+
+    /// Leaves all workers but these.
+    pub(crate) fn retain(&mut self, addresses: &[String]) {
+        self.ways.retain(|address, _| addresses.contains(address));
+    }
+
+    /// Sends rows to a worker, or drops them.
+    pub(crate) fn send(&mut self, address: &str, rows: pb::BackupRows) {
+        let Self { runtime, ways } = self;
+        let way = match ways.entry(address.to_owned()) {
+            // Its task has ended: the worker was not reached, or is gone.
+            std::collections::btree_map::Entry::Occupied(mut way) if way.get().rows.is_closed() => {
+                way.insert(open(runtime, address));
+                way.into_mut()
+            }
+            way => way.or_insert_with(|| open(runtime, address)),
+        };
+        let bytes = size(&rows);
+        if WAITING_MAX < way.waiting.fetch_add(bytes, Ordering::Relaxed) + bytes {
+            way.waiting.fetch_sub(bytes, Ordering::Relaxed);
+            return;
+        }
+        // It may have ended just now.
+        let _dropped = way.rows.send(rows);
+    }
+}
+
+fn size(rows: &pb::BackupRows) -> usize {
+    rows.full.len() + rows.chunked.len()
+}
+
+fn open(runtime: &Handle, address: &str) -> Way {
+    let (rows, coming) = mpsc::unbounded_channel();
+    let waiting = Arc::new(AtomicUsize::new(0));
+    let (counted, address) = (Arc::clone(&waiting), address.to_owned());
+    let _here = runtime.enter();
+    telemetry::spawn("worker.backups", async move {
+        if let Err(error) = carry(&address, coming, counted).await {
+            tracing::debug!(address, %error, "no KV rows are sent there for a while");
+            tokio::time::sleep(CONNECT_MAX).await;
+        }
+    });
+    Way { rows, waiting }
+}
+
+/// Sends rows until there are no more, or the worker takes none.
+async fn carry(
+    address: &str,
+    rows: mpsc::UnboundedReceiver<pb::BackupRows>,
+    waiting: Arc<AtomicUsize>,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))?
+        .connect_timeout(CONNECT_MAX)
+        .tcp_nodelay(true);
+    let client = BackupsClient::new(endpoint.connect().await?);
+    let sent = UnboundedReceiverStream::new(rows).map(move |rows| {
+        waiting.fetch_sub(size(&rows), Ordering::Relaxed);
+        rows
+    });
+    client.max_encoding_message_size(proto::MESSAGE_BYTES_MAX).keep(sent).await?;
+    Ok(())
+}
