@@ -142,17 +142,21 @@ impl Copies {
         }
     }
 
-    /// Takes rows in, if they follow those that are here. A copy that finds no room takes it from the one that has not
-    /// changed for longest: of sequences that have ended none is as new as those of any that runs.
+    /// Takes rows in, as far as they follow those that are here. A copy that finds no room takes it from the one that
+    /// has not changed for longest: of sequences that have ended none is as new as those of any that runs.
     ///
     /// # Errors
     ///
-    /// [`RowsError`]; nothing changes then.
-    pub(crate) fn keep(&mut self, rows: &pb::BackupRows) -> Result<(), RowsError> {
-        self.check(rows)?;
-        if rows.journal != self.journal {
+    /// [`RowsError`] for the first that cannot be; those before it are kept.
+    pub(crate) fn keep(&mut self, request: &pb::KeepRequest) -> Result<(), RowsError> {
+        if request.journal != self.journal {
             return Ok(());
         }
+        request.rows.iter().try_for_each(|rows| self.keep_rows(rows))
+    }
+
+    fn keep_rows(&mut self, rows: &pb::BackupRows) -> Result<(), RowsError> {
+        self.check(rows)?;
         self.now += 1;
         let known = self.copies.get(&rows.sequence).map_or(0, |copy| copy.positions);
         self.news.insert(rows.sequence, known < rows.start);

@@ -26,7 +26,7 @@ pub(crate) struct Sender {
 }
 
 struct Way {
-    rows: mpsc::UnboundedSender<pb::BackupRows>,
+    rows: mpsc::UnboundedSender<pb::KeepRequest>,
     waiting: Arc<AtomicUsize>,
 }
 
@@ -42,7 +42,7 @@ impl Sender {
     }
 
     /// Sends rows to a worker, or drops them.
-    pub(crate) fn send(&mut self, address: &str, rows: pb::BackupRows) {
+    pub(crate) fn send(&mut self, address: &str, rows: pb::KeepRequest) {
         let Self { runtime, ways } = self;
         let way = match ways.entry(address.to_owned()) {
             // Its task has ended: the worker was not reached, or is gone.
@@ -62,8 +62,8 @@ impl Sender {
     }
 }
 
-fn size(rows: &pb::BackupRows) -> usize {
-    rows.full.len() + rows.chunked.len()
+fn size(request: &pb::KeepRequest) -> usize {
+    request.rows.iter().map(|rows| rows.full.len() + rows.chunked.len()).sum()
 }
 
 fn open(runtime: &Handle, address: &str) -> Way {
@@ -83,7 +83,7 @@ fn open(runtime: &Handle, address: &str) -> Way {
 /// Sends rows until there are no more, or the worker takes none.
 async fn carry(
     address: &str,
-    rows: mpsc::UnboundedReceiver<pb::BackupRows>,
+    rows: mpsc::UnboundedReceiver<pb::KeepRequest>,
     waiting: Arc<AtomicUsize>,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let endpoint = Endpoint::from_shared(format!("http://{address}"))?

@@ -23,12 +23,12 @@ pub(crate) fn server(backups: Backups, stopped: watch::Receiver<()>) -> BackupsS
 impl pb::backups_server::Backups for Service {
     async fn keep(
         &self,
-        request: Request<Streaming<pb::BackupRows>>,
+        request: Request<Streaming<pb::KeepRequest>>,
     ) -> Result<Response<pb::KeepResponse>, Status> {
-        let (mut rows, mut stopped) = (request.into_inner(), self.stopped.clone());
+        let (mut requests, mut stopped) = (request.into_inner(), self.stopped.clone());
         loop {
             let next = tokio::select! {
-                next = rows.message() => next?,
+                next = requests.message() => next?,
                 // Only ever an error: the worker was dropped.
                 _ = stopped.changed() => return Err(Status::unavailable("the worker has ended")),
             };

@@ -26,10 +26,17 @@ fn chunked(sequence: u64, positions: std::ops::Range<u32>) -> Vec<u8> {
 }
 
 /// Rows of positions `start..end`; those of layers with chunks from `chunk` on.
-fn rows(sequence: u64, (start, end): (u32, u32), chunk: u32) -> pb::BackupRows {
+fn rows(sequence: u64, (start, end): (u32, u32), chunk: u32) -> pb::KeepRequest {
+    request(JOURNAL, piece(sequence, (start, end), chunk))
+}
+
+fn request(journal: u64, rows: pb::BackupRows) -> pb::KeepRequest {
+    pb::KeepRequest { journal, rows: vec![rows] }
+}
+
+fn piece(sequence: u64, (start, end): (u32, u32), chunk: u32) -> pb::BackupRows {
     let (full, chunked) = (full(sequence, start..end), chunked(sequence, chunk.max(start)..end));
     pb::BackupRows {
-        journal: JOURNAL,
         sequence,
         start,
         positions: end - start,
@@ -144,14 +151,14 @@ fn room_comes_from_what_has_not_changed_for_longest() {
 #[test]
 fn rows_of_another_model_or_that_changed_are_refused() {
     let mut copies = copies(1000);
-    let mut changed = rows(1, (0, 5), 0);
+    let mut changed = piece(1, (0, 5), 0);
     changed.chunked[3] ^= 1;
-    assert_eq!(copies.keep(&changed), Err(RowsError::Checksum(1)));
+    assert_eq!(copies.keep(&request(JOURNAL, changed)), Err(RowsError::Checksum(1)));
     let sized = |change: fn(&mut pb::BackupRows)| {
-        let mut rows = rows(1, (0, 5), 0);
+        let mut rows = piece(1, (0, 5), 0);
         change(&mut rows);
         rows.crc32c = checksum(&rows.full, &rows.chunked);
-        rows
+        request(JOURNAL, rows)
     };
     let changes: [fn(&mut pb::BackupRows); 5] = [
         |rows| rows.full.truncate(9),
@@ -171,7 +178,7 @@ fn rows_of_another_model_or_that_changed_are_refused() {
 fn models_without_chunks_have_no_rows_of_them() {
     let mut copies = Copies::new(RowBytes { full: 2, chunked: 0, chunk_tokens: None }, 1000);
     for (start, end) in [(0, 5), (5, 6)] {
-        copies.keep(&pb::BackupRows { journal: 0, ..rows(1, (start, end), end) }).unwrap();
+        copies.keep(&request(0, piece(1, (start, end), end))).unwrap();
     }
     let full = full(1, 0..6);
     assert_eq!(copies.restored(1, 6), Some(Restored { full: &full, chunked: &[] }));

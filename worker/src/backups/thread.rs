@@ -5,6 +5,7 @@ use crate::engine::Engine;
 use crate::error::EngineError;
 use kernels::{Pool, RowsAt};
 use proto::pb;
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// Bytes of rows that travel in one message: enough to cost little, and little enough for others to pass.
@@ -63,6 +64,7 @@ impl Keeper {
     /// ranks' services.
     pub(crate) fn send(&mut self, engine: &mut Engine, step: &pb::Step, addresses: &[String]) {
         let row = self.backups.lock().row;
+        let mut batches = Batches { journal: step.journal, of_ranks: BTreeMap::new() };
         for slice in &step.slices {
             let Some(pb::Backup { rank, start, end }) = slice.backup else { continue };
             let Some(address) = usize::try_from(rank).ok().and_then(|rank| addresses.get(rank))
@@ -70,33 +72,57 @@ impl Keeper {
                 tracing::warn!(rank, "KV rows for a rank that there is not");
                 continue;
             };
-            let positions = MESSAGE_BYTES.div_ceil(row.sum().max(1));
-            let most = u32::try_from(positions).unwrap_or(u32::MAX).max(1);
-            let mut at = start;
-            while at < end {
-                let next = end.min(at.saturating_add(most));
-                match read(engine, slice, (row, at..next)) {
-                    Ok([full, chunked]) => {
-                        let rows = pb::BackupRows {
-                            journal: step.journal,
-                            sequence: slice.sequence,
-                            start: at,
-                            positions: next - at,
-                            crc32c: super::checksum(&full, &chunked),
-                            full,
-                            chunked,
-                        };
-                        self.sender.send(address, rows);
+            for positions in pieces(start..end, row) {
+                match read(engine, slice, (row, positions)) {
+                    Ok(rows) => {
+                        let full = batches.add(rank, rows);
+                        full.into_iter().for_each(|batch| self.sender.send(address, batch));
                     }
                     Err(error) => {
                         tracing::warn!(%error, sequence = slice.sequence, "KV rows cannot be read");
                         break;
                     }
                 }
-                at = next;
             }
         }
+        for (rank, batch) in batches.rest() {
+            self.sender.send(&addresses[rank as usize], batch);
+        }
     }
+}
+
+/// Rows by the rank that keeps copies of them, until they are worth a message.
+struct Batches {
+    journal: u64,
+    of_ranks: BTreeMap<u32, (usize, Vec<pb::BackupRows>)>,
+}
+
+impl Batches {
+    /// Returns a message once it is large enough.
+    fn add(&mut self, rank: u32, rows: pb::BackupRows) -> Option<pb::KeepRequest> {
+        let (bytes, batch) = self.of_ranks.entry(rank).or_default();
+        *bytes += rows.full.len() + rows.chunked.len();
+        batch.push(rows);
+        if *bytes < MESSAGE_BYTES {
+            return None;
+        }
+        *bytes = 0;
+        Some(pb::KeepRequest { journal: self.journal, rows: std::mem::take(batch) })
+    }
+
+    fn rest(self) -> impl Iterator<Item = (u32, pb::KeepRequest)> {
+        let journal = self.journal;
+        let rest = self.of_ranks.into_iter().filter(|(_, (_, rows))| !rows.is_empty());
+        rest.map(move |(rank, (_, rows))| (rank, pb::KeepRequest { journal, rows }))
+    }
+}
+
+/// Positions whose rows go together.
+fn pieces(positions: Range<u32>, row: RowBytes) -> impl Iterator<Item = Range<u32>> {
+    let most = u32::try_from(MESSAGE_BYTES / row.sum().max(1)).unwrap_or(u32::MAX).max(1);
+    let end = positions.end;
+    let starts = positions.step_by(most as usize);
+    starts.map(move |start| start..end.min(start.saturating_add(most)))
 }
 
 /// Rows of the layers of either pool. Of those with chunks there are those of the present chunk.
@@ -104,14 +130,18 @@ fn read(
     engine: &mut Engine,
     slice: &pb::Slice,
     (row, positions): (RowBytes, Range<u32>),
-) -> Result<[Vec<u8>; 2], EngineError> {
+) -> Result<pb::BackupRows, EngineError> {
     let [(full, _), (chunked, _)] = row.pools();
     let first = positions.end.min(positions.start.max(row.chunk_start(slice.start)));
-    let mut rows = [Vec::new(), Vec::new()];
-    let kinds = [(full, positions.clone()), (chunked, first..positions.end)];
-    for ((pool, positions), rows) in kinds.into_iter().zip(&mut rows) {
-        engine.read_rows(&rows_at(slice, pool, positions), rows)?;
-    }
+    let mut rows = pb::BackupRows {
+        sequence: slice.sequence,
+        start: positions.start,
+        positions: positions.end - positions.start,
+        ..Default::default()
+    };
+    engine.read_rows(&rows_at(slice, full, positions.clone()), &mut rows.full)?;
+    engine.read_rows(&rows_at(slice, chunked, first..positions.end), &mut rows.chunked)?;
+    rows.crc32c = super::checksum(&rows.full, &rows.chunked);
     Ok(rows)
 }
 
