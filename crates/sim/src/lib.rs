@@ -105,4 +105,6 @@ pub(crate) enum Bug {
     MemoryAssumed,
     /// A step counts when most ranks have answered.
     MajorityCommits,
+    /// Workers take rows of copies as they come, though some before them got lost.
+    GapsIgnored,
 }

@@ -12,7 +12,7 @@ use crate::net::{MS, Time};
 use crate::worker::StepOrder;
 use ids::{Epoch, Rank, SeqId, StepId};
 use placement::View;
-use scheduler::{Config, KvPools, NewSequence, Plan, Scheduler};
+use scheduler::{Config, Held, KvPools, NewSequence, Plan, Scheduler};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
@@ -68,8 +68,23 @@ pub(crate) struct Answer {
     pub(crate) epoch: u64,
     pub(crate) step: u64,
     pub(crate) rank: Rank,
-    /// `Err`: ranks that it suspects.
-    pub(crate) result: Result<Vec<(SeqId, u32)>, Vec<Rank>>,
+    pub(crate) result: Result<Done, Failed>,
+}
+
+/// A rank's part in a step.
+#[derive(Debug, Clone)]
+pub(crate) struct Done {
+    pub(crate) sampled: Vec<(SeqId, u32)>,
+    /// What it says of the copies that it keeps.
+    pub(crate) held: Vec<Held>,
+}
+
+/// A rank's step that failed.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Failed {
+    pub(crate) suspects: Vec<Rank>,
+    /// Sequences that were to go on from copies which it does not have.
+    pub(crate) missing: Vec<SeqId>,
 }
 
 #[derive(Debug)]
@@ -126,7 +141,7 @@ enum Phase {
     Waiting,
     Opening,
     Idle,
-    Stepping { since: Time, answers: BTreeMap<Rank, Vec<(SeqId, u32)>> },
+    Stepping { since: Time, answers: BTreeMap<Rank, Done> },
     Pausing { remedy: Remedy },
 }
 
@@ -152,6 +167,8 @@ pub(crate) struct Router {
     next_step: u64,
     tag: u64,
     pause: Time,
+    /// Positions that came out of copies.
+    pub(crate) restored: u64,
     pub(crate) outputs: Vec<Output>,
 }
 
@@ -169,6 +186,7 @@ impl Router {
             next_step: 1,
             tag: 0,
             pause: RETRY_FIRST,
+            restored: 0,
             outputs: Vec::new(),
         }
     }
@@ -319,7 +337,8 @@ impl Router {
             return;
         }
         self.next_step += 1;
-        for (rank, slices) in (0..).map(Rank).zip(&session.plan.ranks) {
+        let released = session.plan.released.iter();
+        for ((rank, slices), released) in (0..).map(Rank).zip(&session.plan.ranks).zip(released) {
             let seed = |slice: &scheduler::Slice| {
                 self.live.get(&slice.sequence).map_or(0, |record| record.request.seed)
             };
@@ -329,7 +348,9 @@ impl Router {
                 step,
                 slices: slices.clone(),
                 seeds: slices.iter().map(seed).collect(),
+                released: released.clone(),
             };
+            self.restored += slices.iter().map(|slice| u64::from(slice.restored)).sum::<u64>();
             self.outputs.push(Output::Send { rank, order });
         }
         self.phase = Phase::Stepping { since: now, answers: BTreeMap::new() };
@@ -354,18 +375,22 @@ impl Router {
             return;
         }
         match answer.result {
-            Ok(sampled) => {
-                answers.insert(answer.rank, sampled);
+            Ok(done) => {
+                answers.insert(answer.rank, done);
                 let ranks = session.view.members.len();
                 let needed =
                     if self.bug == Some(Bug::MajorityCommits) { ranks / 2 + 1 } else { ranks };
                 if needed <= answers.len() {
-                    let sampled = std::mem::take(answers).into_values().flatten().collect();
+                    let mut sampled = Vec::new();
+                    for (rank, done) in std::mem::take(answers) {
+                        session.scheduler.held(rank, &done.held);
+                        sampled.extend(done.sampled);
+                    }
                     session.scheduler.time(Duration::from_micros(now - *since));
                     self.commit(now, sampled);
                 }
             }
-            Err(suspects) => self.fail(now, suspects, Remedy::Retry),
+            Err(failed) => self.fail(now, (Some(answer.rank), failed), Remedy::Retry),
         }
     }
 
@@ -374,8 +399,8 @@ impl Router {
         let (Phase::Stepping { .. }, Some(session)) = (&self.phase, &self.session) else { return };
         let gone = session.view.members.iter().find(|member| member.incarnation == incarnation);
         if let Some(member) = gone {
-            let suspects = vec![member.rank];
-            self.fail(now, suspects, Remedy::Reopen);
+            let failed = Failed { suspects: vec![member.rank], missing: Vec::new() };
+            self.fail(now, (None, failed), Remedy::Reopen);
         }
     }
 
@@ -384,7 +409,7 @@ impl Router {
             return;
         }
         match self.phase {
-            Phase::Stepping { .. } => self.fail(now, Vec::new(), Remedy::Retry),
+            Phase::Stepping { .. } => self.fail(now, (None, Failed::default()), Remedy::Retry),
             Phase::Pausing { remedy } => {
                 match remedy {
                     Remedy::Retry => {}
@@ -396,9 +421,13 @@ impl Router {
         }
     }
 
-    fn fail(&mut self, now: Time, suspects: Vec<Rank>, remedy: Remedy) {
+    fn fail(&mut self, now: Time, (rank, failed): (Option<Rank>, Failed), remedy: Remedy) {
         let session = self.session.as_mut().expect("a step needs a session");
         session.scheduler.abort();
+        let Failed { suspects, missing } = failed;
+        if let Some(rank) = rank {
+            session.scheduler.unrestore(rank, &missing);
+        }
         self.outputs.push(Output::Report { epoch: session.view.epoch, suspects });
         self.pause(now, remedy);
     }

@@ -15,9 +15,11 @@ fn hundreds_of_seeds_keep_the_laws_and_return_to_service() {
         sum.faults += report.faults;
         sum.views += report.views;
         sum.streams += report.streams;
+        sum.restored += report.restored;
     }
     // The runs were not idle.
     assert!(20_000 < sum.faults && 5_000 < sum.views && 50_000 < sum.streams, "{sum:?}");
+    assert!(5_000 < sum.restored, "{sum:?}");
 }
 
 #[test]
@@ -95,6 +97,11 @@ fn journal_without_outputs_is_found() {
 #[test]
 fn memory_of_another_process_is_found() {
     check(Bug::MemoryAssumed, &["alone it gets"]);
+}
+
+#[test]
+fn copies_with_gaps_are_found() {
+    check(Bug::GapsIgnored, &["alone it gets"]);
 }
 
 #[test]

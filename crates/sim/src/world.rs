@@ -46,13 +46,15 @@ pub struct Report {
     pub steps: u64,
     pub tokens: u64,
     pub streams: u64,
+    /// Positions that came out of copies instead of being computed again.
+    pub restored: u64,
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { events, seconds, faults, views, steps, tokens, streams } = self;
+        let Self { events, seconds, faults, views, steps, tokens, streams, restored } = self;
         write!(f, "{events} events in {seconds} s, {faults} faults, {views} views, ")?;
-        write!(f, "{steps} steps, {tokens} tokens, {streams} streams")
+        write!(f, "{steps} steps, {tokens} tokens, {streams} streams, {restored} restored")
     }
 }
 
@@ -123,6 +125,7 @@ pub(crate) fn run(options: Options, bug: Option<Bug>) -> Result<Report, Failure>
     world.report.steps = world.laws.commits;
     world.report.tokens = world.laws.tokens;
     world.report.streams = world.laws.ended;
+    world.report.restored = world.router.restored;
     Ok(world.report)
 }
 
@@ -204,7 +207,7 @@ impl World {
                 full_blocks: if process.is_multiple_of(5) { 30 } else { 40 },
                 chunked_blocks: 40,
                 chunk_tokens: None,
-                backup_tokens: 0,
+                backup_tokens: [200, 1000, 0][process as usize % 3],
             },
             context_tokens: 200,
             exchange: String::new(),

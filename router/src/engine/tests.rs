@@ -193,6 +193,50 @@ async fn ranks_that_stay_compute_nothing_twice() {
     assert_eq!(cluster.script.tokens.load(Ordering::SeqCst), positions);
 }
 
+/// A cluster whose third rank is lost when `streams` sequences are in the middle of it.
+async fn lose_a_rank(streams: u32, before: impl Fn(&Cluster)) -> Cluster {
+    let cluster = Cluster::start(3).await;
+    cluster.backup_tokens.store(4000, Ordering::SeqCst);
+    cluster.publish(1, 3, 512);
+    let engine = start(config(&cluster));
+    let long = |n: u32| Generate { tokens_max: 60, stop_tokens: vec![], ..generate(n) };
+    let mut running = Vec::new();
+    for n in 0..streams {
+        running.push((alone(&long(n)), engine.submit(long(n)).await.unwrap()));
+    }
+    let begun = cluster.script.last.load(Ordering::SeqCst) + 20;
+    until("they run", || begun < cluster.script.last.load(Ordering::SeqCst)).await;
+    before(&cluster);
+    cluster.publish(2, 2, 512);
+    for (n, (want, stream)) in running.into_iter().enumerate() {
+        assert_eq!(collect(stream).await, want, "stream {n}");
+    }
+    until("copies are released", || cluster.script.copies.lock().unwrap().len() <= 12).await;
+    cluster
+}
+
+#[tokio::test]
+async fn sequences_of_a_lost_rank_go_on_from_copies() {
+    let cluster = lose_a_rank(12, |_| {}).await;
+    let positions = |n: u32| (generate(n).prompt.len() + 60 - 1) as u64;
+    let computed = cluster.script.tokens.load(Ordering::SeqCst);
+    let again = computed - (0..12).map(positions).sum::<u64>();
+    // Four sequences, each of which lost what was computed in the last steps.
+    assert!(again <= 4 * 4 + 12, "{again} positions were computed again");
+    assert!(4 * 20 <= cluster.script.restored.load(Ordering::SeqCst));
+    assert_eq!(cluster.script.missed.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test]
+async fn copies_that_are_missing_change_no_token() {
+    let forget = |cluster: &Cluster| {
+        cluster.script.forgets.store(true, Ordering::SeqCst);
+        cluster.script.copies.lock().unwrap().clear();
+    };
+    let cluster = lose_a_rank(12, forget).await;
+    assert!(0 < cluster.script.missed.load(Ordering::SeqCst));
+}
+
 #[tokio::test]
 async fn scarce_memory_preempts_but_changes_no_token() {
     let cluster = Cluster::start(1).await;

@@ -44,14 +44,11 @@ impl Sender {
     /// Sends rows to a worker, or drops them.
     pub(crate) fn send(&mut self, address: &str, rows: pb::KeepRequest) {
         let Self { runtime, ways } = self;
-        let way = match ways.entry(address.to_owned()) {
-            // Its task has ended: the worker was not reached, or is gone.
-            std::collections::btree_map::Entry::Occupied(mut way) if way.get().rows.is_closed() => {
-                way.insert(open(runtime, address));
-                way.into_mut()
-            }
-            way => way.or_insert_with(|| open(runtime, address)),
-        };
+        // Where its task has ended the worker was not reached, or is gone.
+        if ways.get(address).is_none_or(|way| way.rows.is_closed()) {
+            ways.insert(address.to_owned(), open(runtime, address));
+        }
+        let Some(way) = ways.get(address) else { return };
         let bytes = size(&rows);
         if WAITING_MAX < way.waiting.fetch_add(bytes, Ordering::Relaxed) + bytes {
             way.waiting.fetch_sub(bytes, Ordering::Relaxed);

@@ -23,8 +23,10 @@ enum Action {
     FailedStep,
     /// A step during which the n-th live sequence is cancelled.
     CancelDuring(usize),
-    /// The n-th rank is lost, and another worker takes its place; with a step in flight if so told.
-    Lose(usize, bool),
+    /// The n-th rank is lost, and another worker takes its place.
+    Lose(usize),
+    /// The same in the middle of a step.
+    LoseDuring(usize),
     /// Rows of the next step get lost on their way to copies.
     LosePieces,
     /// The n-th rank forgets its copies.
@@ -41,7 +43,8 @@ fn action() -> impl Strategy<Value = Action> {
         6 => (0..40_u64).prop_map(Action::Step),
         1 => Just(Action::FailedStep),
         1 => any::<usize>().prop_map(Action::CancelDuring),
-        1 => (any::<usize>(), any::<bool>()).prop_map(|(nth, during)| Action::Lose(nth, during)),
+        1 => any::<usize>().prop_map(Action::Lose),
+        1 => any::<usize>().prop_map(Action::LoseDuring),
         1 => Just(Action::LosePieces),
         1 => any::<usize>().prop_map(Action::Evict),
     ]
@@ -128,7 +131,14 @@ impl World {
                     self.commit();
                 }
             }
-            Action::Lose(nth, during) => self.lose(nth % self.workers.len(), during),
+            Action::Lose(nth) => self.lose(nth % self.workers.len()),
+            Action::LoseDuring(nth) => {
+                if self.plan() {
+                    model::fail(&mut self.workers, &self.plan);
+                    self.scheduler.abort();
+                }
+                self.lose(nth % self.workers.len());
+            }
             Action::LosePieces => self.loses_pieces = true,
             Action::Evict(nth) => {
                 let nth = nth % self.workers.len();
@@ -138,11 +148,7 @@ impl World {
     }
 
     /// A view change in which the ranks are told in another order, too.
-    fn lose(&mut self, lost: usize, during: bool) {
-        if during && self.plan() {
-            model::fail(&mut self.workers, &self.plan);
-            self.scheduler.abort();
-        }
+    fn lose(&mut self, lost: usize) {
         let ranks = self.workers.len();
         self.workers[lost] = Worker::new(self.config.pools[lost]);
         let turn = |index: usize| (index + 1) % ranks;
@@ -350,7 +356,7 @@ fn busy_small_rank_preempts_restores_and_finishes() {
         });
         world.act(match round % 7 {
             0 => &Action::FailedStep,
-            3 => &Action::Lose(0, true),
+            3 => &Action::LoseDuring(0),
             _ => &Action::Step(1),
         });
     }

@@ -4,7 +4,7 @@ use crate::coordinator::Dismissal;
 use crate::net::Time;
 use crate::router::Answer;
 use crate::store::Written;
-use crate::worker::{Seat, StepOrder};
+use crate::worker::{Piece, Seat, StepOrder};
 use control::Hello;
 use ids::{Epoch, Rank, SeqId, WorkerId};
 use placement::View;
@@ -51,6 +51,10 @@ pub(crate) enum Task {
     Late {
         session: u64,
         step: u64,
+    },
+    /// Rows arrive for a copy that it keeps.
+    Keep {
+        piece: Piece,
     },
 }
 
@@ -178,6 +182,7 @@ fn text_of_task(task: &Task) -> String {
         | Task::Dismissed { .. }
         | Task::Meet { .. }
         | Task::Computed { .. }
+        | Task::Keep { .. }
         | Task::Late { .. } => format!("{task:?}"),
     }
 }

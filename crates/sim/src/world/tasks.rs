@@ -4,9 +4,9 @@ use super::{Asked, BEAT, Call, Event, Message, Task, World, incarnation};
 use crate::Bug;
 use crate::coordinator::Dismissal;
 use crate::net::{MS, Node, Time};
-use crate::router::{Answer, STEP_MAX};
-use crate::worker::{Running, Seat, StepOrder, Worker};
-use ids::{Rank, SeqId};
+use crate::router::{Answer, Done, Failed, STEP_MAX};
+use crate::worker::{Outcome, Running, Seat, StepOrder, Worker};
+use ids::Rank;
 use placement::View;
 use std::sync::Arc;
 
@@ -39,6 +39,12 @@ impl World {
             Task::Meet { step } => self.meet(process, step),
             Task::Computed { session, step } => self.computed(process, session, step),
             Task::Late { session, step } => self.late(process, session, step),
+            Task::Keep { piece } => {
+                let evicted = (self.rng.below(100) == 0).then(|| self.rng.below(100));
+                let worker = self.workers.get_mut(&process).expect("`handle` found it");
+                worker.keep(piece, self.bug);
+                evicted.into_iter().for_each(|nth| worker.evict(nth));
+            }
         }
     }
 
@@ -119,28 +125,28 @@ impl World {
             }
             let can = worker.sits_in(order.epoch)
                 && worker.seat.as_ref().is_some_and(|seat| !seat.is_poisoned);
-            if !can {
-                self.answer(process, &order, Err(Vec::new()));
+            let missing = if can { worker.missing(&order) } else { Vec::new() };
+            if !can || !missing.is_empty() {
+                if let Some(seat) = worker.seat.as_mut().filter(|_| can) {
+                    seat.is_poisoned = true;
+                }
+                let failed = Failed { suspects: Vec::new(), missing };
+                self.answer(process, &order, Err(failed));
                 continue;
             }
             if let Some(seat) = &worker.seat {
                 self.laws.served(&incarnation(process), &seat.view);
             }
-            let sampled = worker.compute(&order);
+            let outcome = worker.compute(&order);
             let StepOrder { session, step, .. } = order;
-            worker.running = Some(Running { session, step, sampled });
+            worker.running = Some(Running { session, step, outcome });
             self.at(self.now, Event::Worker(process, Task::Meet { step }));
             self.at(self.now + STEP_MAX, Event::Worker(process, Task::Late { session, step }));
             return;
         }
     }
 
-    fn answer(
-        &mut self,
-        process: u32,
-        order: &StepOrder,
-        result: Result<Vec<(SeqId, u32)>, Vec<Rank>>,
-    ) {
+    fn answer(&mut self, process: u32, order: &StepOrder, result: Result<Done, Failed>) {
         let worker = &self.workers[&process];
         let rank = worker.seat.as_ref().map_or(Rank(0), |seat| seat.rank);
         let StepOrder { session, epoch, step, .. } = *order;
@@ -182,9 +188,19 @@ impl World {
         let mine = |running: &mut Running| running.session == session && running.step == step;
         let Some(running) = worker.running.take_if(mine) else { return };
         self.laws.computed(&incarnation(process), worker, step);
-        let epoch = worker.seat.as_ref().map_or(0, |seat| seat.view.epoch.0);
-        let order = StepOrder { session, epoch, step, slices: Vec::new(), seeds: Vec::new() };
-        self.answer(process, &order, Ok(running.sampled));
+        let Outcome { sampled, pieces } = running.outcome;
+        let view = worker.seat.as_ref().map(|seat| Arc::clone(&seat.view));
+        let done = Done { sampled, held: worker.take_news() };
+        let Some(view) = view else { return };
+        self.answer(process, &StepOrder::empty((session, view.epoch.0, step)), Ok(done));
+        for (rank, piece) in pieces {
+            // Now and then one finds the way full.
+            if self.rng.below(50) != 0 {
+                let to = view.members[rank.index()].pid;
+                let keep = Event::Worker(to, Task::Keep { piece });
+                self.send(Node::Worker(process), Node::Worker(to), keep);
+            }
+        }
         self.work(process);
     }
 
@@ -210,8 +226,8 @@ impl World {
         let Some(seat) = &mut worker.seat else { return };
         seat.is_poisoned = true;
         let epoch = seat.view.epoch.0;
-        let order = StepOrder { session, epoch, step, slices: Vec::new(), seeds: Vec::new() };
-        self.answer(process, &order, Err(suspects));
+        let failed = Failed { suspects, missing: Vec::new() };
+        self.answer(process, &StepOrder::empty((session, epoch, step)), Err(failed));
         self.work(process);
     }
 }

@@ -14,7 +14,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
 };
 use tokio::{net::TcpListener, sync::watch};
@@ -62,6 +62,14 @@ pub(crate) struct Script {
     pub(crate) crowd: AtomicU64,
     /// The last step that computed each sequence.
     pub(crate) computed: Mutex<BTreeMap<u64, u64>>,
+    /// By rank and sequence: tokens of the copies.
+    pub(crate) copies: Mutex<BTreeMap<(u32, u64), Vec<u32>>>,
+    /// Copies are lost, and nobody says so.
+    pub(crate) forgets: AtomicBool,
+    /// Positions that came out of copies.
+    pub(crate) restored: AtomicU64,
+    /// Steps that failed because a copy was missing.
+    pub(crate) missed: AtomicU64,
 }
 
 impl Script {
@@ -80,6 +88,52 @@ impl Script {
     }
 }
 
+impl Script {
+    /// What copies a rank has lost sight of; sequences are restored into its memory otherwise.
+    fn restore(&self, rank: u32, step: &pb::Step, memory: &mut Memory) -> Vec<u64> {
+        let mut copies = self.copies.lock().unwrap();
+        copies.retain(|(of, id), _| *of != rank || !step.released.contains(id));
+        let mut missing = Vec::new();
+        for slice in step.slices.iter().filter(|slice| slice.restored != 0) {
+            let copy = copies.get(&(rank, slice.sequence));
+            match copy.filter(|copy| slice.restored as usize <= copy.len()) {
+                Some(copy) => {
+                    self.restored.fetch_add(slice.restored.into(), Ordering::SeqCst);
+                    memory.put(slice, 0, &copy[..slice.restored as usize]);
+                }
+                None => missing.push(slice.sequence),
+            }
+        }
+        missing
+    }
+
+    /// Rows travel at once here.
+    fn back_up(&self, slice: &pb::Slice, memory: &Memory) {
+        let Some(pb::Backup { rank, start, end }) = slice.backup else { return };
+        let mut copies = self.copies.lock().unwrap();
+        let copy = copies.entry((rank, slice.sequence)).or_default();
+        if start as usize <= copy.len() {
+            copy.truncate(start as usize);
+            copy.extend(memory.get(slice, start..end));
+        }
+    }
+
+    /// Every copy, every time.
+    fn held(&self, rank: u32) -> Vec<pb::Held> {
+        if self.forgets.load(Ordering::SeqCst) {
+            return Vec::new();
+        }
+        let copies = self.copies.lock().unwrap();
+        let of_rank = copies.iter().filter(|((of, _), _)| *of == rank);
+        let held = |((_, sequence), copy): (&(u32, u64), &Vec<u32>)| pb::Held {
+            sequence: *sequence,
+            positions: u32::try_from(copy.len()).unwrap(),
+            has_gap: false,
+        };
+        of_rank.map(held).collect()
+    }
+}
+
 struct FakeWorker {
     rank: u32,
     script: Arc<Script>,
@@ -93,18 +147,30 @@ struct Memory {
 }
 
 impl Memory {
-    fn run(&mut self, slice: &pb::Slice) -> Option<pb::Sampled> {
-        let at = |p: u32| (slice.full_blocks[(p / BLOCK_TOKENS) as usize], p % BLOCK_TOKENS);
-        for (p, &token) in (slice.start..).zip(&slice.tokens) {
-            self.tokens.insert(at(p), token);
+    fn put(&mut self, slice: &pb::Slice, start: u32, tokens: &[u32]) {
+        for (p, &token) in (start..).zip(tokens) {
+            self.tokens.insert(place(slice, p), token);
         }
+    }
+
+    fn get(&self, slice: &pb::Slice, positions: std::ops::Range<u32>) -> Vec<u32> {
+        positions.map(|p| self.tokens[&place(slice, p)]).collect()
+    }
+
+    fn run(&mut self, slice: &pb::Slice) -> Option<pb::Sampled> {
+        self.put(slice, slice.start, &slice.tokens);
         let sample = slice.sample.as_ref()?;
         let end = slice.start + u32::try_from(slice.tokens.len()).unwrap();
-        let history: Vec<u32> = (0..end).map(|p| self.tokens[&at(p)]).collect();
+        let history = self.get(slice, 0..end);
         let token = next_token(&history, sample.seed, &sample.banned);
         let logprob = sample.logprobs.map(|_| -1.0);
         Some(pb::Sampled { sequence: slice.sequence, token, logprob, top: Vec::new() })
     }
+}
+
+/// Block of a position, and its place in there.
+fn place(slice: &pb::Slice, position: u32) -> (u32, u32) {
+    (slice.full_blocks[(position / BLOCK_TOKENS) as usize], position % BLOCK_TOKENS)
 }
 
 #[tonic::async_trait]
@@ -152,15 +218,22 @@ impl Worker for FakeWorker {
                 return Err(Status::aborted("the stream breaks"));
             }
             let mut memory = memory.lock().unwrap();
-            let sampled = step.slices.iter().filter_map(|slice| memory.run(slice)).collect();
-            drop(memory);
+            let missing = script.restore(rank, &step, &mut memory);
             let mut result = pb::StepResult {
                 epoch: step.epoch,
                 step: step.step,
                 rank,
-                sampled,
+                held: script.held(rank),
                 ..Default::default()
             };
+            if !missing.is_empty() {
+                script.missed.fetch_add(1, Ordering::SeqCst);
+                (result.fault, result.missing) = ("a copy is missing".into(), missing);
+                return Ok(result);
+            }
+            result.sampled = step.slices.iter().filter_map(|slice| memory.run(slice)).collect();
+            step.slices.iter().for_each(|slice| script.back_up(slice, &memory));
+            drop(memory);
             if rank == 0 && script.faults.lock().unwrap().remove(&step.step) {
                 script.failed.fetch_add(1, Ordering::SeqCst);
                 result.fault = "planted".into();
@@ -265,6 +338,8 @@ pub(crate) struct Cluster {
     pub(crate) coordinator: String,
     pub(crate) script: Arc<Script>,
     workers: Vec<String>,
+    /// Positions of others' sequences that each rank keeps.
+    pub(crate) backup_tokens: AtomicU32,
     views: watch::Sender<Option<pb::View>>,
 }
 
@@ -281,7 +356,8 @@ impl Cluster {
         let server = tonic::transport::Server::builder();
         let fake = coordinator::CoordinatorServer::new(FakeCoordinator(receiver, script.clone()));
         let coordinator = format!("http://{}", serve(server, fake).await);
-        Self { coordinator, script, workers, views }
+        let backup_tokens = AtomicU32::new(0);
+        Self { coordinator, script, workers, backup_tokens, views }
     }
 
     /// Publishes a view of the first `ranks` workers.
@@ -298,7 +374,7 @@ impl Cluster {
                 full_blocks,
                 chunked_blocks: 64,
                 chunk_tokens: 8,
-                backup_tokens: 0,
+                backup_tokens: self.backup_tokens.load(Ordering::SeqCst),
             }),
             context_tokens: 200,
             exchange: String::new(),
