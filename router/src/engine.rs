@@ -290,10 +290,10 @@ impl EngineHandle {
         (served.as_ref().map(|target| target.epoch.0), serde_json::Value::Array(members))
     }
 
-    /// Running sequences of every rank of the view that is served.
+    /// What every rank of the view that is served has.
     #[must_use]
-    pub fn sequences_by_rank(&self) -> Vec<u32> {
-        self.shared.sequences().clone()
+    pub fn load_by_rank(&self) -> Vec<RankLoad> {
+        self.shared.load().clone()
     }
 
     /// The longest sequence, prompt and output. 0 before the first view.
@@ -316,6 +316,15 @@ impl EngineHandle {
             ended.await;
         }
     }
+}
+
+/// What a rank has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RankLoad {
+    /// That run on it.
+    pub sequences: u32,
+    /// Positions of other ranks' sequences of which it keeps copies.
+    pub backup_tokens: u64,
 }
 
 /// The events of one sequence. Dropping it cancels the sequence.
@@ -360,8 +369,8 @@ struct Shared {
     steps: AtomicU64,
     failed_steps: AtomicU64,
     last_failure: Mutex<Option<String>>,
-    /// Running, by rank.
-    sequences: Mutex<Vec<u32>>,
+    /// By rank.
+    load: Mutex<Vec<RankLoad>>,
     /// The view that is served, or was last.
     served: Mutex<Option<watch::Target>>,
     /// A stream was dropped.
@@ -382,16 +391,16 @@ impl Shared {
             steps: AtomicU64::new(0),
             failed_steps: AtomicU64::new(0),
             last_failure: Mutex::new(None),
-            sequences: Mutex::new(Vec::new()),
+            load: Mutex::new(Vec::new()),
             served: Mutex::new(None),
             wake: Notify::new(),
             stream_ended: Notify::new(),
         }
     }
 
-    fn sequences(&self) -> std::sync::MutexGuard<'_, Vec<u32>> {
+    fn load(&self) -> std::sync::MutexGuard<'_, Vec<RankLoad>> {
         // Whole numbers are written one by one; a panic between them spoils a display.
-        self.sequences.lock().unwrap_or_else(PoisonError::into_inner)
+        self.load.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn served(&self) -> std::sync::MutexGuard<'_, Option<watch::Target>> {

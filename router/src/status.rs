@@ -1,6 +1,6 @@
 //! The cluster's part of `/status`, asked of the coordinator.
 
-use crate::engine::EngineHandle;
+use crate::engine::{EngineHandle, RankLoad};
 use crate::http::ClusterStatus;
 use futures::future::join_all;
 use proto::pb;
@@ -78,13 +78,15 @@ pub(crate) fn join(mut cluster: Value, engine: &EngineHandle) -> Value {
         cluster["epoch"] = json!(epoch);
         cluster["members"] = members;
     }
-    with_sequences(cluster, engine.status_json(), &engine.sequences_by_rank())
+    with_load(cluster, engine.status_json(), &engine.load_by_rank())
 }
 
-fn with_sequences(mut cluster: Value, router: Value, sequences: &[u32]) -> Value {
+fn with_load(mut cluster: Value, router: Value, load: &[RankLoad]) -> Value {
     for member in cluster.get_mut("members").and_then(Value::as_array_mut).into_iter().flatten() {
         let rank = member["rank"].as_u64().and_then(|rank| usize::try_from(rank).ok());
-        member["sequences"] = json!(rank.and_then(|rank| sequences.get(rank)));
+        let load = rank.and_then(|rank| load.get(rank));
+        member["sequences"] = json!(load.map(|load| load.sequences));
+        member["backup_tokens"] = json!(load.map(|load| load.backup_tokens));
     }
     cluster["router"] = router;
     cluster
@@ -95,14 +97,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn members_learn_their_sequences_by_rank() {
+    fn members_learn_their_load_by_rank() {
         let cluster = json!({ "members": [{ "rank": 1 }, { "rank": null }, { "rank": 7 }] });
-        let joined = with_sequences(cluster, json!({ "pid": 3 }), &[4, 5]);
+        let load = |sequences| RankLoad { sequences, backup_tokens: 10 * u64::from(sequences) };
+        let joined = with_load(cluster, json!({ "pid": 3 }), &[load(4), load(5)]);
         let want = json!({
             "members": [
-                { "rank": 1, "sequences": 5 },
-                { "rank": null, "sequences": null },
-                { "rank": 7, "sequences": null },
+                { "rank": 1, "sequences": 5, "backup_tokens": 50 },
+                { "rank": null, "sequences": null, "backup_tokens": null },
+                { "rank": 7, "sequences": null, "backup_tokens": null },
             ],
             "router": { "pid": 3 },
         });

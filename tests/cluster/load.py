@@ -82,6 +82,11 @@ class Load:
     def serving(self):
         return [member for member in self.status().get("members", []) if member["state"] == "serving"]
 
+    def counter(self, name):
+        """A counter of the router's metrics."""
+        lines = [line.split() for line in self.cluster.get("/metrics").splitlines()]
+        return next((int(line[1]) for line in lines if line and line[0] == name), 0)
+
     def until_serving(self, workers):
         self.until(lambda: len(self.serving()) == workers, f"{workers} workers serve")
 

@@ -24,6 +24,33 @@ def test_killed_workers_lose_no_stream_and_change_no_token(load):
         assert victim["pid"] not in [member["pid"] for member in load.serving()]
 
 
+def test_sequences_of_a_killed_worker_go_on_from_copies_of_their_rows(load):
+    def computed(action):
+        names = [f"herd_tokens_{what}_total" for what in ("restored", "prefilled")]
+        before = [load.counter(name) for name in names]
+        load.during(action)
+        return [load.counter(name) - count for name, count in zip(names, before)]
+
+    load.until_serving(WORKERS)
+    victim = load.serving()[1]
+    kept = []
+
+    def kill():
+        # A quarter of the streams lives on the victim, and the others keep copies of them.
+        load.until(lambda: all(member["backup_tokens"] for member in load.serving()), "every worker keeps copies")
+        kept.extend(member["backup_tokens"] for member in load.serving())
+        os.kill(victim["pid"], signal.SIGKILL)
+
+    restored, prompts = computed(lambda: None)
+    assert (restored, prompts > 0) == (0, True)
+    restored, prefilled = computed(kill)
+    assert restored > 0.5 * sum(kept) / WORKERS, f"{restored} of {kept}"
+    # What the copies lacked: some tokens of each stream.
+    again = prefilled - prompts
+    assert again < 8 * load.streams / WORKERS < restored, f"{again} were computed again, {restored} restored"
+    load.until(lambda: not any(member["backup_tokens"] for member in load.serving()), "nobody keeps copies of what has ended")
+
+
 def test_frozen_worker_is_left_behind_and_comes_back(load):
     load.until_serving(WORKERS)
     victim = load.serving()[0]
@@ -129,7 +156,9 @@ def test_join_and_drain_under_load(load):
             )
             assert f"worker {victim['worker']} has left" in done.stdout
 
+        restored = load.counter("herd_tokens_restored_total")
         load.during(drain)
+        assert load.counter("herd_tokens_restored_total") > restored, "its sequences go on from copies"
         assert joined[0].wait(60) == 0, "a drained worker ends well"
         load.until_serving(WORKERS)
 

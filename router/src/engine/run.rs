@@ -5,7 +5,7 @@ mod poisoned;
 mod standby;
 
 use super::{
-    EngineConfig, Event, Finish, SampledToken, Shared, Submission,
+    EngineConfig, Event, Finish, RankLoad, SampledToken, Shared, Submission,
     journal::Record,
     link::{Links, Remedy, StepFailure, Stepped},
     report::{self, Reporter},
@@ -371,10 +371,15 @@ impl Engine {
         gauge!("herd_prompt_tokens_limit").set(f64::from(stats.prompt_tokens));
         counter!("herd_preemptions_total").increment(stats.preemptions - session.preemptions);
         session.preemptions = stats.preemptions;
-        let mut sequences = self.shared.sequences();
-        sequences.clear();
-        sequences.extend(stats.ranks.iter().map(|load| load.running));
-        drop(sequences);
+        let mut load = self.shared.load();
+        load.clear();
+        load.extend(
+            stats.ranks.iter().map(|rank| RankLoad {
+                sequences: rank.running,
+                backup_tokens: rank.backup_tokens,
+            }),
+        );
+        drop(load);
         for (rank, load) in stats.ranks.iter().enumerate() {
             let free = |pool: &'static str, blocks: u32| {
                 gauge!("herd_kv_blocks_free", "rank" => rank.to_string(), "pool" => pool)

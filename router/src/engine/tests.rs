@@ -261,12 +261,12 @@ async fn faulty_steps_are_retried_and_change_no_token() {
 async fn poisoned_sequence_is_tried_again_and_given_up_in_the_end() {
     let cluster = Cluster::start(2).await;
     cluster.publish(1, 2, 64);
-    *cluster.script.poison.lock().unwrap() = Some((3, 2));
+    *cluster.script.poisoned.lock().unwrap() = Some((3, 2));
     let engine = start(config(&cluster));
     check(&engine, 8).await;
     assert_eq!(engine.status_json()["failed_steps"], 2);
 
-    *cluster.script.poison.lock().unwrap() = Some((3, u32::MAX));
+    *cluster.script.poisoned.lock().unwrap() = Some((3, u32::MAX));
     let mut poisoned = engine.submit(generate(3)).await.unwrap();
     let good = engine.submit(generate(4)).await.unwrap();
     let event = tokio::time::timeout(PATIENCE, poisoned.next()).await.expect("it hangs");

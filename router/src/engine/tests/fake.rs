@@ -48,7 +48,7 @@ pub(crate) struct Script {
     /// Faults that the router reported.
     pub(crate) reported: Mutex<Vec<pb::Fault>>,
     /// A seed whose sequence is not finite, so many times more.
-    pub(crate) poison: Mutex<Option<(u64, u32)>>,
+    pub(crate) poisoned: Mutex<Option<(u64, u32)>>,
     /// The highest router term seen; steps of lower ones are refused.
     pub(crate) term: AtomicU64,
     pub(crate) failed: AtomicU64,
@@ -105,6 +105,17 @@ impl Script {
             }
         }
         missing
+    }
+
+    fn poison(&self, step: &pb::Step, result: &mut pb::StepResult) {
+        let Some((seed, times)) = &mut *self.poisoned.lock().unwrap() else { return };
+        let is_it = |s: &&pb::Slice| s.sample.as_ref().is_some_and(|s| s.seed == *seed);
+        if let Some(slice) = step.slices.iter().find(is_it).filter(|_| 0 < *times) {
+            *times -= 1;
+            result.fault = "planted".into();
+            result.not_finite = Some(slice.sequence);
+            result.sampled.clear();
+        }
     }
 
     /// Rows travel at once here.
@@ -239,15 +250,7 @@ impl Worker for FakeWorker {
                 result.fault = "planted".into();
                 result.sampled.clear();
             }
-            if let Some((seed, times)) = &mut *script.poison.lock().unwrap() {
-                let is_it = |s: &&pb::Slice| s.sample.as_ref().is_some_and(|s| s.seed == *seed);
-                if let Some(slice) = step.slices.iter().find(is_it).filter(|_| 0 < *times) {
-                    *times -= 1;
-                    result.fault = "planted".into();
-                    result.not_finite = Some(slice.sequence);
-                    result.sampled.clear();
-                }
-            }
+            script.poison(&step, &mut result);
             Ok(result)
         });
         let script = self.script.clone();
