@@ -13,6 +13,7 @@ import signal
 import socket
 import statistics
 import subprocess
+import tempfile
 import threading
 import time
 import urllib.request
@@ -152,9 +153,10 @@ class Load:
 
 def scenario(name, rounds, model=ROOT / "models" / "toy-maverick"):
     flags = ["--rounds", str(rounds)] if rounds else []
-    with Cluster("--model", model) as cluster:
-        command = [HERD, "--log", "error", "chaos", ROOT / "bench" / "chaos" / f"{name}.toml", "--url", cluster.url, *flags]
+    with Cluster("--model", model) as cluster, tempfile.TemporaryDirectory() as report:
+        command = [HERD, "--log", "error", "chaos", ROOT / "bench" / "chaos" / f"{name}.toml", "--url", cluster.url, "--report", report, *flags]
         done = subprocess.run(command, capture_output=True, text=True)
+        peace = json.loads((pathlib.Path(report) / "report.json").read_text())["in_peace"]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     p50, p99 = ([row[f"stall_{part}_s"] for row in rows] for part in ("p50", "p99"))
     detect = [change["detect_ms"] for row in rows for change in row["changes"] if change["detect_ms"] is not None]
@@ -169,6 +171,8 @@ def scenario(name, rounds, model=ROOT / "models" / "toy-maverick"):
         "stall_p50_s": {"median": statistics.median(p50), "worst_round": max(p50)},
         "stall_p99_s": {"median": statistics.median(p99), "worst_round": max(p99)},
         "stall_max_s": max(row["stall_max_s"] for row in rows),
+        # Of a round without a fault: some tokens have no text, so a client waits for the next ones.
+        "in_peace": {f"stall_{part}_s": peace[f"stall_{part}_s"] for part in ("p50", "p99", "max")},
         "detect_ms_median": statistics.median(detect) if detect else None,
         "decision_to_first_token_ms_median": round(statistics.median(first), 1) if first else None,
     }
