@@ -48,7 +48,7 @@ def test_sequences_of_a_killed_worker_go_on_from_copies_of_their_rows(load):
     # What the copies lacked: some tokens of each stream.
     again = prefilled - prompts
     assert again < 8 * load.streams / WORKERS < restored, f"{again} were computed again, {restored} restored"
-    load.until(lambda: not any(member["backup_tokens"] for member in load.serving()), "nobody keeps copies of what has ended")
+    load.until(lambda: not any(member["backup_tokens"] for member in load.serving()), "no copies are counted on of what has ended")
 
 
 def test_frozen_worker_is_left_behind_and_comes_back(load):

@@ -14,6 +14,7 @@ mod thread;
 use kernels::Pool;
 use proto::pb;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub(crate) use send::Sender;
@@ -59,19 +60,36 @@ pub(crate) enum RowsError {
     Size { sequence: u64, positions: u32, full: usize, chunked: usize, row: RowBytes },
 }
 
-/// The copies of a worker, for its thread and its service.
+/// The copies of a worker, for its thread and its service. Nobody holds them for longer than it takes to copy a message.
 #[derive(Clone)]
-pub(crate) struct Backups(Arc<Mutex<Copies>>);
+pub(crate) struct Backups {
+    row: RowBytes,
+    copies: Arc<Mutex<Copies>>,
+}
 
 impl Backups {
     /// None yet, and so many bytes of them at most.
     pub(crate) fn new(row: RowBytes, bytes_max: u64) -> Self {
-        Self(Arc::new(Mutex::new(Copies::new(row, bytes_max))))
+        Self { row, copies: Arc::new(Mutex::new(Copies::new(row, bytes_max))) }
     }
 
-    pub(crate) fn lock(&self) -> MutexGuard<'_, Copies> {
+    /// Takes rows in, as far as they follow those that are here. A copy that finds no room takes it from the one that
+    /// has not changed for longest: of sequences that have ended none is as new as those of any that runs.
+    ///
+    /// # Errors
+    ///
+    /// [`RowsError`] for the first that cannot be; nothing changes then.
+    pub(crate) fn keep(&self, request: &pb::KeepRequest) -> Result<(), RowsError> {
+        request.rows.iter().try_for_each(|rows| check(rows, request.journal, self.row))?;
+        let evicted = self.lock().keep(request);
+        // Given back when others can come to the copies again.
+        drop(evicted);
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Copies> {
         // Rows are complete before a copy counts them.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.copies.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -104,7 +122,7 @@ pub(crate) struct Restored<'a> {
 }
 
 /// All copies.
-pub(crate) struct Copies {
+struct Copies {
     row: RowBytes,
     bytes_max: u64,
     /// Whose numbers the sequences have.
@@ -131,32 +149,28 @@ impl Copies {
         }
     }
 
-    /// A step has come: sequences have this journal's numbers now, and some of the copies can go.
-    pub(crate) fn follow(&mut self, journal: u64, released: &[u64]) {
+    /// A step has come: sequences have this journal's numbers now, and some of the copies can go. Returns them.
+    fn follow(&mut self, journal: u64, released: &[u64]) -> Vec<Copy> {
         if self.journal != journal {
-            *self = Self { journal, ..Self::new(self.row, self.bytes_max) };
+            let last = std::mem::replace(self, Self::new(self.row, self.bytes_max));
+            self.journal = journal;
+            return last.copies.into_values().collect();
         }
         for sequence in released {
-            self.forget(*sequence);
             self.news.remove(sequence);
         }
+        released.iter().filter_map(|sequence| self.take(*sequence)).collect()
     }
 
-    /// Takes rows in, as far as they follow those that are here. A copy that finds no room takes it from the one that
-    /// has not changed for longest: of sequences that have ended none is as new as those of any that runs.
-    ///
-    /// # Errors
-    ///
-    /// [`RowsError`] for the first that cannot be; those before it are kept.
-    pub(crate) fn keep(&mut self, request: &pb::KeepRequest) -> Result<(), RowsError> {
+    /// Takes rows in that were checked. Returns copies that have made room.
+    fn keep(&mut self, request: &pb::KeepRequest) -> Vec<Copy> {
         if request.journal != self.journal {
-            return Ok(());
+            return Vec::new();
         }
-        request.rows.iter().try_for_each(|rows| self.keep_rows(rows))
+        request.rows.iter().flat_map(|rows| self.keep_rows(rows)).collect()
     }
 
-    fn keep_rows(&mut self, rows: &pb::BackupRows) -> Result<(), RowsError> {
-        self.check(rows)?;
+    fn keep_rows(&mut self, rows: &pb::BackupRows) -> Vec<Copy> {
         self.now += 1;
         let known = self.copies.get(&rows.sequence).map_or(0, |copy| copy.positions);
         self.news.insert(rows.sequence, known < rows.start);
@@ -166,84 +180,91 @@ impl Copies {
             copy.touched = self.now;
             put(copy, rows, self.row);
             self.bytes = self.bytes + copy.bytes() - before;
-            self.make_room(rows.sequence);
         }
-        Ok(())
-    }
-
-    fn check(&self, rows: &pb::BackupRows) -> Result<(), RowsError> {
-        let pb::BackupRows { sequence, positions, full, chunked, crc32c, .. } = rows;
-        if checksum(full, chunked) != *crc32c {
-            return Err(RowsError::Checksum(*sequence));
-        }
-        let (row, rows_max) = (self.row, *positions as usize);
-        let is_whole =
-            |bytes: usize, of: usize| if of == 0 { bytes == 0 } else { bytes.is_multiple_of(of) };
-        let fits = full.len() == rows_max * row.full
-            && is_whole(chunked.len(), row.chunked)
-            && chunked.len() <= rows_max * row.chunked
-            && rows.start.checked_add(*positions).is_some();
-        if fits {
-            return Ok(());
-        }
-        let (sequence, positions) = (*sequence, *positions);
-        let (full, chunked) = (full.len(), chunked.len());
-        Err(RowsError::Size { sequence, positions, full, chunked, row })
+        self.make_room(rows.sequence)
     }
 
     /// Others go for the sake of this sequence's, and in the end so does that.
-    fn make_room(&mut self, sequence: u64) {
+    fn make_room(&mut self, sequence: u64) -> Vec<Copy> {
+        let mut gone = Vec::new();
         while self.bytes_max < self.bytes {
             let others = self.copies.iter().filter(|(other, _)| **other != sequence);
             let oldest = others.min_by_key(|(_, copy)| copy.touched).map(|(other, _)| *other);
             let evicted = oldest.unwrap_or(sequence);
-            self.forget(evicted);
+            let copy = self.take(evicted);
             // Its rank shall know, if it still counts on it.
             self.news.insert(evicted, true);
-            if evicted == sequence {
-                return;
+            if copy.is_none() {
+                break;
             }
+            gone.extend(copy);
         }
+        gone
     }
 
-    fn forget(&mut self, sequence: u64) {
-        if let Some(copy) = self.copies.remove(&sequence) {
-            self.bytes -= copy.bytes();
+    fn take(&mut self, sequence: u64) -> Option<Copy> {
+        let copy = self.copies.remove(&sequence)?;
+        self.bytes -= copy.bytes();
+        Some(copy)
+    }
+
+    /// Puts back what was taken, unless there is another by now.
+    fn put_back(&mut self, sequence: u64, copy: Copy) {
+        let bytes = copy.bytes();
+        if let Entry::Vacant(place) = self.copies.entry(sequence) {
+            place.insert(copy);
+            self.bytes += bytes;
         }
     }
 
     /// What is to be said of copies that have changed.
-    pub(crate) fn take_news(&mut self) -> Vec<pb::Held> {
+    fn take_news(&mut self) -> Vec<pb::Held> {
         let held = |(sequence, has_gap)| {
             let positions = self.copies.get(&sequence).map_or(0, |copy| copy.positions);
             pb::Held { sequence, positions, has_gap }
         };
         std::mem::take(&mut self.news).into_iter().map(held).collect()
     }
+}
 
-    /// What a sequence needs to go on after so many positions; `None` if it is not all here.
-    pub(crate) fn restored(&self, sequence: u64, positions: u32) -> Option<Restored<'_>> {
-        let copy = self.copies.get(&sequence).filter(|copy| positions <= copy.positions)?;
-        let RowBytes { full, chunked, .. } = self.row;
-        let start = self.row.chunk_start(positions);
-        let chunk = match start.checked_sub(copy.chunked_from) {
+impl Copy {
+    /// What its sequence needs to go on after so many positions; `None` if it is not all here.
+    fn restored(&self, positions: u32, row: RowBytes) -> Option<Restored<'_>> {
+        if self.positions < positions {
+            return None;
+        }
+        let start = row.chunk_start(positions);
+        let chunked = match start.checked_sub(self.chunked_from) {
             _ if start == positions => &[],
             Some(skipped) => {
-                let end = (positions - copy.chunked_from) as usize;
-                copy.chunked.get(skipped as usize * chunked..end * chunked)?
+                let end = (positions - self.chunked_from) as usize;
+                self.chunked.get(skipped as usize * row.chunked..end * row.chunked)?
             }
             None => return None,
         };
-        Some(Restored { full: copy.full.get(..positions as usize * full)?, chunked: chunk })
+        Some(Restored { full: self.full.get(..positions as usize * row.full)?, chunked })
     }
 }
 
-/// CRC-32C of rows.
-fn checksum(full: &[u8], chunked: &[u8]) -> u32 {
-    let mut sum = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
-    sum.update(full);
-    sum.update(chunked);
-    u32::try_from(sum.finalize()).expect("it has 32 bits")
+/// Whether rows arrived as they were sent, and are rows of this model.
+fn check(rows: &pb::BackupRows, journal: u64, row: RowBytes) -> Result<(), RowsError> {
+    let pb::BackupRows { sequence, positions, ref full, ref chunked, crc32c, .. } = *rows;
+    if checksum(rows, journal) != crc32c {
+        return Err(RowsError::Checksum(sequence));
+    }
+    let most = positions as usize;
+    let is_whole = |bytes: usize, of: usize| match of {
+        0 => bytes == 0,
+        of => bytes.is_multiple_of(of) && bytes <= most * of,
+    };
+    let fits = full.len() == most * row.full
+        && is_whole(chunked.len(), row.chunked)
+        && rows.start.checked_add(positions).is_some();
+    if fits {
+        return Ok(());
+    }
+    let (full, chunked) = (full.len(), chunked.len());
+    Err(RowsError::Size { sequence, positions, full, chunked, row })
 }
 
 /// Writes rows into a copy that has all those before.
@@ -257,13 +278,26 @@ fn put(copy: &mut Copy, rows: &pb::BackupRows, row: RowBytes) {
         // Rows of a chunk that was over were not sent. What is before such rows is of no use.
         let known = copy.chunked_from..=copy.chunked_from + count(&copy.chunked);
         if rows.start < from || !known.contains(&from) {
-            copy.chunked.clear();
-            copy.chunked_from = from;
+            (copy.chunked, copy.chunked_from) = (Vec::new(), from);
+            copy.full.truncate(end as usize * row.full);
+            copy.positions = end;
         }
         let at = (from - copy.chunked_from) as usize * row.chunked;
         write(&mut copy.chunked, at, &rows.chunked, row.chunked);
     }
     copy.positions = copy.positions.max(end);
+}
+
+/// CRC-32C of rows, and of whose they are.
+fn checksum(rows: &pb::BackupRows, journal: u64) -> u32 {
+    let mut sum = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
+    sum.update(&journal.to_le_bytes());
+    sum.update(&rows.sequence.to_le_bytes());
+    sum.update(&rows.start.to_le_bytes());
+    sum.update(&rows.positions.to_le_bytes());
+    sum.update(&rows.full);
+    sum.update(&rows.chunked);
+    u32::try_from(sum.finalize()).expect("it has 32 bits")
 }
 
 /// Writes over what is at `at`, and what goes beyond the end behind it.

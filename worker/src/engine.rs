@@ -188,10 +188,10 @@ impl Engine {
     /// [`EngineError`] if they are not there.
     pub(crate) fn read_rows(
         &mut self,
-        at: &RowsAt<'_>,
+        at: &[RowsAt<'_>],
         out: &mut Vec<u8>,
     ) -> Result<(), EngineError> {
-        on_device!(&mut self.0, rank => rank.device.read_rows(&rank.cache, at, out))
+        on_device!(&mut self.0, rank => rank.device.read_kv_rows(&rank.cache, at, out))
     }
 
     /// Puts rows into blocks of the KV cache, between steps.
@@ -200,7 +200,7 @@ impl Engine {
     ///
     /// [`EngineError`] if there are no such blocks.
     pub(crate) fn write_rows(&mut self, at: &RowsAt<'_>, rows: &[u8]) -> Result<(), EngineError> {
-        on_device!(&mut self.0, rank => rank.device.write_rows(&mut rank.cache, at, rows))
+        on_device!(&mut self.0, rank => rank.device.write_kv_rows(&mut rank.cache, at, rows))
     }
 
     /// Fails a step that this rank cannot take part in, so that the others do not wait for it.

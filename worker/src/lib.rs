@@ -79,12 +79,12 @@ impl Config {
 
     /// Positions of other workers' sequences of which it keeps copies.
     fn backup_tokens(&self) -> u32 {
-        match (&self.exchange, &self.model.platform) {
-            (Exchange::Processes(_), Platform::Cpu) => {
+        match self.exchange {
+            Exchange::Processes(_) => {
                 let tokens = self.backup_bytes / (self.row_bytes().sum().max(1) as u64);
                 u32::try_from(tokens).unwrap_or(u32::MAX)
             }
-            (Exchange::Local(_), _) | (_, Platform::Cuda(_)) => 0,
+            Exchange::Local(_) => 0,
         }
     }
 }

@@ -32,9 +32,9 @@ pub enum MemoryError {
     /// Not even one expert of each layer fits.
     #[error(
         "{} for weights and KV cache are too few: the dense weights take {}, the KV cache {}{}{}, and one \
-         expert of each MoE layer {}; give the worker more (--memory-mib) or its KV cache less (--kv-mib){}",
+         expert of each MoE layer {}; give the worker more (--memory-mib) or its KV cache less (--kv-mib){}{}",
         Size(&.0.memory), Size(&.0.dense), Size(&.0.kv), IfAny(", copies of others' KV rows ", .0.backups),
-        IfAny(", the workspace of steps ", .0.workspace), Size(&.0.expert), Remedy(.0.workspace)
+        IfAny(", the workspace of steps ", .0.workspace), Size(&.0.expert), LessCopies(.0.backups), Remedy(.0.workspace)
     )]
     TooSmall(MemoryPlan),
     /// What steps take cannot be told.
@@ -99,6 +99,15 @@ struct IfAny(&'static str, u64);
 impl fmt::Display for IfAny {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.1 == 0 { Ok(()) } else { write!(f, "{}{}", self.0, Size(&self.1)) }
+    }
+}
+
+/// How to have more for the rest.
+struct LessCopies(u64);
+
+impl fmt::Display for LessCopies {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0 == 0 { "" } else { ", or fewer copies (--backup-mib)" })
     }
 }
 
@@ -204,5 +213,9 @@ mod tests {
         let text = MemoryPlan::new(&model, kv, alone(1 << 20)).unwrap_err().to_string();
         assert!(text.starts_with("1.0 MiB for weights and KV cache are too few"), "{text}");
         assert!(text.contains("KV cache ") && text.contains("--memory-mib"), "{text}");
+        assert!(!text.contains("--backup-mib"), "{text}");
+        let share = Share { backups: 1 << 20, ..alone(1 << 20) };
+        let text = MemoryPlan::new(&model, kv, share).unwrap_err().to_string();
+        assert!(text.contains("rows 1.0 MiB") && text.contains("--backup-mib"), "{text}");
     }
 }

@@ -142,10 +142,10 @@ pub(crate) trait Backend: Staged + Sized {
     /// # Errors
     ///
     /// [`EngineError`] if they are not there.
-    fn read_rows(
+    fn read_kv_rows(
         &mut self,
         cache: &Self::Cache,
-        at: &RowsAt<'_>,
+        at: &[RowsAt<'_>],
         out: &mut Vec<u8>,
     ) -> Result<(), EngineError>;
 
@@ -154,7 +154,7 @@ pub(crate) trait Backend: Staged + Sized {
     /// # Errors
     ///
     /// [`EngineError`] if there are no such blocks.
-    fn write_rows(
+    fn write_kv_rows(
         &mut self,
         cache: &mut Self::Cache,
         at: &RowsAt<'_>,
@@ -201,16 +201,16 @@ impl Backend for Cpu {
         Cache::new(model.dtype, heads.kv_heads, heads.head_dim, &layers, blocks)
     }
 
-    fn read_rows(
+    fn read_kv_rows(
         &mut self,
         cache: &Cache,
-        at: &RowsAt<'_>,
+        at: &[RowsAt<'_>],
         out: &mut Vec<u8>,
     ) -> Result<(), EngineError> {
         Ok(cache.read_rows(at, out)?)
     }
 
-    fn write_rows(
+    fn write_kv_rows(
         &mut self,
         cache: &mut Cache,
         at: &RowsAt<'_>,
@@ -249,22 +249,22 @@ impl Backend for Cuda {
         Ok(self.cache(shape(&model.config), &pools(&model.config), blocks)?)
     }
 
-    fn read_rows(
+    fn read_kv_rows(
         &mut self,
-        _: &CacheOnDevice,
-        _: &RowsAt<'_>,
-        _: &mut Vec<u8>,
+        cache: &CacheOnDevice,
+        at: &[RowsAt<'_>],
+        out: &mut Vec<u8>,
     ) -> Result<(), EngineError> {
-        Err(EngineError::Unsupported("copies of KV rows".into()))
+        Ok(self.read_rows(cache, at, out)?)
     }
 
-    fn write_rows(
+    fn write_kv_rows(
         &mut self,
-        _: &mut CacheOnDevice,
-        _: &RowsAt<'_>,
-        _: &[u8],
+        cache: &mut CacheOnDevice,
+        at: &RowsAt<'_>,
+        rows: &[u8],
     ) -> Result<(), EngineError> {
-        Err(EngineError::Unsupported("copies of KV rows".into()))
+        Ok(self.write_rows(cache, at, rows)?)
     }
 
     fn take(placed: Placed) -> (Vec<ExpertsOnDevice>, Arc<RouteTable>) {

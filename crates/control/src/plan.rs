@@ -169,7 +169,13 @@ impl Control {
         let unknown = Load::unknown(shape);
         let load = self.load.as_ref().filter(|load| load.shape() == shape).unwrap_or(&unknown);
         let spare = usize::from(self.settings.spare);
-        let capacity = capacities(shape, &places, redundancy, spare).expect("it was counted above");
+        let capacity = match aim {
+            Aim::Level => {
+                capacities(shape, &places, redundancy, spare).expect("it was counted above")
+            }
+            // Whoever takes what nobody holds any more gives nothing away for it, as long as there is memory.
+            Aim::Survive => places.iter().map(|&places| places.min(shape.experts)).collect(),
+        };
         let request = Request { aim, capacity: &capacity, redundancy, current: &current, load };
         let planned =
             replan(&request).expect("there is a place for every copy, and a rank for each");

@@ -80,12 +80,12 @@ impl Cache {
     ///
     /// # Errors
     ///
-    /// [`DeviceError::Step`] if the table does not cover the positions, or names a block that does not exist.
-    pub fn read_rows(&self, at: &RowsAt<'_>, out: &mut Vec<u8>) -> Result<(), DeviceError> {
-        match self.dtype {
+    /// [`DeviceError::Step`] if a table does not cover its positions, or names a block that does not exist.
+    pub fn read_rows(&self, at: &[RowsAt<'_>], out: &mut Vec<u8>) -> Result<(), DeviceError> {
+        at.iter().try_for_each(|at| match self.dtype {
             Dtype::F32 => self.gather::<u32>(at, out),
             Dtype::Bf16 => self.gather::<u16>(at, out),
-        }
+        })
     }
 
     /// Puts rows into blocks, as [`Cache::read_rows`] gives them.
@@ -105,7 +105,7 @@ impl Cache {
         at: &RowsAt<'_>,
         out: &mut Vec<u8>,
     ) -> Result<(), DeviceError> {
-        let (d, places) = (self.head_dim, self.places(at)?);
+        let (d, places) = (self.head_dim, places(at, self.blocks_of(at.pool))?);
         out.reserve(places.len() * self.row_bytes(at.pool));
         for (block, slot) in places {
             for layer in self.layers_of(at.pool) {
@@ -131,7 +131,7 @@ impl Cache {
         at: &RowsAt<'_>,
         rows: &[u8],
     ) -> Result<(), DeviceError> {
-        let places = self.places(at)?;
+        let places = places(at, self.blocks_of(at.pool))?;
         let wanted = places.len() * self.row_bytes(at.pool);
         if rows.len() != wanted {
             let (value, limit) = (rows.len() as u64, wanted as u64);
@@ -167,27 +167,11 @@ impl Cache {
         block as usize * elements..(block as usize + 1) * elements
     }
 
-    /// Block and slot of every position.
-    fn places(&self, at: &RowsAt<'_>) -> Result<Vec<(u32, usize)>, DeviceError> {
+    /// How many a pool has; 0 without layers.
+    fn blocks_of(&self, pool: Pool) -> u64 {
         let block_bytes = Self::block_bytes(self.dtype, self.kv_heads, self.head_dim);
-        let of_pool = self.layers_of(at.pool).map(|layer| self.layers[layer].1.as_slice().len());
-        let blocks = of_pool.min().map_or(0, |bytes| (bytes / block_bytes) as u64);
-        let place = |position: u32| {
-            let number = position as usize / BLOCK_TOKENS;
-            let entry = number.checked_sub(at.table_first as usize);
-            let block = entry.and_then(|entry| at.table.get(entry)).copied();
-            let limit = (at.table_first as usize + at.table.len()) * BLOCK_TOKENS;
-            let (value, limit) = (u64::from(position), limit as u64);
-            let block = block.ok_or(DeviceError::Step { what: "position", value, limit })?;
-            if blocks <= u64::from(block) {
-                let (what, value) = ("block of the KV cache", u64::from(block));
-                return Err(DeviceError::Step { what, value, limit: blocks });
-            }
-            Ok((block, position as usize % BLOCK_TOKENS))
-        };
-        // A pool without layers has no rows.
-        let positions = if blocks == 0 { 0..0 } else { at.positions.clone() };
-        positions.map(place).collect()
+        let bytes = self.layers_of(pool).map(|layer| self.layers[layer].1.as_slice().len());
+        bytes.min().map_or(0, |bytes| (bytes / block_bytes) as u64)
     }
 
     pub(crate) fn dtype(&self) -> Dtype {
@@ -238,6 +222,25 @@ impl Cache {
     }
 }
 
+/// Block and slot of every position in a pool of so many blocks. One without blocks has no rows.
+pub(crate) fn places(at: &RowsAt<'_>, blocks: u64) -> Result<Vec<(u32, usize)>, DeviceError> {
+    let place = |position: u32| {
+        let number = position as usize / BLOCK_TOKENS;
+        let entry = number.checked_sub(at.table_first as usize);
+        let block = entry.and_then(|entry| at.table.get(entry)).copied();
+        let limit = (at.table_first as usize + at.table.len()) * BLOCK_TOKENS;
+        let (value, limit) = (u64::from(position), limit as u64);
+        let block = block.ok_or(DeviceError::Step { what: "position", value, limit })?;
+        if blocks <= u64::from(block) {
+            let (what, value) = ("block of the KV cache", u64::from(block));
+            return Err(DeviceError::Step { what, value, limit: blocks });
+        }
+        Ok((block, position as usize % BLOCK_TOKENS))
+    };
+    let positions = if blocks == 0 { 0..0 } else { at.positions.clone() };
+    positions.map(place).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -277,7 +280,7 @@ mod tests {
     fn rows_are_the_keys_and_values_of_their_positions() {
         let cache = filled(Dtype::F32, &[5, 0, 3]);
         let mut rows = Vec::new();
-        cache.read_rows(&at(Pool::Full, &[5, 0, 3], 0, 15..18), &mut rows).unwrap();
+        cache.read_rows(&[at(Pool::Full, &[5, 0, 3], 0, 15..18)], &mut rows).unwrap();
         let of = |position| [0, 3].map(|layer| row(layer, position));
         let want: Vec<f32> = (15..18).flat_map(of).flat_map(|(k, v)| [k, v].concat()).collect();
         assert_eq!(rows, bytemuck::cast_slice::<f32, u8>(&want));
@@ -293,10 +296,11 @@ mod tests {
                 let positions = first * 16..40;
                 let from_table = &[5, 0, 3][first as usize..];
                 let mut rows = Vec::new();
-                from.read_rows(&at(pool, from_table, first, positions.clone()), &mut rows).unwrap();
+                from.read_rows(&[at(pool, from_table, first, positions.clone())], &mut rows)
+                    .unwrap();
                 to.write_rows(&at(pool, table, first, positions.clone()), &rows).unwrap();
                 let mut again = Vec::new();
-                to.read_rows(&at(pool, table, first, positions), &mut again).unwrap();
+                to.read_rows(&[at(pool, table, first, positions)], &mut again).unwrap();
                 assert_eq!(again, rows);
             }
             let want = filled(dtype, &[1, 2, 6]);
@@ -317,11 +321,11 @@ mod tests {
         let mut cache = filled(Dtype::Bf16, &[5, 0, 3]);
         let refused = |result: Result<(), DeviceError>| result.unwrap_err().to_string();
         let rows = &mut Vec::new();
-        let text = refused(cache.read_rows(&at(Pool::Full, &[5], 0, 15..17), rows));
+        let text = refused(cache.read_rows(&[at(Pool::Full, &[5], 0, 15..17)], rows));
         assert_eq!(text, "step: position is 16, the limit is 16");
-        let text = refused(cache.read_rows(&at(CHUNKED, &[0, 3], 1, 15..17), rows));
+        let text = refused(cache.read_rows(&[at(CHUNKED, &[0, 3], 1, 15..17)], rows));
         assert_eq!(text, "step: position is 15, the limit is 48");
-        let text = refused(cache.read_rows(&at(Pool::Full, &[7], 0, 0..1), rows));
+        let text = refused(cache.read_rows(&[at(Pool::Full, &[7], 0, 0..1)], rows));
         assert_eq!(text, "step: block of the KV cache is 7, the limit is 7");
         assert!(rows.is_empty());
         let text = refused(cache.write_rows(&at(Pool::Full, &[5], 0, 0..2), &[0; 95]));
@@ -332,7 +336,7 @@ mod tests {
     fn pool_without_layers_has_no_rows() {
         let cache = Cache::new(Dtype::F32, 1, 4, &[Pool::Full], |_| 2).unwrap();
         let mut rows = Vec::new();
-        cache.read_rows(&at(CHUNKED, &[], 0, 0..9), &mut rows).unwrap();
+        cache.read_rows(&[at(CHUNKED, &[], 0, 0..9)], &mut rows).unwrap();
         assert_eq!((rows.len(), cache.row_bytes(CHUNKED)), (0, 0));
     }
 }

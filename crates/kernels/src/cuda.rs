@@ -24,6 +24,7 @@ mod finite;
 mod gate;
 mod graphs;
 mod image_cache;
+mod kv_rows;
 mod lent;
 mod linear_bf16;
 mod linear_f32;

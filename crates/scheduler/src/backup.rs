@@ -148,7 +148,9 @@ impl Backups {
             };
             let keepers = (0..self.copies.len()).filter(has_room);
             let taken = |keeper: usize| (self.copies[keeper], self.sent_tokens[keeper]);
-            let Some(keeper) = keepers.min_by_key(|&keeper| (taken(keeper), keeper)) else { break };
+            let best = keepers.min_by_key(|&keeper| (taken(keeper), keeper));
+            // A shorter one may find room.
+            let Some(keeper) = best else { continue };
             self.copies[keeper] += 1;
             sequence.backup = Some(Backup::new(rank_of(keeper)));
         }

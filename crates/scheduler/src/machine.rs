@@ -108,9 +108,10 @@ impl Scheduler {
         assert_eq!(kept.len(), config.pools.len(), "one entry per new rank");
         let mut next = Self::new(config)?;
         next.preemptions = self.preemptions;
-        next.pace = self.pace;
+        next.pace = std::mem::take(&mut self.pace);
         next.behind = self.behind;
         if next.context_tokens != self.context_tokens {
+            next.release_all(&self, kept);
             return Ok(next);
         }
         next.arrivals = self.arrivals;
@@ -136,6 +137,18 @@ impl Scheduler {
             });
         }
         Ok(next)
+    }
+
+    /// No sequence of `last` is taken over: its ranks that are still there need to keep no copies.
+    fn release_all(&mut self, last: &Self, kept: &[Option<usize>]) {
+        let running = last.ranks.iter().flat_map(RankState::running);
+        for sequence in running.chain(&last.queue) {
+            let Some(backup) = &sequence.backup else { continue };
+            let now = kept.iter().position(|kept| *kept == Some(backup.rank.index()));
+            if let Some(rank) = now {
+                self.ranks[rank].release(sequence.id);
+            }
+        }
     }
 
     /// Ends every sequence that is not wanted any more. Only while no step is in flight.
@@ -211,8 +224,8 @@ impl Scheduler {
         self.backups.told(rank, held, running.chain(&mut self.queue));
     }
 
-    /// The last step failed because a rank does not have copies of these sequences from which they were to go on:
-    /// they are computed again from their tokens.
+    /// The last step failed because these sequences of a rank could not go on from copies there: those that were to are
+    /// computed again from their tokens.
     ///
     /// # Panics
     ///

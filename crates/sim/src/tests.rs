@@ -2,8 +2,8 @@
 
 use super::*;
 
-/// Events of a run: about half a minute of the cluster's life, with some sixty faults.
-const STEPS: u64 = 20_000;
+/// Events of a run: about a minute of the cluster's life, with some hundred faults.
+const STEPS: u64 = 40_000;
 
 #[test]
 fn hundreds_of_seeds_keep_the_laws_and_return_to_service() {

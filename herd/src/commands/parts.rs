@@ -73,7 +73,7 @@ pub(crate) struct ComputeArgs {
     #[arg(long, default_value_t = DEFAULT_GPU_LIMIT_S, env = "HERD_GPU_LIMIT_S",
           value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) gpu_limit_s: u64,
-    /// Memory for weights and KV cache of a worker, in MiB; by default the workers of this command share
+    /// Memory for weights, KV cache and copies of a worker, in MiB; by default the workers of this command share
     /// nine tenths of what is free. How many experts a worker holds depends on it.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) memory_mib: Option<u64>,
@@ -81,9 +81,10 @@ pub(crate) struct ComputeArgs {
     /// its sequences can use.
     #[arg(long)]
     pub(crate) kv_mib: Option<u64>,
-    /// Memory for copies of other workers' KV rows, in MiB: sequences that lose their worker go on from them, instead of
-    /// being computed again. By default as much as the KV cache, and at most an eighth of the worker's memory; 0: none.
-    /// Workers of one process, which would die together, and those on GPUs keep none.
+    /// Memory of the host for copies of other workers' KV rows, in MiB: sequences that lose their worker go on from them,
+    /// instead of being computed again. By default as much as the KV cache, and at most an eighth of what the worker may
+    /// take, on a GPU a sixteenth of what the host has free; 0: none. Workers of one process keep none: they would die
+    /// together.
     #[arg(long)]
     pub(crate) backup_mib: Option<u64>,
     /// Most sequences that run at once on one worker; the others wait.
@@ -138,15 +139,19 @@ impl ComputeArgs {
 }
 
 impl ComputeArgs {
-    /// What of a worker's memory is for copies of others' KV rows, in bytes.
+    /// Bytes of the host's memory for copies of others' KV rows, of a worker with so much memory for the rest.
     pub(crate) fn backups(&self, model: &Model, (memory, kv): (u64, KvBlocks)) -> u64 {
-        match (self.device, self.backup_mib) {
-            (DeviceArg::Cuda(_), _) => 0,
-            (DeviceArg::Cpu, Some(mib)) => mib.saturating_mul(1 << 20),
-            (DeviceArg::Cpu, None) => {
-                kv.bytes(&model.config, model.dtype).min(memory / BACKUP_MEMORY_SHARE)
-            }
+        if let Some(mib) = self.backup_mib {
+            return mib.saturating_mul(1 << 20);
         }
+        let most = match self.device {
+            DeviceArg::Cpu => memory / BACKUP_MEMORY_SHARE,
+            // There may be eight of them.
+            DeviceArg::Cuda(_) => {
+                memory_available().unwrap_or(MEMORY_UNKNOWN) / (2 * BACKUP_MEMORY_SHARE)
+            }
+        };
+        kv.bytes(&model.config, model.dtype).min(most)
     }
 }
 

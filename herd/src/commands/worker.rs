@@ -1,9 +1,9 @@
 //! `herd worker`: one worker of a cluster, as a process of its own.
 
-use super::BadInput;
 use super::parts::{
     ChildArgs, ComputeArgs, DEFAULT_STEP_TOKENS, ModelArgs, Signals, block_on, say,
 };
+use super::{BadInput, DeviceArg};
 use anyhow::{Context, bail, ensure};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -90,10 +90,21 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         let model = Arc::new(args.compute.model(&args.model.dir()?, args.step_tokens)?);
         let memory = args.compute.memory(1)?;
         let kv = args.compute.kv(&model, memory)?;
-        let backups = args.compute.backups(&model, (memory, kv));
-        let share = Share { memory, backups, ranks: args.workers, workers: 1 };
-        let plan = MemoryPlan::new(&model, kv, share)
-            .with_context(|| BadInput("this worker is too small for the model".into()))?;
+        let mut backups = args.compute.backups(&model, (memory, kv));
+        let plan = |backups| {
+            // A GPU's memory is another.
+            let backups = if args.compute.device == DeviceArg::Cpu { backups } else { 0 };
+            let share = Share { memory, backups, ranks: args.workers, workers: 1 };
+            MemoryPlan::new(&model, kv, share)
+        };
+        let mut planned = plan(backups);
+        if planned.is_err() && args.compute.backup_mib.is_none() {
+            // Nobody has asked for copies.
+            backups = 0;
+            planned = plan(0);
+        }
+        let plan =
+            planned.with_context(|| BadInput("this worker is too small for the model".into()))?;
         tracing::info!("{plan}");
         let listener = TcpListener::bind(&args.listen)
             .await
@@ -103,7 +114,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             threads: args.compute.threads(1),
             kv,
             places: plan.places,
-            backup_bytes: plan.backups,
+            backup_bytes: backups,
             exchange: Exchange::Processes(args.exchange(address)?),
             advertise: args.advertise.clone(),
             chaos: if args.allow_chaos { Chaos::Allowed } else { Chaos::Refused },

@@ -95,14 +95,15 @@ impl StepFailure {
         }
     }
 
-    /// A rank, and sequences that were to go on from copies which it does not have.
-    pub(super) fn missing(&self) -> Option<(Rank, &[SeqId])> {
+    /// A rank, and sequences that can not go on from copies there: it does not have them, or what came of one is not
+    /// finite.
+    pub(super) fn unrestorable(&self) -> Option<(Rank, Vec<SeqId>)> {
         match self {
-            Self::Fault { rank, missing, .. } if !missing.is_empty() => {
-                Some((Rank(u16::try_from(*rank).ok()?), missing))
+            Self::Fault { rank, missing, not_finite, .. } => {
+                let sequences = missing.iter().chain(not_finite).copied().collect();
+                Some((Rank(u16::try_from(*rank).ok()?), sequences))
             }
-            Self::Fault { .. }
-            | Self::Broken { .. }
+            Self::Broken { .. }
             | Self::Silent { .. }
             | Self::Unheard { .. }
             | Self::Deadline { .. }

@@ -240,8 +240,8 @@ impl Engine {
                 }
                 Err(failure) => {
                     session.scheduler.abort();
-                    if let Some((rank, sequences)) = failure.missing() {
-                        session.scheduler.unrestore(rank, sequences);
+                    if let Some((rank, sequences)) = failure.unrestorable() {
+                        session.scheduler.unrestore(rank, &sequences);
                     }
                     self.shared.failed_steps.fetch_add(1, Ordering::SeqCst);
                     let remedy = failure.remedy();

@@ -6,16 +6,17 @@ use proto::pb;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::Endpoint;
 
 /// Bytes that wait for one worker.
 const WAITING_MAX: usize = 64 << 20;
-/// Longest wait for a connection, and between attempts.
+/// Longest wait for a connection, and the shortest between two attempts.
 const CONNECT_MAX: Duration = Duration::from_millis(500);
 
 /// The ways to other workers.
@@ -28,6 +29,22 @@ pub(crate) struct Sender {
 struct Way {
     rows: mpsc::UnboundedSender<pb::KeepRequest>,
     waiting: Arc<AtomicUsize>,
+    task: JoinHandle<()>,
+    opened: Instant,
+}
+
+impl Way {
+    /// Its task has ended, and another attempt is due: the worker was not reached, or has ended the stream.
+    fn is_to_be_opened_again(&self) -> bool {
+        self.rows.is_closed() && CONNECT_MAX <= self.opened.elapsed()
+    }
+}
+
+impl Drop for Way {
+    fn drop(&mut self) {
+        // It may wait for a worker that takes nothing any more.
+        self.task.abort();
+    }
 }
 
 impl Sender {
@@ -41,21 +58,25 @@ impl Sender {
         self.ways.retain(|address, _| addresses.contains(address));
     }
 
+    /// Whether there is a way to a worker.
+    #[cfg(test)]
+    pub(crate) fn has(&self, address: &str) -> bool {
+        self.ways.contains_key(address)
+    }
+
     /// Sends rows to a worker, or drops them.
     pub(crate) fn send(&mut self, address: &str, rows: pb::KeepRequest) {
         let Self { runtime, ways } = self;
-        // Where its task has ended the worker was not reached, or is gone.
-        if ways.get(address).is_none_or(|way| way.rows.is_closed()) {
+        if ways.get(address).is_none_or(Way::is_to_be_opened_again) {
             ways.insert(address.to_owned(), open(runtime, address));
         }
         let Some(way) = ways.get(address) else { return };
         let bytes = size(&rows);
-        if WAITING_MAX < way.waiting.fetch_add(bytes, Ordering::Relaxed) + bytes {
+        if WAITING_MAX < way.waiting.fetch_add(bytes, Ordering::Relaxed) + bytes
+            || way.rows.send(rows).is_err()
+        {
             way.waiting.fetch_sub(bytes, Ordering::Relaxed);
-            return;
         }
-        // It may have ended just now.
-        let _dropped = way.rows.send(rows);
     }
 }
 
@@ -68,13 +89,12 @@ fn open(runtime: &Handle, address: &str) -> Way {
     let waiting = Arc::new(AtomicUsize::new(0));
     let (counted, address) = (Arc::clone(&waiting), address.to_owned());
     let _here = runtime.enter();
-    telemetry::spawn("worker.backups", async move {
+    let task = telemetry::spawn("worker.backups", async move {
         if let Err(error) = carry(&address, coming, counted).await {
             tracing::debug!(address, %error, "no KV rows are sent there for a while");
-            tokio::time::sleep(CONNECT_MAX).await;
         }
     });
-    Way { rows, waiting }
+    Way { rows, waiting, task, opened: Instant::now() }
 }
 
 /// Sends rows until there are no more, or the worker takes none.

@@ -33,7 +33,7 @@ impl pb::backups_server::Backups for Service {
                 _ = stopped.changed() => return Err(Status::unavailable("the worker has ended")),
             };
             let Some(next) = next else { return Ok(Response::new(pb::KeepResponse {})) };
-            if let Err(error) = self.backups.lock().keep(&next) {
+            if let Err(error) = self.backups.keep(&next) {
                 tracing::warn!(%error, "KV rows of another worker are refused");
                 return Err(Status::invalid_argument(error.to_string()));
             }

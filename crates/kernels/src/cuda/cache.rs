@@ -10,6 +10,7 @@ use super::elementwise::zero;
 use crate::attention::AttentionShape;
 use crate::device::Pool;
 use crate::level::Dtype;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// KV blocks of every layer.
@@ -18,6 +19,8 @@ pub(super) struct Cache {
     kv_heads: usize,
     head_dim: usize,
     layers: Vec<Layer>,
+    /// By pool: the addresses of its layers' buffers.
+    addresses: Vec<(Pool, Buffer)>,
 }
 
 struct Layer {
@@ -50,8 +53,21 @@ impl Cache {
             zero(driver, &buffer)?;
             Ok(Layer { pool, blocks, buffer })
         };
-        let layers = layers.iter().map(layer).collect::<Result<_, CudaError>>()?;
-        Ok(Self { dtype, kv_heads, head_dim, layers })
+        let layers: Vec<Layer> = layers.iter().map(layer).collect::<Result<_, CudaError>>()?;
+        let pools: BTreeSet<Pool> = layers.iter().map(|layer| layer.pool).collect();
+        let addresses = |pool| {
+            let of_pool = layers.iter().filter(|layer| layer.pool == pool);
+            let addresses: Vec<u64> = of_pool.map(|layer| layer.buffer.address()).collect();
+            let content = bytemuck::cast_slice(&addresses);
+            Ok((pool, Buffer::of(driver, "addresses of the kv cache", content)?))
+        };
+        let addresses = pools.into_iter().map(addresses).collect::<Result<_, CudaError>>()?;
+        Ok(Self { dtype, kv_heads, head_dim, layers, addresses })
+    }
+
+    /// The addresses of the buffers of a pool's layers; `None` if it has none.
+    pub(super) fn addresses(&self, pool: Pool) -> Option<&Buffer> {
+        self.addresses.iter().find(|(of, _)| *of == pool).map(|(_, addresses)| addresses)
     }
 
     pub(super) fn dtype(&self) -> Dtype {
@@ -70,6 +86,16 @@ impl Cache {
         self.layers[layer].pool
     }
 
+    /// The layers of a pool.
+    pub(super) fn layers_of(&self, pool: Pool) -> impl Iterator<Item = usize> {
+        (0..self.layers.len()).filter(move |&layer| self.layers[layer].pool == pool)
+    }
+
+    /// Bytes of one position's keys and values in all layers of a pool.
+    pub(super) fn row_bytes(&self, pool: Pool) -> usize {
+        row_bytes(self.dtype, (self.kv_heads, self.head_dim), self.layers_of(pool).count())
+    }
+
     /// Blocks of a layer.
     pub(super) fn blocks(&self, layer: usize) -> u32 {
         self.layers[layer].blocks
@@ -79,4 +105,13 @@ impl Cache {
     pub(super) fn buffer(&self, layer: usize) -> &Buffer {
         &self.layers[layer].buffer
     }
+}
+
+/// Bytes of one position's keys and values in so many layers.
+pub(super) fn row_bytes(
+    dtype: Dtype,
+    (kv_heads, head_dim): (usize, usize),
+    layers: usize,
+) -> usize {
+    layers * 2 * kv_heads * head_dim * dtype.bytes()
 }

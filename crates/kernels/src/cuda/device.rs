@@ -5,12 +5,13 @@ mod exchange;
 use super::attention_f32::attention_f32;
 use super::attention_plans::Attention;
 use super::batch::{Batch, StepRules};
-use super::cache::Cache;
+use super::cache::{Cache, row_bytes};
 use super::driver::{CudaError, Driver, StepKind};
 use super::elementwise::{add, pack, select, swiglu};
 use super::embed::embed;
 use super::finite::Notes;
 use super::gate::gate;
+use super::kv_rows::KvRows;
 use super::linear_bf16::linear_bf16;
 use super::linear_f32::linear_f32;
 use super::positions::positions;
@@ -20,6 +21,7 @@ use super::sample::{Choices, is_plain, sample};
 use super::tensor::Tensor;
 use super::travel::{RouteOnDevice, WireOnDevice};
 use super::weights::{EmbeddingTable, NormWeights, Stored, Weights};
+use crate::cache::RowsAt;
 use crate::cpu::check;
 use crate::device::{
     AttentionLayer, Device, DeviceError, Pool, Room, RopeTable, StepBatch, StepLimits, StepRoom,
@@ -65,6 +67,7 @@ pub struct Cuda {
     /// Experts of a MoE layer, wherever they are.
     experts: usize,
     attention: Attention,
+    rows: KvRows,
     routed: RoutedRows,
     staged: StagedRows,
     /// What memory was taken for.
@@ -109,6 +112,7 @@ impl Cuda {
             notes: Notes::new(driver, (exchange::flags(moe_layers), moe_layers * experts))?,
             experts,
             attention: Attention::new(driver)?,
+            rows: KvRows::new(driver)?,
             routed: RoutedRows::new(driver, (moe_layers, experts))?,
             staged: StagedRows::new(driver)?,
             room: None,
@@ -158,6 +162,47 @@ impl Cuda {
         blocks: impl Fn(Pool) -> u32,
     ) -> Result<CacheOnDevice, CudaError> {
         Cache::new(&self.driver, self.dtype, shape, layers, blocks).map(CacheOnDevice)
+    }
+
+    /// Appends rows of the KV cache to `out`, as [`crate::Cache::read_rows`]. Between steps; waits for the device.
+    ///
+    /// # Errors
+    ///
+    /// [`DeviceError::Step`] if there are no such places, [`DeviceError::Cuda`] if memory is refused or CUDA fails.
+    pub fn read_rows(
+        &mut self,
+        cache: &CacheOnDevice,
+        at: &[RowsAt<'_>],
+        out: &mut Vec<u8>,
+    ) -> Result<(), DeviceError> {
+        let result = self.rows.read(&cache.0, at, out);
+        result.map_err(|error| self.noted_error(error))
+    }
+
+    /// Puts rows into blocks of the KV cache, as [`crate::Cache::write_rows`]. Between steps.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Cuda::read_rows`], and if there are not as many rows.
+    pub fn write_rows(
+        &mut self,
+        cache: &mut CacheOnDevice,
+        at: &RowsAt<'_>,
+        rows: &[u8],
+    ) -> Result<(), DeviceError> {
+        let result = self.rows.write(&mut cache.0, at, rows);
+        result.map_err(|error| self.noted_error(error))
+    }
+
+    fn noted_error(&self, error: DeviceError) -> DeviceError {
+        match error {
+            DeviceError::Cuda(error) => self.spoilt(error),
+            other @ (DeviceError::Step { .. }
+            | DeviceError::LargeStep { .. }
+            | DeviceError::Memory { .. }
+            | DeviceError::Matrix(_)
+            | DeviceError::Threads { .. }) => other,
+        }
     }
 
     /// Does what it can: nothing after a failure, which the step's end tells.
@@ -239,6 +284,9 @@ impl Device for Cuda {
         }
         drop(waiting);
         self.choices.reserve(room.samples)?;
+        let heads_of = (heads.kv_heads, heads.head_dim);
+        let full = layers.iter().filter(|layer| **layer == Pool::Full).count();
+        self.rows.reserve(row_bytes(self.dtype, heads_of, full.max(layers.len() - full)))?;
         match self.dtype {
             Dtype::F32 => {}
             Dtype::Bf16 => {

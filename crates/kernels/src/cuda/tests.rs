@@ -16,6 +16,7 @@ mod experts_f32;
 mod finite;
 mod gate;
 mod hang;
+mod kv_rows;
 mod lending;
 mod linear_bf16;
 mod linear_f32;

@@ -186,6 +186,31 @@ fn room_for_copies_bounds_them() {
 }
 
 #[test]
+fn sequence_that_finds_no_room_is_in_nobody_s_way() {
+    let mut scheduler = Scheduler::new(backed(&[8, 8])).unwrap();
+    scheduler.submit(sequence(1, 9, 9)).unwrap();
+    scheduler.submit(sequence(2, 1, 9)).unwrap();
+    scheduler.submit(sequence(3, 6, 9)).unwrap();
+    assert_eq!(step(&mut scheduler), ["q1 r0 0..9", "q2 r1 0..1 >r0 0..1", "q3 r1 0..6 >r0 0..6"]);
+    scheduler.submit(sequence(4, 6, 9)).unwrap();
+    assert!(step(&mut scheduler).contains(&"q4 r0 0..6 >r1 0..6".into()));
+}
+
+#[test]
+fn another_context_releases_all_copies() {
+    let mut scheduler = Scheduler::new(backed(&[100, 100])).unwrap();
+    scheduler.submit(sequence(1, 6, 9)).unwrap();
+    scheduler.submit(sequence(2, 6, 9)).unwrap();
+    step(&mut scheduler);
+    let shorter = Config { context_tokens: 50, ..backed(&[100, 100]) };
+    let mut scheduler = lose(scheduler, shorter, &[Some(1), Some(0)]);
+    assert!(!scheduler.has(SeqId(1)));
+    scheduler.submit(sequence(3, 6, 9)).unwrap();
+    // The ranks have changed places.
+    assert_eq!(released(&mut scheduler), [vec![1], vec![2]]);
+}
+
+#[test]
 fn copies_of_those_that_end_are_released_until_it_is_said() {
     let mut scheduler = Scheduler::new(backed(&[100, 100])).unwrap();
     scheduler.submit(sequence(1, 6, 1)).unwrap();

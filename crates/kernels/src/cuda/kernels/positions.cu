@@ -7,8 +7,7 @@
 //   tokens    [rows] positions, [rows] tables                u32
 //   table, start [tables + 1], first [tables]                u32; table t is table[start[t]..start[t + 1]], its entry 0
 //             covers block number first[t]; first is null: 0
-//   cache     [blocks][kv heads]                             f32: K [head_dim][16] and V [16][head_dim];
-//                                                            bf16: K [16][head_dim] and V [head_dim][16]
+//   cache     [blocks][kv heads]                             as `cache.cuh` says
 //
 // Launch:  grid (rows, ceil((heads + 2 * kv heads) / 4)), one warp per head; 4 * head_dim floats of shared memory.
 // Order:   pairs (2j, 2j + 1) rotate; squares are summed in 16 interleaved chains and a fixed tree.
@@ -17,7 +16,6 @@
 // Twin:    rope::{rotate, scale}, Cache::write; equal bit for bit.
 
 constexpr int kHeads = 4;
-constexpr int kBlock = 16;
 constexpr int kChains = 16;
 
 struct Shape {
@@ -52,12 +50,6 @@ HERD_INLINE float norm_factor(const float* head, int head_dim, float eps) {
   for (int i = lane_id() % kChains; i < head_dim; i += kChains) sum = fmaf(head[i], head[i], sum);
   return 1.0f / sqrtf(sum_16(sum) / float(head_dim) + eps);
 }
-
-// One element of k or v.
-HERD_INLINE size_t key_at(const float*, int slot, int i, int) { return size_t(i) * kBlock + slot; }
-HERD_INLINE size_t value_at(const float*, int slot, int i, int head_dim) { return size_t(slot) * head_dim + i; }
-HERD_INLINE size_t key_at(const bf16*, int slot, int i, int head_dim) { return size_t(slot) * head_dim + i; }
-HERD_INLINE size_t value_at(const bf16*, int slot, int i, int) { return size_t(i) * kBlock + slot; }
 
 template <class T>
 HERD_INLINE void positions_row(float* qkv, Shape shape, const float* angles, const float* factors, float eps,
