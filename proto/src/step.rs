@@ -24,13 +24,9 @@ pub fn slice_to_wire(slice: &Slice, sample: Option<pb::Sample>) -> pb::Slice {
     }
 }
 
-/// What a rank says of the copies that it keeps.
+/// What a rank says of a copy that it keeps.
 #[must_use]
-pub fn held_from_wire(held: &[pb::Held]) -> Vec<Held> {
-    let of = |held: &pb::Held| Held {
-        sequence: SeqId(held.sequence),
-        positions: held.positions,
-        has_gap: held.has_gap,
-    };
-    held.iter().map(of).collect()
+pub fn held_from_wire(held: &pb::Held) -> Held {
+    let pb::Held { sequence, positions, has_gap } = *held;
+    Held { sequence: SeqId(sequence), positions, has_gap }
 }

@@ -145,8 +145,10 @@ def test_killed_leader_is_replaced_within_seconds_and_texts_are_equal(routers, p
     running = routers.disturbed(leader, lambda: os.kill(killed, signal.SIGKILL))
     at = time.monotonic()
     outcomes = [stream.result(60) for stream in running]
-    broken = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
-    assert len(broken) == STREAMS, "clients of a killed router see it"
+    # A stream may be complete before the last one has begun.
+    unseen = [seed for seed, outcome in enumerate(outcomes) if not isinstance(outcome, Exception) and outcome != peace[seed]]
+    assert not unseen, f"clients of a killed router see it, but not those of {unseen}"
+    assert any(isinstance(outcome, Exception) for outcome in outcomes), "the kill came too late"
     Load.until(lambda: routers.serves(standby), "the standby serves", TAKE_OVER_MAX_S)
     print(f"took over in {time.monotonic() - at:.1f} s")
     assert routers.all(standby) == peace

@@ -170,8 +170,9 @@ pub async fn start(config: Config, listener: TcpListener) -> Result<Worker, Engi
             Some((Background::start().map_err(no_experts)?, listener))
         }
     };
-    let keeps = config.backup_tokens() != 0;
-    let backups = keeps.then(|| Backups::new(config.row_bytes(), config.backup_bytes));
+    // Who keeps no copies still sends rows to others that do.
+    let takes_part = matches!(config.exchange, Exchange::Processes(_));
+    let backups = takes_part.then(|| Backups::new(config.row_bytes(), config.backup_bytes));
     let runner = runner::start(&config, transport, backups.clone()).await?;
     let (stop, mut stopped) = watch::channel(());
     let model = Arc::clone(&config.model);

@@ -394,13 +394,23 @@ fn attempt(
     }
     step::fill(batch, wire);
     let deadline = job.received + Duration::from_millis(u64::from(wire.deadline_ms));
-    let restored = keeper.as_mut().map_or(Ok(()), |keeper| keeper.restore(engine, wire));
+    let restored = match keeper {
+        Some(keeper) => keeper.restore(engine, wire),
+        None => no_copies(wire),
+    };
     if let Err(error) = restored {
         engine.abandon(StepId(wire.step), deadline);
         return Err(error);
     }
     let sampled = engine.step(StepId(wire.step), batch, deadline, None)?;
     Ok((u32::from(engine.rank().0), step::sampled(wire, sampled)))
+}
+
+/// Whether a step does without copies, where there are none.
+fn no_copies(step: &pb::Step) -> Result<(), EngineError> {
+    let restored = step.slices.iter().filter(|slice| slice.restored != 0);
+    let missing: Vec<u64> = restored.map(|slice| slice.sequence).collect();
+    if missing.is_empty() { Ok(()) } else { Err(EngineError::Missing(missing)) }
 }
 
 /// Whether another rank knows better what went wrong.
@@ -429,6 +439,15 @@ mod tests {
 
     fn shares(part: f32) -> Shares {
         Shares::new(vec![vec![vec![part, 1.0 - part]]]).unwrap()
+    }
+
+    #[test]
+    fn copies_where_there_are_none_are_missing() {
+        let slice = |sequence, restored| pb::Slice { sequence, restored, ..Default::default() };
+        let step = |slices| pb::Step { slices, ..Default::default() };
+        assert!(no_copies(&step(vec![slice(1, 0)])).is_ok());
+        let error = no_copies(&step(vec![slice(1, 0), slice(2, 9), slice(3, 1)])).unwrap_err();
+        assert!(matches!(error, EngineError::Missing(missing) if missing == [2, 3]));
     }
 
     #[test]

@@ -100,7 +100,7 @@ pub(crate) struct Backups {
     sent_tokens: Vec<u64>,
     /// Per rank: copies of the sequences of one rank that it keeps.
     copies: Vec<u32>,
-    held: Vec<Held>,
+    held: Vec<(Rank, Held)>,
 }
 
 impl Backups {
@@ -184,25 +184,26 @@ impl Backups {
         }
     }
 
-    /// A rank says what it has.
+    /// Ranks say what they have.
     pub(crate) fn told<'a>(
         &mut self,
-        rank: Rank,
-        held: &[Held],
+        held: impl IntoIterator<Item = (Rank, Held)>,
         sequences: impl Iterator<Item = &'a mut Sequence>,
     ) {
-        if held.is_empty() {
+        let key = |&(rank, held): &(Rank, Held)| (held.sequence, rank);
+        self.held.clear();
+        self.held.extend(held);
+        if self.held.is_empty() {
             return;
         }
-        self.held.clear();
-        self.held.extend_from_slice(held);
-        self.held.sort_by_key(|held| held.sequence);
+        self.held.sort_by_key(key);
         for sequence in sequences {
-            let of_it = self.held.partition_point(|held| held.sequence <= sequence.id);
-            // The last word counts if a rank has several.
-            let Some(held) = of_it.checked_sub(1).map(|last| self.held[last]) else { continue };
             let Some(backup) = &mut sequence.backup else { continue };
-            if held.sequence == sequence.id && backup.rank == rank {
+            let wanted = (sequence.id, backup.rank);
+            // The last word counts if a rank has several.
+            let behind = self.held.partition_point(|held| key(held) <= wanted);
+            let last = behind.checked_sub(1).map(|last| self.held[last]);
+            if let Some((_, held)) = last.filter(|held| key(held) == wanted) {
                 backup.told(held);
             }
         }

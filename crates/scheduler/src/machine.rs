@@ -218,10 +218,10 @@ impl Scheduler {
         self.release_dropped();
     }
 
-    /// What a rank says of the copies that it keeps.
-    pub fn held(&mut self, rank: Rank, held: &[Held]) {
+    /// What ranks say of the copies that they keep.
+    pub fn held(&mut self, held: impl IntoIterator<Item = (Rank, Held)>) {
         let running = self.ranks.iter_mut().flat_map(RankState::running_mut);
-        self.backups.told(rank, held, running.chain(&mut self.queue));
+        self.backups.told(held, running.chain(&mut self.queue));
     }
 
     /// The last step failed because these sequences of a rank could not go on from copies there: those that were to are

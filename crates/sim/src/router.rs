@@ -383,7 +383,7 @@ impl Router {
                 if needed <= answers.len() {
                     let mut sampled = Vec::new();
                     for (rank, done) in std::mem::take(answers) {
-                        session.scheduler.held(rank, &done.held);
+                        session.scheduler.held(done.held.into_iter().map(|held| (rank, held)));
                         sampled.extend(done.sampled);
                     }
                     session.scheduler.time(Duration::from_micros(now - *since));

@@ -306,8 +306,8 @@ impl Link {
 #[derive(Debug, Default)]
 pub(super) struct Stepped {
     pub(super) sampled: Vec<pb::Sampled>,
-    /// By rank: what it says of copies that it keeps.
-    pub(super) held: Vec<Vec<Held>>,
+    /// What ranks say of copies that they keep.
+    pub(super) held: Vec<(Rank, Held)>,
 }
 
 /// What all ranks have answered, after checking that no token is missing.
@@ -320,7 +320,8 @@ fn sampled(plan: &Plan, results: Vec<pb::StepResult>) -> Result<Stepped, StepFai
             return Err(StepFailure::Incomplete { rank, sequence: missing.sequence });
         }
         all.sampled.extend(result.sampled);
-        all.held.push(proto::held_from_wire(&result.held));
+        let rank = Rank(u16::try_from(rank).expect("ranks are numbered in 16 bits"));
+        all.held.extend(result.held.iter().map(|held| (rank, proto::held_from_wire(held))));
     }
     Ok(all)
 }

@@ -13,7 +13,7 @@ use super::{
     watch::{Peer, Target},
 };
 use crate::lead::{Lead, LeadHandle};
-use ids::{Epoch, Rank, SeqId, StepId};
+use ids::{Epoch, SeqId, StepId};
 use metrics::{counter, gauge, histogram};
 use proto::pb;
 use scheduler::{Config, Plan, Scheduler};
@@ -231,9 +231,7 @@ impl Engine {
             self.next_step = self.next_step.next();
             match self.step(session).await {
                 Ok(Stepped { sampled, held }) => {
-                    for (rank, held) in (0..).map(Rank).zip(&held) {
-                        session.scheduler.held(rank, held);
-                    }
+                    session.scheduler.held(held);
                     self.commit(session, sampled);
                     self.report(session);
                     self.retry_pause = RETRY_FIRST;

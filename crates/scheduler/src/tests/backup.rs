@@ -82,7 +82,7 @@ fn sequence_of_a_lost_rank_goes_on_from_its_copy() {
     }
     step(&mut scheduler);
     // r1 keeps q0; it says what it has a step later.
-    scheduler.held(Rank(1), &[held(0, 6)]);
+    scheduler.held([(Rank(1), held(0, 6))]);
     step(&mut scheduler);
     let mut scheduler = lose(scheduler, backed(&[100; 2]), &[Some(1), Some(2)]);
     // Its prompt and 2 tokens; the last position is never in a copy.
@@ -109,7 +109,7 @@ fn copy_ahead_of_the_sequence_leaves_a_position_to_compute() {
     scheduler.submit(sequence(1, 6, 9)).unwrap();
     step(&mut scheduler);
     // Rows of a step that failed elsewhere.
-    scheduler.held(Rank(1), &[held(1, 7)]);
+    scheduler.held([(Rank(1), held(1, 7))]);
     let mut scheduler = lose(scheduler, backed(&[100]), &[Some(1)]);
     assert_eq!(step(&mut scheduler), ["q1 r0 6..7 <6"]);
 }
@@ -119,7 +119,7 @@ fn failed_step_restores_and_sends_again() {
     let mut scheduler = Scheduler::new(backed(&[100; 2])).unwrap();
     scheduler.submit(sequence(1, 6, 9)).unwrap();
     step(&mut scheduler);
-    scheduler.held(Rank(1), &[held(1, 6)]);
+    scheduler.held([(Rank(1), held(1, 6))]);
     let mut scheduler = lose(scheduler, backed(&[100; 2]), &[None, Some(1)]);
     let mut plan = Plan::new();
     for _ in 0..2 {
@@ -143,7 +143,7 @@ fn copy_that_is_gone_costs_a_prefill() {
     let mut scheduler = Scheduler::new(backed(&[100; 2])).unwrap();
     scheduler.submit(sequence(1, 6, 9)).unwrap();
     step(&mut scheduler);
-    scheduler.held(Rank(1), &[held(1, 6)]);
+    scheduler.held([(Rank(1), held(1, 6))]);
     let mut scheduler = lose(scheduler, backed(&[100; 2]), &[None, Some(1)]);
     let mut plan = Plan::new();
     assert!(scheduler.plan(StepId(1), &mut plan));
@@ -157,10 +157,24 @@ fn gap_is_sent_again() {
     let mut scheduler = Scheduler::new(backed(&[100; 2])).unwrap();
     scheduler.submit(sequence(1, 6, 9)).unwrap();
     step(&mut scheduler);
-    scheduler.held(Rank(1), &[held(1, 4)]);
+    scheduler.held([(Rank(1), held(1, 4))]);
     assert_eq!(step(&mut scheduler), ["q1 r0 6..7 >r1 6..7"], "the rest may be on its way");
-    scheduler.held(Rank(1), &[Held { sequence: SeqId(1), positions: 4, has_gap: true }]);
+    scheduler.held([(Rank(1), Held { sequence: SeqId(1), positions: 4, has_gap: true })]);
     assert_eq!(step(&mut scheduler), ["q1 r0 7..8 >r1 4..8"]);
+}
+
+#[test]
+fn ranks_speak_of_their_own_copies_only_and_their_last_word_counts() {
+    let mut scheduler = Scheduler::new(backed(&[100; 3])).unwrap();
+    scheduler.submit(sequence(1, 6, 9)).unwrap();
+    scheduler.submit(sequence(2, 6, 9)).unwrap();
+    assert_eq!(step(&mut scheduler), ["q1 r0 0..6 >r1 0..6", "q2 r1 0..6 >r0 0..6"]);
+    // An old copy of q1, one that nobody knows, and two reports of one rank.
+    let said =
+        [(2, held(1, 5)), (1, held(1, 3)), (0, held(9, 4)), (1, held(1, 4)), (0, held(2, 2))];
+    scheduler.held(said.map(|(rank, held)| (Rank(rank), held)));
+    let tokens: Vec<u64> = scheduler.stats().ranks.iter().map(|rank| rank.backup_tokens).collect();
+    assert_eq!(tokens, [2, 4, 0]);
 }
 
 #[test]
@@ -181,7 +195,7 @@ fn room_for_copies_bounds_them() {
     step(&mut scheduler);
     assert_eq!(step(&mut scheduler)[0], "q1 r0 7..8 >r1 7..8");
     assert_eq!(step(&mut scheduler)[0], "q1 r0 8..9", "a copy of the beginning is worth something");
-    scheduler.held(Rank(1), &[held(1, 8)]);
+    scheduler.held([(Rank(1), held(1, 8))]);
     assert_eq!(scheduler.stats().ranks[1].backup_tokens, 8);
 }
 
@@ -234,17 +248,17 @@ fn of_chunks_only_the_present_one_can_be_copied() {
     scheduler.submit(NewSequence { prompt: vec![1; 390], ..sequence(1, 1, 99) }).unwrap();
     assert_eq!(step(&mut scheduler), ["q1 r0 0..390 >r1 0..256"]);
     assert_eq!(step(&mut scheduler), ["q1 r0 390..391 >r1 256..391"]);
-    scheduler.held(Rank(1), &[held(1, 391)]);
+    scheduler.held([(Rank(1), held(1, 391))]);
     let other = lose(scheduler.clone(), config.clone(), &[None, Some(1)]);
     assert_eq!(step(&mut { other }), ["q1 r1 391..392 <391"]);
     // A gap is filled when the rows of the chunk in it are there no more: but for those, whole chunks suffice.
     while step(&mut scheduler) != ["q1 r0 410..411 >r1 410..411"] {}
-    scheduler.held(Rank(1), &[Held { sequence: SeqId(1), positions: 300, has_gap: true }]);
+    scheduler.held([(Rank(1), Held { sequence: SeqId(1), positions: 300, has_gap: true })]);
     assert_eq!(step(&mut scheduler), ["q1 r0 411..412 >r1 300..412"]);
-    scheduler.held(Rank(1), &[held(1, 350)]);
+    scheduler.held([(Rank(1), held(1, 350))]);
     let other = lose(scheduler.clone(), config.clone(), &[None, Some(1)]);
     assert_eq!(step(&mut { other })[0], "q1 r1 200..413 <200");
-    scheduler.held(Rank(1), &[held(1, 412)]);
+    scheduler.held([(Rank(1), held(1, 412))]);
     let other = lose(scheduler, config, &[None, Some(1)]);
     assert_eq!(step(&mut { other }), ["q1 r1 412..413 <412"]);
 }

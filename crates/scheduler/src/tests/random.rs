@@ -238,7 +238,7 @@ impl World {
         // What ranks say is what they had before the rows of this step.
         for (rank, worker) in (0..).map(Rank).zip(&mut self.workers) {
             let held = worker.take_news();
-            self.scheduler.held(rank, &held);
+            self.scheduler.held(held.into_iter().map(|held| (rank, held)));
         }
         self.scheduler.commit(&sampled);
         let is_lost = std::mem::take(&mut self.loses_pieces);
