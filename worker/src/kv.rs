@@ -105,7 +105,7 @@ impl KvBlocks {
 #[must_use]
 pub(crate) fn row_bytes(config: &Config, dtype: Dtype) -> RowBytes {
     let heads = shape(config);
-    let layer = 2 * heads.kv_heads * heads.head_dim * dtype.bytes();
+    let layer = Cache::block_bytes(dtype, heads.kv_heads, heads.head_dim) / BLOCK_TOKENS;
     let layers = pools(config);
     let full = layers.iter().filter(|pool| matches!(pool, Pool::Full)).count();
     RowBytes {

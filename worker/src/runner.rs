@@ -97,13 +97,6 @@ pub(crate) struct Neighbour {
 }
 
 impl Waiting {
-    /// The services of the members of the view that is served, by rank.
-    fn addresses(&self) -> Vec<String> {
-        let seats = self.lock();
-        let members = seats.current.iter().flat_map(|current| &current.members);
-        members.map(|member| member.address.clone()).collect()
-    }
-
     fn lock(&self) -> MutexGuard<'_, Seats> {
         // Seats are put and taken whole.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -310,7 +303,7 @@ fn run(
         // A router that left meanwhile plans its steps again.
         let _left = job.answer.blocking_send(Ok(result));
         if let Some(keeper) = rank.keeper.as_mut().filter(|_| has_ended_well) {
-            keeper.send(&mut rank.engine, &job.step, &waiting.addresses());
+            keeper.send(&mut rank.engine, &job.step);
         }
         if let Some(failure) = model.platform.failure() {
             return failure;
@@ -376,11 +369,11 @@ fn attempt(
         tracing::info!(%epoch, "takes its seat");
         engine.take(seat)?;
         let aborter = engine.aborter();
+        if let Some(keeper) = keeper {
+            keeper.sit_among(members.iter().map(|member| member.address.clone()).collect());
+        }
         let current = aborter.map(|aborter| Current { epoch, members, aborter });
         waiting.lock().current = current;
-        if let Some(keeper) = keeper {
-            keeper.sit_among(&waiting.addresses());
-        }
     }
     if engine.epoch() != Some(epoch) {
         return Err(EngineError::Epoch { got: epoch, serving: engine.epoch() });

@@ -73,7 +73,8 @@ impl Cache {
     /// Bytes of one position's keys and values in all layers of a pool.
     #[must_use]
     pub fn row_bytes(&self, pool: Pool) -> usize {
-        self.layers_of(pool).count() * 2 * self.kv_heads * self.head_dim * self.dtype.bytes()
+        let block_bytes = Self::block_bytes(self.dtype, self.kv_heads, self.head_dim);
+        self.layers_of(pool).count() * block_bytes / BLOCK_TOKENS
     }
 
     /// Appends rows to `out`.

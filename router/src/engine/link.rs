@@ -98,20 +98,9 @@ impl StepFailure {
     /// A rank, and sequences that can not go on from copies there: it does not have them, or what came of one is not
     /// finite.
     pub(super) fn unrestorable(&self) -> Option<(Rank, Vec<SeqId>)> {
-        match self {
-            Self::Fault { rank, missing, not_finite, .. } => {
-                let sequences = missing.iter().chain(not_finite).copied().collect();
-                Some((Rank(u16::try_from(*rank).ok()?), sequences))
-            }
-            Self::Broken { .. }
-            | Self::Silent { .. }
-            | Self::Unheard { .. }
-            | Self::Deadline { .. }
-            | Self::Incomplete { .. }
-            | Self::Outranked { .. }
-            | Self::Deposed
-            | Self::Superseded { .. } => None,
-        }
+        let Self::Fault { rank, missing, not_finite, .. } = self else { return None };
+        let sequences = missing.iter().chain(not_finite).copied().collect();
+        Some((Rank(u16::try_from(*rank).ok()?), sequences))
     }
 
     /// Ranks that give no sign of life, and for how long.

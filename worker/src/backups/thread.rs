@@ -15,16 +15,19 @@ const MESSAGE_BYTES: usize = 1 << 20;
 pub(crate) struct Keeper {
     backups: Backups,
     sender: Sender,
+    /// Services of the ranks of the view that is served.
+    addresses: Vec<String>,
 }
 
 impl Keeper {
     pub(crate) fn new(backups: Backups, sender: Sender) -> Self {
-        Self { backups, sender }
+        Self { backups, sender, addresses: Vec::new() }
     }
 
     /// The worker serves a view of these members.
-    pub(crate) fn sit_among(&mut self, addresses: &[String]) {
-        self.sender.retain(addresses);
+    pub(crate) fn sit_among(&mut self, addresses: Vec<String>) {
+        self.sender.retain(&addresses);
+        self.addresses = addresses;
     }
 
     /// Lets go of copies that nobody needs, and fills the blocks of sequences that go on from one.
@@ -63,9 +66,8 @@ impl Keeper {
         self.backups.lock().take_news()
     }
 
-    /// After a step that this rank has ended well: rows go where the router wants copies of them. `addresses` are the
-    /// ranks' services.
-    pub(crate) fn send(&mut self, engine: &mut Engine, step: &pb::Step, addresses: &[String]) {
+    /// After a step that this rank has ended well: rows go where the router wants copies of them.
+    pub(crate) fn send(&mut self, engine: &mut Engine, step: &pb::Step) {
         let pieces = pieces(step, self.backups.row);
         let rows = match read(engine, &pieces, (step.journal, self.backups.row)) {
             Ok(rows) => rows,
@@ -73,7 +75,7 @@ impl Keeper {
         };
         let mut batches = Batches { journal: step.journal, of_ranks: BTreeMap::new() };
         let mut send = |rank: u32, batch| {
-            let address = usize::try_from(rank).ok().and_then(|rank| addresses.get(rank));
+            let address = usize::try_from(rank).ok().and_then(|rank| self.addresses.get(rank));
             match address {
                 Some(address) => self.sender.send(address, batch),
                 None => tracing::warn!(rank, "KV rows for a rank that there is not"),

@@ -7,7 +7,7 @@
 use super::buffer::Buffer;
 use super::driver::{CudaError, Driver};
 use super::elementwise::zero;
-use crate::attention::AttentionShape;
+use crate::attention::{AttentionShape, BLOCK_TOKENS};
 use crate::device::Pool;
 use crate::level::Dtype;
 use std::collections::BTreeSet;
@@ -113,5 +113,5 @@ pub(super) fn row_bytes(
     (kv_heads, head_dim): (usize, usize),
     layers: usize,
 ) -> usize {
-    layers * 2 * kv_heads * head_dim * dtype.bytes()
+    layers * crate::Cache::block_bytes(dtype, kv_heads, head_dim) / BLOCK_TOKENS
 }
