@@ -5,7 +5,7 @@ use crate::tally::Tally;
 use all2all::{AllToAll, Arrived, ExchangeError, HostRows, LayerKey, Pending, Sent};
 use ids::{ExpertId, StepId};
 use kernels::{Dtype, RouteOnHost, Staged, WireOnHost};
-use model::forward::MoeExchange;
+use model::forward::{ForwardError, MoeExchange};
 use std::sync::Arc;
 
 /// The experts of a rank, and the count of what they have to do.
@@ -46,6 +46,9 @@ enum Layer {
     Sent(Sent),
     Pending(Pending),
 }
+
+/// What came of a part of a layer's exchange.
+type Passed = Result<(), ForwardError<ExchangeError>>;
 
 /// One step's use of an exchange.
 pub(crate) struct StepExchange<'a, A, D: Staged> {
@@ -120,39 +123,44 @@ impl<A: HostExchange, D: Staged> MoeExchange<D> for StepExchange<'_, A, D> {
 
     fn dispatch(
         &mut self,
-        _: &mut D,
+        device: &mut D,
         layer: usize,
         (rows, route): (&D::Wire, &D::Route),
-    ) -> Result<(), ExchangeError> {
+    ) -> Passed {
         let layer = u16::try_from(layer).expect("layers are numbered in 16 bits");
         let key = LayerKey { step: self.step, layer };
         self.experts.clear();
         self.experts.extend_from_slice(route.experts());
+        let bytes = rows.bytes();
+        device.failed()?;
         self.index = layer;
-        self.watch(rows.bytes(), |_, _| Place::Hidden { layer });
-        let rows = HostRows { bytes: rows.bytes(), row_bytes: self.row_bytes };
-        self.layer = Layer::Sent(self.exchange.dispatch_send(key, rows, route.experts())?);
+        self.watch(bytes, |_, _| Place::Hidden { layer });
+        let rows = HostRows { bytes, row_bytes: self.row_bytes };
+        let sent = self.exchange.dispatch_send(key, rows, route.experts());
+        self.layer = Layer::Sent(sent.map_err(ForwardError::Exchange)?);
         Ok(())
     }
 
-    fn serve(&mut self, device: &mut D, experts: &D::Experts) -> Result<(), ExchangeError> {
+    fn serve(&mut self, device: &mut D, experts: &D::Experts) -> Passed {
         let sent = match std::mem::replace(&mut self.layer, Layer::Idle) {
             Layer::Sent(sent) => sent,
             Layer::Idle | Layer::Pending(_) => {
                 unreachable!("the forward pass dispatches before it serves")
             }
         };
-        let arrived: Arrived = self.exchange.dispatch_recv(sent)?;
+        let arrived: Arrived = self.exchange.dispatch_recv(sent).map_err(ForwardError::Exchange)?;
         let (rows, offsets) = self.exchange.arrived(&arrived);
         self.served.count(usize::from(self.index), offsets);
         self.results.room(0);
         device.experts(rows.bytes, offsets, experts, self.results);
         let results = HostRows { bytes: self.results.bytes(), row_bytes: self.row_bytes };
-        self.layer = Layer::Pending(self.exchange.combine_send(arrived, results)?);
+        device.failed()?;
+        let pending = self.exchange.combine_send(arrived, results);
+        self.layer = Layer::Pending(pending.map_err(ForwardError::Exchange)?);
         Ok(())
     }
 
-    fn combine(&mut self, _: &mut D, results: &mut D::Wire) -> Result<(), ExchangeError> {
+    fn combine(&mut self, _: &mut D, results: &mut D::Wire) -> Passed {
         let pending = match std::mem::replace(&mut self.layer, Layer::Idle) {
             Layer::Pending(pending) => pending,
             Layer::Idle | Layer::Sent(_) => {
@@ -160,7 +168,7 @@ impl<A: HostExchange, D: Staged> MoeExchange<D> for StepExchange<'_, A, D> {
             }
         };
         let bytes = results.room(self.experts.len() * self.row_bytes);
-        self.exchange.combine_recv(pending, bytes)?;
+        self.exchange.combine_recv(pending, bytes).map_err(ForwardError::Exchange)?;
         self.watch(bytes, |this, row| {
             let (layer, expert) = (this.index, this.experts[row]);
             let rank = this.exchange.view().routes.target(layer, expert, row).0.0;

@@ -6,7 +6,7 @@ use all2all::local::Lending;
 use all2all::{AllToAll, ExchangeError, LayerKey, Pending, Sent};
 use ids::StepId;
 use kernels::Staged;
-use model::forward::MoeExchange;
+use model::forward::{ForwardError, MoeExchange};
 
 /// Where a layer stands.
 enum Stage {
@@ -42,36 +42,46 @@ impl<D: Staged> MoeExchange<D> for StepLoans<'_, '_, D> {
         device: &mut D,
         layer: usize,
         own: (&D::Wire, &D::Route),
-    ) -> Result<(), ExchangeError> {
+    ) -> Result<(), ForwardError<ExchangeError>> {
         self.layer = u16::try_from(layer).expect("layers are numbered in 16 bits");
         let key = LayerKey { step: self.step, layer: self.layer };
         let loan = Some(device.lend(layer, own, self.routes));
-        self.stage = Stage::Sent(self.exchange.dispatch_send(key, &[loan], ())?);
+        let sent = self.exchange.dispatch_send(key, &[loan], ());
+        self.stage = Stage::Sent(sent.map_err(ForwardError::Exchange)?);
         Ok(())
     }
 
-    fn serve(&mut self, device: &mut D, experts: &D::Experts) -> Result<(), ExchangeError> {
+    fn serve(
+        &mut self,
+        device: &mut D,
+        experts: &D::Experts,
+    ) -> Result<(), ForwardError<ExchangeError>> {
         let sent = match std::mem::replace(&mut self.stage, Stage::Idle) {
             Stage::Sent(sent) => sent,
             Stage::Idle | Stage::Pending(_) => {
                 unreachable!("the forward pass dispatches before it serves")
             }
         };
-        let arrived = self.exchange.dispatch_recv(sent)?;
+        let arrived = self.exchange.dispatch_recv(sent).map_err(ForwardError::Exchange)?;
         let here = (usize::from(self.layer), self.exchange.view().me.0);
         device.serve(here, self.exchange.arrived(&arrived).0, experts);
-        self.stage = Stage::Pending(self.exchange.combine_send(arrived, &[])?);
+        let pending = self.exchange.combine_send(arrived, &[]);
+        self.stage = Stage::Pending(pending.map_err(ForwardError::Exchange)?);
         Ok(())
     }
 
-    fn combine(&mut self, device: &mut D, own: &mut D::Wire) -> Result<(), ExchangeError> {
+    fn combine(
+        &mut self,
+        device: &mut D,
+        own: &mut D::Wire,
+    ) -> Result<(), ForwardError<ExchangeError>> {
         let pending = match std::mem::replace(&mut self.stage, Stage::Idle) {
             Stage::Pending(pending) => pending,
             Stage::Idle | Stage::Sent(_) => {
                 unreachable!("the forward pass serves before it combines")
             }
         };
-        self.exchange.combine_recv(pending, ())?;
+        self.exchange.combine_recv(pending, ()).map_err(ForwardError::Exchange)?;
         device.regain(usize::from(self.layer), own);
         Ok(())
     }

@@ -21,7 +21,7 @@ const SPILLED_MAX: u32 = 32;
 const LIBRARIES: &str = "site-packages/nvidia/cu13/lib";
 
 /// Set for the process that finds the libraries on its search path.
-const SEARCH_PATH: &str = "LD_LIBRARY_PATH";
+pub(crate) const SEARCH_PATH: &str = "LD_LIBRARY_PATH";
 
 /// What the assembler says of a kernel.
 #[derive(Debug, PartialEq, Eq)]
@@ -78,11 +78,14 @@ pub(crate) fn run(root: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Where Cargo builds.
+pub(crate) fn target(root: &Path) -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from)
+}
+
 /// The folder of the compiler's libraries; installs them if they are not there yet.
-fn install(root: &Path) -> anyhow::Result<PathBuf> {
-    let target =
-        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
-    let venv = target.join(WHEEL.replace("==", "-"));
+pub(crate) fn install(root: &Path) -> anyhow::Result<PathBuf> {
+    let venv = target(root).join(WHEEL.replace("==", "-"));
     if let Some(found) = libraries(&venv) {
         return Ok(found);
     }
@@ -103,7 +106,7 @@ fn libraries(venv: &Path) -> Option<PathBuf> {
     folders.into_iter().find(|folder| folder.join("libnvrtc.so.13").exists())
 }
 
-fn shell(command: &mut Command) -> anyhow::Result<()> {
+pub(crate) fn shell(command: &mut Command) -> anyhow::Result<()> {
     let status = command.status().with_context(|| format!("{command:?}"))?;
     ensure!(status.success(), "{command:?}: {status}");
     Ok(())

@@ -2,11 +2,12 @@
 //!
 //! It never changes a file of the tree: every command only looks and reports.
 
+mod gpu_stand_in;
 mod kernels_compile;
 mod tidy;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitCode};
 
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
@@ -27,6 +28,13 @@ enum Task {
     /// Compiles every CUDA kernel for every supported architecture; needs no GPU. Installs the compiler below
     /// `target` if it is not there.
     KernelsCompile,
+    /// Runs a command on a GPU that is none: CUDA's driver is a stand-in that runs herd's kernels on the CPU, slowly, and
+    /// checks how it is called. Without a command it says where the stand-in is.
+    GpuStandIn {
+        /// Such as `target/debug/herd up --device cuda:0`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
     /// A whole cluster under faults, from a seed: checks its laws after every event.
     Sim(SimArgs),
 }
@@ -47,13 +55,15 @@ struct SimArgs {
     steps: u64,
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<ExitCode> {
     match Args::parse().task {
-        Task::Verify => verify(),
-        Task::Tidy => tidy::run(&root()),
-        Task::KernelsCompile => kernels_compile::run(&root()),
-        Task::Sim(args) => sim(&args),
+        Task::Verify => verify()?,
+        Task::Tidy => tidy::run(&root())?,
+        Task::KernelsCompile => kernels_compile::run(&root())?,
+        Task::GpuStandIn { command } => return gpu_stand_in::run(&root(), &command),
+        Task::Sim(args) => sim(&args)?,
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn sim(args: &SimArgs) -> anyhow::Result<()> {

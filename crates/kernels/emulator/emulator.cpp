@@ -2,8 +2,6 @@
 
 #include <map>
 #include <mutex>
-#include <string>
-#include <vector>
 
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -58,8 +56,8 @@ Body body;
 void** arguments;
 const char* kernel_name = "";
 
-std::map<std::string, Body>& kernels() {
-  static std::map<std::string, Body> all;
+std::map<std::string, Kernel>& kernels() {
+  static std::map<std::string, Kernel> all;
   return all;
 }
 
@@ -195,7 +193,12 @@ void fail(const char* what) {
   std::abort();
 }
 
-void add(const char* name, Body body) { kernels()[name] = body; }
+void add(const char* name, Kernel kernel) { kernels()[name] = std::move(kernel); }
+
+const Kernel* find(const std::string& name) {
+  const auto found = kernels().find(name);
+  return found == kernels().end() ? nullptr : &found->second;
+}
 
 }  // namespace emulator
 
@@ -250,7 +253,7 @@ int herd_emulator_launch(const char* name, const u32* grid, const u32* block, u3
   const std::lock_guard<std::mutex> lock(running);
   const auto found = kernels().find(name);
   if (found == kernels().end()) return 1;
-  body = found->second;
+  body = found->second.body;
   kernel_name = found->first.c_str();
   arguments = args;
   const u32 count = block[0] * block[1] * block[2];

@@ -11,7 +11,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <utility>
+#include <vector>
 
 #define HERD_EMULATED 1
 
@@ -65,7 +67,14 @@ const u64* exchange(u32 mask, u64 value, int line);
 [[noreturn]] void fail(const char* what);
 
 using Body = void (*)(void** args);
-void add(const char* name, Body body);
+// A kernel: what runs it, and the bytes of each parameter.
+struct Kernel {
+  Body body;
+  std::vector<u32> parameters;
+};
+void add(const char* name, Kernel kernel);
+// Null if there is none.
+const Kernel* find(const std::string& name);
 
 template <class... Args, std::size_t... Index>
 void call(void (*kernel)(Args...), void** args, std::index_sequence<Index...>) {
@@ -77,7 +86,7 @@ struct Entry;
 template <class... Args, void (*kernel)(Args...)>
 struct Entry<kernel> {
   static void run(void** args) { call(kernel, args, std::index_sequence_for<Args...>{}); }
-  explicit Entry(const char* name) { add(name, &run); }
+  explicit Entry(const char* name) { add(name, {&run, {u32(sizeof(Args))...}}); }
 };
 
 template <class T>

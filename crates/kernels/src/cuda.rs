@@ -18,6 +18,8 @@ mod elementwise;
 mod embed;
 #[cfg(feature = "emulated")]
 mod emulated;
+#[cfg(feature = "emulated")]
+pub mod emulator;
 mod experts;
 mod experts_f32;
 mod finite;

@@ -86,6 +86,14 @@ pub trait Staged:
     /// Bytes of a row of `columns` elements on the wire.
     fn row_bytes(&self, columns: usize) -> usize;
 
+    /// What went wrong on the device so far, as far as anybody knows. What the host is shown after that means nothing, not
+    /// even its length.
+    ///
+    /// # Errors
+    ///
+    /// That.
+    fn failed(&self) -> Result<(), DeviceError>;
+
     /// Lends rows for a MoE layer. Whatever the device does to them next must wait until all to whom they were lent are
     /// through with [`Staged::serve`], or it happens elsewhere in its memory.
     fn lend(
@@ -150,6 +158,10 @@ impl Staged for cpu::Cpu {
 
     fn row_bytes(&self, columns: usize) -> usize {
         Self::row_bytes(self, columns)
+    }
+
+    fn failed(&self) -> Result<(), DeviceError> {
+        Ok(())
     }
 
     fn lend(&mut self, _: usize, _: (&cpu::Wire, &cpu::Route), (): &()) -> Infallible {

@@ -22,7 +22,7 @@ use kernels::{
 
 /// The all-to-all of a MoE layer, as the forward pass uses it: one call of each, in this order.
 pub trait MoeExchange<D: Device> {
-    /// Why a step ended early.
+    /// Why the exchange ended a step early.
     type Error;
 
     /// Sends every row to the rank of its expert. `layer` counts MoE layers.
@@ -35,21 +35,29 @@ pub trait MoeExchange<D: Device> {
         device: &mut D,
         layer: usize,
         own: (&D::Wire, &D::Route),
-    ) -> Result<(), Self::Error>;
+    ) -> Result<(), ForwardError<Self::Error>>;
 
     /// Waits for the rows of the local experts, runs these and sends the results back.
     ///
     /// # Errors
     ///
     /// As for `dispatch`.
-    fn serve(&mut self, device: &mut D, experts: &D::Experts) -> Result<(), Self::Error>;
+    fn serve(
+        &mut self,
+        device: &mut D,
+        experts: &D::Experts,
+    ) -> Result<(), ForwardError<Self::Error>>;
 
     /// Waits for the results of this rank's own rows, in their order. `own` are the rows that were dispatched.
     ///
     /// # Errors
     ///
     /// As for `dispatch`.
-    fn combine(&mut self, device: &mut D, own: &mut D::Wire) -> Result<(), Self::Error>;
+    fn combine(
+        &mut self,
+        device: &mut D,
+        own: &mut D::Wire,
+    ) -> Result<(), ForwardError<Self::Error>>;
 }
 
 /// Why a forward pass ended early.
@@ -240,8 +248,7 @@ impl<D: Device> Forward<D> {
                     device.gate(&self.router_logits, &mut self.route);
                     observer.routed(moe_layer, &self.route);
                     let experts = &pass.experts[moe_layer];
-                    self.moe(device, (moe_layer, shared, experts), exchange)
-                        .map_err(ForwardError::Exchange)?;
+                    self.moe(device, (moe_layer, shared, experts), exchange)?;
                     moe_layer += 1;
                 }
             }
@@ -259,7 +266,7 @@ impl<D: Device> Forward<D> {
         device: &mut D,
         (moe_layer, shared, experts): (usize, &Mlp<D>, &D::Experts),
         exchange: &mut X,
-    ) -> Result<(), X::Error> {
+    ) -> Result<(), ForwardError<X::Error>> {
         device.pack(&self.h, &self.route, &mut self.wire);
         exchange.dispatch(device, moe_layer, (&self.wire, &self.route))?;
         // While the rows travel.

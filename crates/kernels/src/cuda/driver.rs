@@ -25,6 +25,12 @@ pub enum CudaError {
         found / 1000, found % 1000 / 10, needed / 1000, needed % 1000 / 10
     )]
     OldDriver { found: i32, needed: i32 },
+    /// A driver, and nothing for it.
+    #[error(
+        "CUDA's driver sees no GPU: `nvidia-smi -L` should name one; a container must be given it (--gpus), and \
+         CUDA_VISIBLE_DEVICES must not hide it"
+    )]
+    NoGpu,
     /// There are fewer devices.
     #[error("no device cuda:{ordinal}: this machine has {count}")]
     NoDevice { ordinal: u32, count: u32 },
@@ -77,6 +83,7 @@ impl CudaError {
         match self {
             Self::Memory { .. } | Self::Unserved { .. } | Self::NotFinite => true,
             Self::NoDriver
+            | Self::NoGpu
             | Self::OldDriver { .. }
             | Self::NoDevice { .. }
             | Self::OldDevice { .. }

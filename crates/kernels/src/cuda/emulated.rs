@@ -4,15 +4,13 @@
 
 use super::args::Launch;
 use super::driver::CudaError;
+use super::emulator;
 use super::graphs::{GraphFigures, Graphs, List, Runner};
-use super::sources::SOURCES;
 use super::timing::{KernelTime, summed};
 use super::wait::{Patience, SPIN};
 use libloading::Library;
 use std::collections::BTreeMap;
 use std::ffi::{CString, c_char, c_void};
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -48,7 +46,8 @@ impl Emulated {
     pub(super) fn open() -> Result<Self, CudaError> {
         static LIBRARY: OnceLock<Result<Library, String>> = OnceLock::new();
         let failed = |error: &str| CudaError::Failed { what: "the emulator", error: error.into() };
-        let library = LIBRARY.get_or_init(build).as_ref().map_err(|error| failed(error))?;
+        let library =
+            LIBRARY.get_or_init(emulator::load).as_ref().map_err(|error| failed(error))?;
         // SAFETY: the function has this type in emulator.cpp. The library is never unloaded.
         let run = unsafe { library.get::<Run>(b"herd_emulator_launch\0") };
         Ok(Self {
@@ -208,46 +207,4 @@ impl Runner for Emulated {
     }
 
     fn discard(&self, _: List) {}
-}
-
-/// Compiles the kernels and the emulator.
-fn build() -> Result<Library, String> {
-    let folder = std::env::temp_dir().join(format!("herd-emulator-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
-    let result = build_in(&folder);
-    // The library is loaded, or nobody wants it.
-    let _left_behind = std::fs::remove_dir_all(&folder);
-    result
-}
-
-fn build_in(folder: &Path) -> Result<Library, String> {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("emulator");
-    let mut files: Vec<PathBuf> = vec![here.join("emulator.cpp")];
-    for source in SOURCES {
-        // In a namespace of its own: two files may give different things the same name.
-        let mut text = format!("#include \"emulator.hpp\"\nnamespace {{\n{}\n", source.text());
-        for kernel in source.kernels() {
-            text += &format!("static emulator::Entry<&{kernel}> entry_{kernel}(\"{kernel}\");\n");
-        }
-        text += "}\n";
-        let file = folder.join(format!("{}.cpp", source.name));
-        std::fs::write(&file, text).map_err(|error| format!("{}: {error}", file.display()))?;
-        files.push(file);
-    }
-    let library = folder.join("kernels.so");
-    let output = Command::new("g++")
-        .args(["-std=c++20", "-O2", "-mfma", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC"])
-        .args(["-shared", "-Wall", "-Wextra", "-Wno-unused-function", "-Wno-unknown-pragmas"])
-        .arg("-I")
-        .arg(&here)
-        .args(&files)
-        .arg("-o")
-        .arg(&library)
-        .output()
-        .map_err(|error| format!("g++: {error}"))?;
-    if !output.status.success() {
-        return Err(format!("g++: {}", String::from_utf8_lossy(&output.stderr)));
-    }
-    // SAFETY: its initialisers only note the kernels.
-    unsafe { Library::new(&library) }.map_err(|error| error.to_string())
 }

@@ -11,8 +11,12 @@ const THREADS: u32 = 256;
 /// Blocks: enough for every multiprocessor of any device, several times over.
 pub(super) const BLOCKS: usize = 2048;
 
-/// Much more than any second-level cache holds.
+/// Much more than any second-level cache holds ...
 const BYTES: usize = 4 << 30;
+
+/// ... and where that is not free, this part of what is; in pieces of so many bytes.
+const PART: usize = 4;
+const PIECE: usize = 1 << 22;
 
 /// Passes that are measured, after one that is not.
 const PASSES: u32 = 10;
@@ -21,12 +25,16 @@ const PASSES: u32 = 10;
 ///
 /// # Errors
 ///
-/// [`CudaError`] if 4 GiB of memory are refused or CUDA fails.
+/// [`CudaError`] if a quarter of the free memory is refused, too, or CUDA fails.
 pub fn read_bandwidth(driver: &Arc<Driver>) -> Result<f64, CudaError> {
-    let memory = Buffer::new(driver, "bandwidth measurement", BYTES)?;
+    let take = |bytes| Buffer::new(driver, "bandwidth measurement", bytes);
+    let memory = take(BYTES).or_else(|error| match error {
+        CudaError::Memory { free, .. } => take((free / PART).next_multiple_of(PIECE)),
+        other => Err(other),
+    })?;
     // Pages exist, and hold something.
-    let some: Vec<u8> = (0..1 << 22).map(|i: u32| i.to_le_bytes()[0]).collect();
-    for at in (0..BYTES).step_by(some.len()) {
+    let some: Vec<u8> = (0..PIECE).map(|i| i.to_le_bytes()[0]).collect();
+    for at in (0..memory.bytes()).step_by(PIECE) {
         memory.bring(at, &some)?;
     }
     let out = Buffer::new(driver, "sums", BLOCKS * 4)?;
@@ -34,7 +42,7 @@ pub fn read_bandwidth(driver: &Arc<Driver>) -> Result<f64, CudaError> {
     driver.time_kernels();
     (0..PASSES).try_for_each(|_| read(driver, &memory, &out))?;
     let seconds: f64 = driver.kernel_times()?.iter().map(|time| time.seconds).sum();
-    Ok(BYTES as f64 * f64::from(PASSES) / seconds)
+    Ok(memory.bytes() as f64 * f64::from(PASSES) / seconds)
 }
 
 /// Reads all of a buffer; `out` gets the sums of its words, 4 bytes each, that the blocks have read.

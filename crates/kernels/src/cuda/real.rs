@@ -231,6 +231,9 @@ impl Gpu {
 
     /// Copies to the device beside the steps, and waits until it is there.
     pub(super) fn bring(&self, address: u64, content: &[u8]) -> Result<(), CudaError> {
+        if content.is_empty() {
+            return Ok(());
+        }
         self.on_a_lane(|lane| {
             lane.write(address, content)?;
             lane.wait()
@@ -404,6 +407,7 @@ fn probe() -> Result<(), CudaError> {
     #[derive(Clone)]
     enum Found {
         Nothing,
+        NoDevice,
         Version(i32),
         Failed(String),
     }
@@ -421,7 +425,8 @@ fn probe() -> Result<(), CudaError> {
                 Ok(()) => Found::Version(version),
                 // An old driver cannot say it in any other way.
                 Err(_) if 0 < version && version < VERSION_MIN => Found::Version(version),
-                Err(error) => Found::Failed(error.to_string()),
+                Err(DriverError(sys::cudaError_enum::CUDA_ERROR_NO_DEVICE)) => Found::NoDevice,
+                Err(error) => Found::Failed(words(error)),
             }
         };
         // A library that lacks a symbol makes cudarc panic: it is too old.
@@ -429,6 +434,7 @@ fn probe() -> Result<(), CudaError> {
     };
     match FOUND.get_or_init(ask).clone() {
         Found::Nothing => Err(CudaError::NoDriver),
+        Found::NoDevice => Err(CudaError::NoGpu),
         Found::Failed(error) => Err(CudaError::Failed { what: "cuInit", error }),
         Found::Version(found) if found < VERSION_MIN => {
             Err(CudaError::OldDriver { found, needed: VERSION_MIN })
@@ -444,5 +450,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Names the call that failed.
 pub(super) fn failed(what: &'static str) -> impl Fn(DriverError) -> CudaError {
-    move |error| CudaError::Failed { what, error: error.to_string() }
+    move |error| CudaError::Failed { what, error: words(error) }
+}
+
+/// As CUDA's driver puts it, with the name to look for.
+fn words(error: DriverError) -> String {
+    let text = |asked: Result<&CStr, DriverError>| {
+        asked.map_or_else(|_| format!("{:?}", error.0), |text| text.to_string_lossy().into_owned())
+    };
+    format!("{} ({})", text(error.error_string()), text(error.error_name()))
 }

@@ -45,6 +45,10 @@ impl Staged for Cuda {
         columns * self.dtype.bytes()
     }
 
+    fn failed(&self) -> Result<(), DeviceError> {
+        self.failure()
+    }
+
     fn lend(
         &mut self,
         moe_layer: usize,
