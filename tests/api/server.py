@@ -31,14 +31,14 @@ def free_port():
 class Server:
     """Use as a context manager: leaving it stops the process, whatever happened inside."""
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments, environment=None):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = tempfile.NamedTemporaryFile(prefix="herd-up-", suffix=".log", mode="w+", encoding="utf-8", errors="replace")
         command = [str(BINARY), "up", "--listen", f"127.0.0.1:{self.port}", *arguments]
         # Its own session, so that the whole group can be ended and a Ctrl-C of pytest does not reach it first.
         self.process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
         )
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=REQUEST_MAX_S)
 
