@@ -3,16 +3,20 @@
 
 use crate::kernels_compile::{self, SEARCH_PATH, shell};
 use anyhow::Context;
-use kernels::cuda::emulator::stand_in;
+use kernels::cuda::emulator::{Watch, stand_in};
 use kernels::cuda::sources::SOURCES;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 /// Makes the stand-ins, and runs a command that finds them; without one it says what the search path must be.
-pub(crate) fn run(root: &Path, command: &[String]) -> anyhow::Result<ExitCode> {
-    let folder = kernels_compile::target(root).join("gpu-stand-in");
-    make(root, &folder)?;
+pub(crate) fn run(root: &Path, watch: Watch, command: &[String]) -> anyhow::Result<ExitCode> {
+    let name = match watch {
+        Watch::Nothing => "gpu-stand-in",
+        Watch::Races => "gpu-stand-in-races",
+    };
+    let folder = kernels_compile::target(root).join(name);
+    make(root, &folder, watch)?;
     let mut entries = vec![folder, kernels_compile::install(root)?];
     entries.extend(std::env::split_paths(&std::env::var(SEARCH_PATH).unwrap_or_default()));
     let path = std::env::join_paths(entries)?;
@@ -30,7 +34,7 @@ pub(crate) fn run(root: &Path, command: &[String]) -> anyhow::Result<ExitCode> {
 }
 
 /// Compiles them, unless they are there and nothing has changed.
-fn make(root: &Path, folder: &Path) -> anyhow::Result<()> {
+fn make(root: &Path, folder: &Path, watch: Watch) -> anyhow::Result<()> {
     let sources = root.join("crates/kernels/emulator");
     let mut hasher = DefaultHasher::new();
     let mut files: Vec<PathBuf> = std::fs::read_dir(&sources)?
@@ -47,7 +51,7 @@ fn make(root: &Path, folder: &Path) -> anyhow::Result<()> {
     }
     eprintln!("compiling a stand-in for CUDA's driver");
     std::fs::create_dir_all(folder)?;
-    stand_in(folder).map_err(anyhow::Error::msg)?;
+    stand_in(folder, watch).map_err(anyhow::Error::msg)?;
     let nvml = folder.join("libnvidia-ml.so.1");
     shell(
         Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(nvml).arg(sources.join("nvml.c")),

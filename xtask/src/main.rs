@@ -11,6 +11,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
+use kernels::cuda::emulator::Watch;
 
 #[derive(Parser)]
 #[command(about = "Automation of the herd repository")]
@@ -31,6 +32,9 @@ enum Task {
     /// Runs a command on a GPU that is none: CUDA's driver is a stand-in that runs herd's kernels on the CPU, slowly, and
     /// checks how it is called. Without a command it says where the stand-in is.
     GpuStandIn {
+        /// Watch every load and store of the kernels, and end the process where threads race: ten times as slow.
+        #[arg(long)]
+        races: bool,
         /// Such as `target/debug/herd up --device cuda:0`.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
@@ -60,7 +64,10 @@ fn main() -> anyhow::Result<ExitCode> {
         Task::Verify => verify()?,
         Task::Tidy => tidy::run(&root())?,
         Task::KernelsCompile => kernels_compile::run(&root())?,
-        Task::GpuStandIn { command } => return gpu_stand_in::run(&root(), &command),
+        Task::GpuStandIn { races, command } => {
+            let watch = if races { Watch::Races } else { Watch::Nothing };
+            return gpu_stand_in::run(&root(), watch, &command);
+        }
         Task::Sim(args) => sim(&args)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -58,6 +58,7 @@ const std::map<int, std::pair<const char*, const char*>> kNames = {
 constexpr u64 kPage = 4096;
 // As many calls wait in a stream; whoever makes one more waits without a limit.
 constexpr std::size_t kQueue = 1024;
+constexpr std::chrono::microseconds kAsked(200);
 constexpr std::size_t kStaged = 64 << 10;
 constexpr u32 kSharedFree = 48 << 10, kRegisters = 64 << 10;
 
@@ -524,9 +525,14 @@ int cuEventRecord(void* handle, void* stream) {
 int cuEventQuery(void* handle) {
   ENTER();
   auto& event = live(state.events, handle, "event");
-  if (!event->stream || event->at <= event->stream->done) return kSuccess;
-  release(*event->stream, event->at);
-  return kNotReady;
+  const auto stream = event->stream;
+  const u64 at = event->at;
+  if (!stream || at <= stream->done) return kSuccess;
+  release(*stream, at);
+  // Whoever asks does so again and again, and would keep the processor from those who do the work.
+  state.changed.wait_for(lock, kAsked, [&] { return at <= stream->done; });
+  if (device().is_spoilt) return kIllegalAddress;
+  return at <= stream->done ? kSuccess : kNotReady;
 }
 
 int cuEventElapsedTime_v2(float* milliseconds, void* from, void* to) {

@@ -1,4 +1,5 @@
 #include "emulator.hpp"
+#include "races.hpp"
 
 #include <map>
 #include <mutex>
@@ -22,6 +23,7 @@ struct Fiber {
   dim3 thread;
   State state;
   int line;
+  bool orders_memory;
 #ifdef __x86_64__
   void* stack_pointer;
 #else
@@ -139,6 +141,7 @@ void run_warp(int first, int last) {
       if (fibers[i].line != fibers[first].line) fail("lanes of a warp wait at different collectives");
       fibers[i].state = State::Ready;
     }
+    if (fibers[first].orders_memory) races::order_warp(first / kWarp);
   }
 }
 
@@ -147,6 +150,7 @@ void run_block() {
   std::fill(shared.begin(), shared.end(), kPoison);
   std::fill(turns.begin(), turns.end(), 0);
   for (Copies& of_thread : copies) of_thread = {};
+  races::begin_block(current.block.x + current.grid_size.x * (current.block.y + u64(current.grid_size.y) * current.block.z), count);
   for (int i = 0; i < count; i++) {
     fibers[i].state = State::Ready;
     prepare(i);
@@ -160,6 +164,7 @@ void run_block() {
     }
     if (!any) return;
     if (!all) fail("a barrier that not all threads reach");
+    races::order_block();
     for (Fiber& fiber : fibers) {
       if (fiber.state == State::Block) fiber.state = State::Ready;
     }
@@ -182,9 +187,31 @@ const u64* exchange(u32 mask, u64 value, int line) {
   brought[turn][active] = value;
   fibers[active].state = State::Warp;
   fibers[active].line = line;
+  fibers[active].orders_memory = false;
   const int first = active / kWarp * kWarp;
   leave();
   return &brought[turn][first];
+}
+
+void wait_warp(int line) {
+  if (fibers.size() % kWarp != 0) fail("a collective in a block of broken warps");
+  fibers[active].state = State::Warp;
+  fibers[active].line = line;
+  fibers[active].orders_memory = true;
+  leave();
+}
+
+int active_thread() { return active; }
+
+const char* kernel() { return kernel_name; }
+
+bool is_stack(const void* at) {
+  const auto* stack = stacks[active];
+  return stack <= at && at < stack + kStack;
+}
+
+bool is_dynamic_shared(const void* at) {
+  return shared.data() <= at && at < shared.data() + shared.size();
 }
 
 void fail(const char* what) {
@@ -229,6 +256,9 @@ void herd_mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, int line) {
 
 void copy_async(void* to, const void* from, bool is_there) {
   emulator::Copies& mine = emulator::copies[emulator::active];
+  // It may happen at once, or at any time until it is waited for.
+  if (is_there) emulator::note(emulator::Access::Read, from, 16);
+  emulator::note(emulator::Access::Write, to, 16);
   mine.open.push_back({to, from, is_there, mine.groups});
 }
 
@@ -239,6 +269,7 @@ void herd_copy_wait(int groups) {
   std::size_t done = 0;
   while (done < mine.open.size() && int(mine.open[done].group) < int(mine.groups) - groups) {
     const emulator::Copy& copy = mine.open[done++];
+    emulator::note(emulator::Access::Write, copy.to, 16);
     if (copy.is_there) std::memcpy(copy.to, copy.from, 16);
     else std::memset(copy.to, 0, 16);
   }
@@ -253,6 +284,7 @@ int herd_emulator_launch(const char* name, const u32* grid, const u32* block, u3
   const std::lock_guard<std::mutex> lock(running);
   const auto found = kernels().find(name);
   if (found == kernels().end()) return 1;
+  races::begin_launch();
   body = found->second.body;
   kernel_name = found->first.c_str();
   arguments = args;

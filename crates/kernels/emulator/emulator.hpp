@@ -1,6 +1,6 @@
 // Runs CUDA kernels on a CPU, one block after the other, every thread of a block as a fiber. For tests of index
 // arithmetic and of the host's side; it knows nothing of speed, and little of memory order: a fiber runs until it
-// waits, so a missing barrier may go unnoticed. What it notices: collectives that not all lanes of a warp reach,
+// waits, so a missing barrier may go unnoticed, unless it is compiled to look for races (races.cpp). What it notices: collectives that not all lanes of a warp reach,
 // barriers that not all threads reach, shared memory that is read before it is written (it is poisoned per block),
 // and, with the guard pages of the allocator, accesses past the end of a buffer.
 #pragma once
@@ -35,6 +35,13 @@ using i32 = int32_t;
 #define HERD_DYNAMIC_SHARED(name) u8* name = emulator::dynamic_shared()
 #define HERD_INLINE inline
 
+// What touches memory unlike a kernel's plain code, and says so itself where races are looked for.
+#ifdef HERD_RACES
+#define HERD_UNWATCHED __attribute__((no_sanitize("thread"), noinline))
+#else
+#define HERD_UNWATCHED
+#endif
+
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
@@ -61,8 +68,10 @@ extern Thread current;
 u8* dynamic_shared();
 // Waits for all threads of the block.
 void wait_block();
-// Waits for all lanes of the warp; returns what they brought, by lane.
+// Waits for all lanes of the warp; returns what they brought, by lane. That orders no memory.
 const u64* exchange(u32 mask, u64 value, int line);
+// Waits for all lanes of the warp, and orders what they have done to memory.
+void wait_warp(int line);
 // The fiber cannot go on: says so and ends the process.
 [[noreturn]] void fail(const char* what);
 
@@ -77,7 +86,7 @@ void add(const char* name, Kernel kernel);
 const Kernel* find(const std::string& name);
 
 template <class... Args, std::size_t... Index>
-void call(void (*kernel)(Args...), void** args, std::index_sequence<Index...>) {
+HERD_UNWATCHED void call(void (*kernel)(Args...), void** args, std::index_sequence<Index...>) {
   kernel(*static_cast<Args*>(args[Index])...);
 }
 
@@ -85,7 +94,7 @@ template <auto kernel>
 struct Entry;
 template <class... Args, void (*kernel)(Args...)>
 struct Entry<kernel> {
-  static void run(void** args) { call(kernel, args, std::index_sequence_for<Args...>{}); }
+  HERD_UNWATCHED static void run(void** args) { call(kernel, args, std::index_sequence_for<Args...>{}); }
   explicit Entry(const char* name) { add(name, {&run, {u32(sizeof(Args))...}}); }
 };
 
@@ -103,7 +112,15 @@ T value(u64 bits) {
   return x;
 }
 
-inline int lane() { return int(current.thread.x % 32); }
+HERD_UNWATCHED inline int lane() { return int(current.thread.x % 32); }
+
+enum class Access { Read, Write, Atomic, Constant };
+// Somebody touches memory; only where races are looked for.
+#ifdef HERD_RACES
+void note(Access access, const void* at, std::size_t bytes);
+#else
+inline void note(Access, const void*, std::size_t) {}
+#endif
 
 }  // namespace emulator
 
@@ -113,7 +130,7 @@ inline int lane() { return int(current.thread.x % 32); }
 #define gridDim (emulator::current.grid_size)
 
 #define __syncthreads() emulator::wait_block()
-#define __syncwarp(...) (void)emulator::exchange(0xffffffffu, 0, __LINE__)
+#define __syncwarp() emulator::wait_warp(__LINE__)
 #define __threadfence() ((void)0)
 
 template <class T>
@@ -145,7 +162,8 @@ inline int __popc(u32 x) { return __builtin_popcount(x); }
 inline int __ffs(u32 x) { return __builtin_ffs(int(x)); }
 inline u32 __umulhi(u32 a, u32 b) { return u32(u64(a) * b >> 32); }
 template <class T>
-T __ldg(const T* from) {
+HERD_UNWATCHED T __ldg(const T* from) {
+  emulator::note(emulator::Access::Constant, from, sizeof(T));
   return *from;
 }
 template <class T>
@@ -157,7 +175,8 @@ T max(T a, T b) {
   return a < b ? b : a;
 }
 template <class T>
-T herd_atomic(T* at, T other, bool larger) {
+HERD_UNWATCHED T herd_atomic(T* at, T other, bool larger) {
+  emulator::note(emulator::Access::Atomic, at, sizeof(T));
   const T old = *at;
   *at = larger ? max(old, other) : min(old, other);
   return old;
@@ -165,7 +184,8 @@ T herd_atomic(T* at, T other, bool larger) {
 #define atomicMin(at, x) herd_atomic(at, x, false)
 #define atomicMax(at, x) herd_atomic(at, x, true)
 template <class T>
-T atomicAdd(T* at, T x) {
+HERD_UNWATCHED T atomicAdd(T* at, T x) {
+  emulator::note(emulator::Access::Atomic, at, sizeof(T));
   const T old = *at;
   *at += x;
   return old;
@@ -176,7 +196,10 @@ T atomicAdd(T* at, T x) {
 void herd_mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, int line);
 #define mma_bf16(d, a, b0, b1) herd_mma(d, a, b0, b1, __LINE__)
 
-inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
+HERD_UNWATCHED inline uint4 load_once(const void* from) {
+  emulator::note(emulator::Access::Constant, from, sizeof(uint4));
+  return *static_cast<const uint4*>(from);
+}
 
 // Copies happen when they are waited for, so that what is read too early is poison.
 void copy_async(void* to, const void* from, bool is_there);

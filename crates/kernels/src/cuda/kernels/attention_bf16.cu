@@ -165,30 +165,24 @@ struct Attention {
     }
   }
 
-  // What no row of the item sees may be anything, and 0 times anything need not be 0. A lane clears what it reads; if
-  // other warps read the same, they clear the same.
-  static HERD_INLINE void clear_unseen(u8* stage, u32 at, u32 seen_first, u32 seen_last) {
+  // What no row of the item sees may be anything, and 0 times anything need not be 0: bits to keep of a lane's values.
+  static HERD_INLINE uint2 seen_bits(u32 at, u32 seen_first, u32 seen_last) {
     u32 keep[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       const u32 position = at + lane_id() % 4 * 4 + j;
       keep[j] = seen_first <= position && position <= seen_last ? 0xffffu : 0;
     }
-#pragma unroll 1
-    for (int n = 0; n < kTiles; n++) {
-      uint2* const values = values_of(stage, n);
-      values->x &= keep[0] | keep[1] << 16;
-      values->y &= keep[2] | keep[3] << 16;
-    }
+    return uint2{keep[0] | keep[1] << 16, keep[2] | keep[3] << 16};
   }
 
   // This lane's part of the right operand: positions 4 t to 4 t + 3 of dimension 8 n + g.
-  static HERD_INLINE uint2* values_of(u8* stage, int n) {
-    return reinterpret_cast<uint2*>(stage + (kKeyPieces + n / 2) * kPiece + n % 2 * 256 + lane_id() * 8);
+  static HERD_INLINE uint2 values_of(const u8* stage, int n) {
+    return *reinterpret_cast<const uint2*>(stage + (kKeyPieces + n / 2) * kPiece + n % 2 * 256 + lane_id() * 8);
   }
 
-  // `at`: the block's first position.
-  HERD_INLINE void add_block(u8* stage, const Query (&query)[2], u32 at, float scale) {
+  // `at`: the block's first position; the item's rows see positions from `seen_first` to `seen_last`.
+  HERD_INLINE void add_block(const u8* stage, const Query (&query)[2], u32 at, u32 seen_first, u32 seen_last, float scale) {
     float score[2][4] = {};
 #pragma unroll
     for (int c = 0; c < kDim / 32; c++) {
@@ -229,9 +223,18 @@ struct Attention {
         for (int i = 0; i < 4; i++) out[n][i] *= shrink[i / 2];
       }
     }
+    if (at < seen_first || seen_last < end) {
+      const uint2 keep = seen_bits(at, seen_first, seen_last);
+#pragma unroll
+      for (int n = 0; n < kTiles; n++) {
+        const uint2 values = values_of(stage, n);
+        mma_bf16(out[n], weight, values.x & keep.x, values.y & keep.y);
+      }
+      return;
+    }
 #pragma unroll
     for (int n = 0; n < kTiles; n++) {
-      const uint2 values = *values_of(stage, n);
+      const uint2 values = values_of(stage, n);
       mma_bf16(out[n], weight, values.x, values.y);
     }
   }
@@ -279,8 +282,7 @@ struct Attention {
       if (next <= item.last) copy(ring + free * kStage, item, cache, heads, next);
       copy_commit();
       const u32 at = block * kBlock;
-      if (at < seen_first || seen_last < at + (kBlock - 1)) clear_unseen(ring + now * kStage, at, seen_first, seen_last);
-      add_block(ring + now * kStage, query, at, scale);
+      add_block(ring + now * kStage, query, at, seen_first, seen_last, scale);
       if (block == item.last || block % kSplitBlocks == kSplitBlocks - 1) {
         for (int i = 0; i < 2; i++) sum[i] = sum_4(sum[i]);
         end_split(block);

@@ -1,0 +1,31 @@
+// Looks for races between the threads of an emulated kernel, as compute-sanitizer's racecheck does for shared memory,
+// and for global memory, too. Without HERD_RACES all this is nothing.
+#pragma once
+
+#include "emulator.hpp"
+
+namespace emulator {
+
+// Of the thread that runs: its number in the block, its kernel, and whether memory is its own or its block's.
+int active_thread();
+const char* kernel();
+bool is_stack(const void* at);
+bool is_dynamic_shared(const void* at);
+
+namespace races {
+
+#ifdef HERD_RACES
+void begin_launch();
+void begin_block(u64 block, int threads);
+// All threads of the block, or all lanes of a warp, have met, and see what the others have written.
+void order_block();
+void order_warp(int warp);
+#else
+inline void begin_launch() {}
+inline void begin_block(u64, int) {}
+inline void order_block() {}
+inline void order_warp(int) {}
+#endif
+
+}  // namespace races
+}  // namespace emulator
