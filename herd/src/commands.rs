@@ -24,7 +24,7 @@ use anyhow::Context;
 use kernels::cuda::nvml::{self, Nvml};
 use kernels::cuda::{Driver, ImageCache, Options};
 use kernels::{Dtype, StepRoom};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -85,13 +85,31 @@ impl std::fmt::Display for DeviceArg {
     }
 }
 
+/// How a GPU is opened.
+#[derive(clap::Args)]
+pub(crate) struct GpuArgs {
+    /// Folder for compiled kernels of a GPU, of this user alone; without one they are compiled at every start, which
+    /// takes some ten seconds. With --processes one that lives as long is the default.
+    #[arg(long, env = "HERD_KERNEL_CACHE")]
+    pub(crate) kernel_cache: Option<PathBuf>,
+    /// Longest that a GPU may take for what it was given, in seconds; then it hangs, and the process ends: a worker's to be
+    /// started again. Less than --step-max-s of the router.
+    #[arg(long, default_value_t = DEFAULT_GPU_LIMIT_S, env = "HERD_GPU_LIMIT_S",
+          value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) gpu_limit_s: u64,
+}
+
+impl GpuArgs {
+    fn options(&self) -> Options {
+        let cache = self.kernel_cache.as_deref().map(ImageCache::new);
+        Options { cache, wait_max: Duration::from_secs(self.gpu_limit_s) }
+    }
+}
+
 impl DeviceArg {
     /// Opens the device for a tool, which has one step after the other as large as it likes.
-    ///
-    /// * `cache`: folder for compiled kernels
-    pub(crate) fn open(self, cache: Option<&Path>) -> anyhow::Result<Platform> {
-        let wait_max = Duration::from_secs(DEFAULT_GPU_LIMIT_S);
-        self.open_with(Options { cache: cache.map(ImageCache::new), wait_max }, None)
+    pub(crate) fn open(self, gpu: &GpuArgs) -> anyhow::Result<Platform> {
+        self.open_with(gpu, None)
     }
 
     /// Opens the device; compiles the kernels of a GPU that are not in the cache.
@@ -99,14 +117,14 @@ impl DeviceArg {
     /// * `room`: steps that a GPU's workers take the memory for when they start
     pub(crate) fn open_with(
         self,
-        options: Options,
+        gpu: &GpuArgs,
         room: Option<StepRoom>,
     ) -> anyhow::Result<Platform> {
         match self {
             Self::Cpu => Ok(Platform::Cpu),
             Self::Cuda(number) => {
                 let start = Instant::now();
-                let driver = Driver::open(number, &options)
+                let driver = Driver::open(number, &gpu.options())
                     .with_context(|| BadInput(format!("--device {self} cannot be used")))?;
                 let (arch, name) = driver.identity();
                 let seconds = start.elapsed().as_secs_f64();

@@ -141,6 +141,7 @@ void run_warp(int first, int last) {
       if (fibers[i].line != fibers[first].line) fail("lanes of a warp wait at different collectives");
       fibers[i].state = State::Ready;
     }
+    races::meet_warp(first / kWarp);
     if (fibers[first].orders_memory) races::order_warp(first / kWarp);
   }
 }
@@ -157,6 +158,7 @@ void run_block() {
   }
   for (;;) {
     for (int first = 0; first < count; first += kWarp) run_warp(first, min(first + kWarp, count));
+    for (int first = 0; first < count; first += kWarp) races::meet_warp(first / kWarp);
     bool any = false, all = true;
     for (Fiber& fiber : fibers) {
       any |= fiber.state == State::Block;
@@ -257,8 +259,9 @@ void herd_mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, int line) {
 void copy_async(void* to, const void* from, bool is_there) {
   emulator::Copies& mine = emulator::copies[emulator::active];
   // It may happen at once, or at any time until it is waited for.
-  if (is_there) emulator::note(emulator::Access::Read, from, 16);
-  emulator::note(emulator::Access::Write, to, 16);
+  const void* code = __builtin_return_address(0);
+  if (is_there) emulator::note(emulator::Access::Read, from, 16, code);
+  emulator::note(emulator::Access::Write, to, 16, code);
   mine.open.push_back({to, from, is_there, mine.groups});
 }
 

@@ -115,11 +115,11 @@ T value(u64 bits) {
 HERD_UNWATCHED inline int lane() { return int(current.thread.x % 32); }
 
 enum class Access { Read, Write, Atomic, Constant };
-// Somebody touches memory; only where races are looked for.
+// Somebody touches memory, at a place in the code; only where races are looked for.
 #ifdef HERD_RACES
-void note(Access access, const void* at, std::size_t bytes);
+void note(Access access, const void* at, std::size_t bytes, const void* code = __builtin_return_address(0));
 #else
-inline void note(Access, const void*, std::size_t) {}
+inline void note(Access, const void*, std::size_t, const void* = nullptr) {}
 #endif
 
 }  // namespace emulator

@@ -6,6 +6,8 @@
 // their own kind.
 #include "races.hpp"
 
+#include "requests.hpp"
+
 #include <memory>
 #include <unordered_map>
 
@@ -96,13 +98,23 @@ bool is_before(const Touch& touch, const Touch& now, bool shared) {
   std::abort();
 }
 
+[[noreturn]] void misplaced(u64 at, std::size_t bytes, const void* code) {
+  Dl_info info{};
+  dladdr(code, &info);
+  std::fprintf(stderr, "kernel %s touches %zu bytes at %#llx, which a GPU refuses; see addr2line -e %s %#llx\n", kernel(), bytes,
+               at, info.dli_fname ? info.dli_fname : "?", u64(code) - reinterpret_cast<u64>(info.dli_fbase));
+  std::abort();
+}
+
 void look(Access access, u64 at, std::size_t bytes, const void* code) {
   // What notes the kernels is compiled with them, and runs before any.
   if (launches == 0 || is_stack(reinterpret_cast<void*>(at))) return;
   const u64 self = reinterpret_cast<u64>(&current);
   if (self <= at && at < self + sizeof current) return;
+  if (bytes <= 16 && (bytes & (bytes - 1)) == 0 && at % bytes != 0) misplaced(at, bytes, code);
   const bool shared = is_shared(at), is_atomic = access == Access::Atomic;
   const u32 thread = u32(active_thread());
+  requests::note(thread, at, u32(bytes), shared, code);
   const u32 warp = thread / kWarp;
   const Touch now{launches, block, warp, thread, barriers, of_warps[warp], is_atomic};
   for (u64 i = at; i < at + bytes; i++) {
@@ -140,8 +152,8 @@ void look(Access access, u64 at, std::size_t bytes, const void* code) {
 
 }  // namespace
 
-void note(Access access, const void* at, std::size_t bytes) {
-  look(access, reinterpret_cast<u64>(at), bytes, __builtin_return_address(0));
+void note(Access access, const void* at, std::size_t bytes, const void* code) {
+  look(access, reinterpret_cast<u64>(at), bytes, code);
 }
 
 namespace races {
@@ -155,10 +167,12 @@ void begin_block(u64 number, int threads) {
   block = u32(number);
   barriers = 0;
   of_warps.assign((u32(threads) + kWarp - 1) / kWarp, 0);
+  requests::begin(u32(of_warps.size()));
 }
 
 void order_block() { barriers++; }
 void order_warp(int warp) { of_warps[std::size_t(warp)]++; }
+void meet_warp(int warp) { requests::end(u32(warp)); }
 
 }  // namespace races
 }  // namespace emulator

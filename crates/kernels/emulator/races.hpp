@@ -20,11 +20,14 @@ void begin_block(u64 block, int threads);
 // All threads of the block, or all lanes of a warp, have met, and see what the others have written.
 void order_block();
 void order_warp(int warp);
+// All lanes of a warp have met; that alone orders nothing.
+void meet_warp(int warp);
 #else
 inline void begin_launch() {}
 inline void begin_block(u64, int) {}
 inline void order_block() {}
 inline void order_warp(int) {}
+inline void meet_warp(int) {}
 #endif
 
 }  // namespace races

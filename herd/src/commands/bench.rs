@@ -1,6 +1,6 @@
 //! `herd bench`.
 
-use super::{BadInput, DEFAULT_MODEL, DeviceArg, DtypeArg};
+use super::{BadInput, DEFAULT_MODEL, DeviceArg, DtypeArg, GpuArgs};
 use anyhow::Context;
 use herd::bench::Kernels;
 use herd::exchange_bench::{self, Case, Transport};
@@ -59,9 +59,8 @@ pub(crate) struct EngineArgs {
     /// What the ranks compute on: cpu, or cuda:N for a GPU, which they share.
     #[arg(long, default_value_t)]
     device: DeviceArg,
-    /// Folder for compiled kernels of a GPU, of this user alone; without one they are compiled at every start.
-    #[arg(long, env = "HERD_KERNEL_CACHE")]
-    kernel_cache: Option<PathBuf>,
+    #[command(flatten)]
+    gpu: GpuArgs,
     /// Sequences that decode at once, a case each.
     #[arg(long, value_delimiter = ',', default_value = "1,8,32", value_parser = clap::value_parser!(u32).range(1..))]
     streams: Vec<u32>,
@@ -149,7 +148,7 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
 }
 
 fn engine(args: &EngineArgs, print: &mut dyn FnMut(&serde_json::Value)) -> anyhow::Result<()> {
-    let (platform, dtype) = (args.device.open(args.kernel_cache.as_deref())?, args.dtype.into());
+    let (platform, dtype) = (args.device.open(&args.gpu)?, args.dtype.into());
     let model = match &args.random {
         None => worker::Model::open_for(&args.model, dtype, platform)?,
         Some(path) => {

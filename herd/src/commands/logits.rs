@@ -1,6 +1,6 @@
 //! `herd logits`.
 
-use super::{BadInput, DeviceArg, DtypeArg};
+use super::{BadInput, DeviceArg, DtypeArg, GpuArgs};
 use anyhow::Context;
 use herd::logits;
 use std::path::PathBuf;
@@ -31,9 +31,8 @@ pub(crate) struct Args {
     /// What the ranks compute on: cpu, or cuda:N for a GPU, which they share.
     #[arg(long, default_value_t)]
     device: DeviceArg,
-    /// Folder for compiled kernels of a GPU, of this user alone; without one they are compiled at every start.
-    #[arg(long, env = "HERD_KERNEL_CACHE")]
-    kernel_cache: Option<PathBuf>,
+    #[command(flatten)]
+    gpu: GpuArgs,
     /// Tokens to generate greedily after the prompt.
     #[arg(long, default_value_t = 0)]
     greedy: u32,
@@ -46,7 +45,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let platform = args.device.open(args.kernel_cache.as_deref())?;
+    let platform = args.device.open(&args.gpu)?;
     let model = worker::Model::open_for(&args.model, args.dtype.into(), platform)?;
     if args.verify {
         model.checkpoint().verify(&|_, _| {})?;

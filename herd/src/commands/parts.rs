@@ -1,10 +1,9 @@
 //! What several commands share: flags of a role, signals, output.
 
-use super::{BadInput, DEFAULT_GPU_LIMIT_S, DEFAULT_LISTEN, DEFAULT_MODEL, DeviceArg, DtypeArg};
+use super::{BadInput, DEFAULT_LISTEN, DEFAULT_MODEL, DeviceArg, DtypeArg, GpuArgs};
 use anyhow::{Context, ensure};
 use control::Settings;
 use kernels::StepRoom;
-use kernels::cuda::{ImageCache, Options};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -64,15 +63,8 @@ pub(crate) struct ComputeArgs {
     /// What a worker computes on: cpu, or cuda:N for a GPU, which the workers of this command share.
     #[arg(long, default_value_t)]
     pub(crate) device: DeviceArg,
-    /// Folder for compiled kernels of a GPU, of this user alone; without one they are compiled at every start, which
-    /// takes some ten seconds. With --processes one that lives as long is the default.
-    #[arg(long, env = "HERD_KERNEL_CACHE")]
-    pub(crate) kernel_cache: Option<PathBuf>,
-    /// Longest that a GPU may take for what it was given, in seconds; then it hangs, and the worker's process ends to be
-    /// started again. Less than --step-max-s of the router.
-    #[arg(long, default_value_t = DEFAULT_GPU_LIMIT_S, env = "HERD_GPU_LIMIT_S",
-          value_parser = clap::value_parser!(u64).range(1..=3600))]
-    pub(crate) gpu_limit_s: u64,
+    #[command(flatten)]
+    pub(crate) gpu: GpuArgs,
     /// Memory for weights, KV cache and copies of a worker, in MiB; by default the workers of this command share
     /// nine tenths of what is free. How many experts a worker holds depends on it.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
@@ -118,12 +110,10 @@ impl ComputeArgs {
 
     /// The model, for workers on the device, with steps of so many tokens.
     pub(crate) fn model(&self, dir: &Path, step_tokens: u32) -> anyhow::Result<Model> {
-        let cache = self.kernel_cache.as_deref().map(ImageCache::new);
-        let options = Options { cache, wait_max: Duration::from_secs(self.gpu_limit_s) };
         // As the router: every sequence that runs has a token in a step, and at most one that samples.
         let rows = usize::try_from(step_tokens.max(self.sequences))?;
         let room = StepRoom { rows, samples: usize::try_from(self.sequences)? };
-        let platform = self.device.open_with(options, Some(room))?;
+        let platform = self.device.open_with(&self.gpu, Some(room))?;
         Ok(Model::open_for(dir, self.dtype.into(), platform)?)
     }
 

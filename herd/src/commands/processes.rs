@@ -387,9 +387,9 @@ fn worker(
         role.args.extend(["--backup-mib".into(), mib.to_string().into()]);
     }
     if compute.device != DeviceArg::Cpu {
-        let cache = compute.kernel_cache.clone().unwrap_or_else(|| data.join("kernels"));
+        let cache = compute.gpu.kernel_cache.clone().unwrap_or_else(|| data.join("kernels"));
         role.args.extend(["--kernel-cache".into(), cache.into_os_string()]);
-        role.args.extend(["--gpu-limit-s".into(), compute.gpu_limit_s.to_string().into()]);
+        role.args.extend(["--gpu-limit-s".into(), compute.gpu.gpu_limit_s.to_string().into()]);
     }
     role
 }

@@ -63,14 +63,15 @@ fn compile(folder: &Path, files: &[&str], watch: Watch, library: &Path) -> Resul
     let flags: &[&str] = match watch {
         Watch::Nothing => &[],
         Watch::Races => {
-            files.push(here.join("races.cpp"));
+            files.extend(["races.cpp", "requests.cpp"].map(|file| here.join(file)));
             &["-DHERD_RACES", "-g1"]
         }
     };
     let mut of_kernels = compiler(&here, flags);
     if watch == Watch::Races {
         // The calls that this makes of every access go to races.cpp: the linker is told nothing of it.
-        of_kernels.arg("-fsanitize=thread");
+        // A vector shall be touched as one.
+        of_kernels.args(["-fsanitize=thread", "-fno-tree-sra"]);
     }
     run(of_kernels.current_dir(folder).arg("-c").args(&kernels))?;
     let objects = kernels.iter().map(|file| file.with_extension("o"));

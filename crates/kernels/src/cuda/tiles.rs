@@ -2,7 +2,8 @@
 //!
 //! A matrix `[outputs, inputs]` is cut into tiles of 16 outputs and 32 (bf16) or 64 (FP8) inputs, 1 KiB each; tiles of
 //! the same outputs follow each other. A tile is two pieces, outputs 0..8 and 8..16; lane `4 g + t` of a warp has 16
-//! bytes in each: output `g` of the eight, a run of 8 or 16 inputs from `8 t` or `16 t`. Both are padded with zeros.
+//! bytes in each: output `g` of the eight, 8 inputs from `8 t`, and of FP8 as many from `32 + 8 t`: so the warp reads runs
+//! of 32 inputs of a token. Both are padded with zeros.
 //!
 //! Four FP8 weights lie in a word so that few operations widen them; see [`fp8_word`]. Every other eight lanes have
 //! their two halves of 8 bytes swapped: kernels read halves, and these are then in different banks of shared memory.
@@ -105,10 +106,11 @@ impl TileShape {
             TileStorage::Fp8 => {
                 // Lanes 8..16 and 24..32 have the outputs 2, 3, 6 and 7 of a piece.
                 let swap = if output & 2 == 0 { 0 } else { 8 };
-                for (index, four) in run.chunks(4).enumerate() {
+                for (input, four) in (0..).step_by(4).zip(run.chunks(4)) {
                     let mut bytes = [0; 4];
                     bytes[..four.len()].copy_from_slice(four);
-                    let to = &mut to[(index * 4) ^ swap..][..4];
+                    let (half, lane) = (input / 32, input % 32 / 8);
+                    let to = &mut to[(lane * 16 + half * 8 + input % 8) ^ swap..][..4];
                     to.copy_from_slice(&fp8_word(bytes).to_le_bytes());
                 }
             }
@@ -276,6 +278,31 @@ mod tests {
                 let want = bytes.map(|byte| e4m3(byte).to_bits());
                 assert_eq!(widened(fp8_word(bytes)).map(f32::to_bits), want, "{bytes:x?}");
             }
+        }
+    }
+
+    #[test]
+    fn fp8_tiles_hold_two_runs_of_inputs_by_lane() {
+        let shape = TileShape { storage: TileStorage::Fp8, outputs: 19, inputs: 88 };
+        // All weights but NaN, so that many differ from their neighbours.
+        let weight = |output: usize, input: usize| -> u8 {
+            u8::try_from((output * 7 + input * 3) % 127).unwrap()
+        };
+        let rows: Vec<u8> = (0..19).flat_map(|o| (0..88).map(move |i| weight(o, i))).collect();
+        let mut tiles = vec![0xff; shape.bytes()];
+        for (rows, band) in rows.chunks(16 * 88).zip(tiles.chunks_exact_mut(shape.band_bytes())) {
+            shape.tile(rows, band);
+        }
+        for (at, word) in tiles.chunks_exact(4).enumerate() {
+            let (tile, piece, lane) = (at / 256, at / 128 % 2, at / 4 % 32);
+            let half = (at / 2 % 2) ^ (lane >> 3 & 1);
+            let output = tile / 2 * 16 + piece * 8 + lane / 4;
+            let input = tile % 2 * 64 + half * 32 + lane % 4 * 8 + at % 2 * 4;
+            let want = [0, 1, 2, 3].map(|i| {
+                if output < 19 && input + i < 88 { e4m3(weight(output, input + i)) } else { 0.0 }
+            });
+            let word = u32::from_le_bytes(word.try_into().unwrap());
+            assert_eq!(widened(word).map(f32::to_bits), want.map(f32::to_bits), "word {at}");
         }
     }
 

@@ -130,7 +130,9 @@ struct Attention {
         u32 words[4] = {};
         if (query[i].is_there && dim < heads.dim) {
           const float* from = qkv + size_t(query[i].row) * columns + query[i].head * heads.dim + dim;
-          for (int w = 0; w < 4; w++) words[w] = to_bf16x2(from[2 * w], from[2 * w + 1]);
+          const float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + 4);
+          words[0] = to_bf16x2(low.x, low.y), words[1] = to_bf16x2(low.z, low.w);
+          words[2] = to_bf16x2(high.x, high.y), words[3] = to_bf16x2(high.z, high.w);
         }
         left[2 * c][i] = words[0], left[2 * c][i + 2] = words[1];
         left[2 * c + 1][i] = words[2], left[2 * c + 1][i + 2] = words[3];
@@ -326,8 +328,7 @@ HERD_INLINE void attention_split(const float* qkv, const Item& item, const Cache
       for (int n = 0; n < Attention::kTiles; n++) {
         const int dim = Attention::dim_of(n);
         if (heads.dim <= dim) continue;
-        to[2 + dim] = attention.out[n][2 * i];
-        to[3 + dim] = attention.out[n][2 * i + 1];
+        *reinterpret_cast<float2*>(to + 2 + dim) = float2{attention.out[n][2 * i], attention.out[n][2 * i + 1]};
       }
     }
   });

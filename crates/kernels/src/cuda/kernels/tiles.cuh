@@ -27,7 +27,7 @@ struct Bf16Tiles {
   }
 };
 
-// As above with 16 inputs from 16 t. A word holds four weights, spread so that few operations widen them: the first
+// As above with 8 more inputs from 32 + 8 t, the second half of a lane's bytes. A word holds four weights, spread so that few operations widen them: the first
 // and second have their sign at bit 15 and the other bits at 4..10 of the lower and the upper half; the third and
 // fourth lie in the gaps, sign at bit 11, the lower four bits at 0..3, the upper three at 12..14. Every other eight
 // lanes have their two halves swapped, so that half of 16 lanes' bytes lie in banks of their own.
@@ -93,12 +93,12 @@ struct Product {
   }
 
   static HERD_INLINE void copy_tokens(u8* stage, const Operands<kM, kN>& x, int k) {
-    const int input = k * Tiles::kInputs + lane_id() % 4 * (8 * Tiles::kTokenPieces);
+    const int input = k * Tiles::kInputs + lane_id() % 4 * 8;
 #pragma unroll
     for (int n = 0; n < kN; n++) {
 #pragma unroll
       for (int piece = 0; piece < Tiles::kTokenPieces; piece++) {
-        const int at = input + 8 * piece;
+        const int at = input + 32 * piece;
         const bool is_there = x.token[n] != nullptr && at < x.inputs;
         copy_async(stage + (2 * kM + n * Tiles::kTokenPieces + piece) * kPiece, x.token[n] + at, is_there);
       }
@@ -220,11 +220,11 @@ struct WideProduct {
     const u8* tile = x.tile[0] + size_t(k) * kTileBytes;
     copy_async(mine + 2 * warp_id() * kPiece, tile, true);
     copy_async(mine + (2 * warp_id() + 1) * kPiece, tile + kPiece, true);
-    const int input = k * Tiles::kInputs + lane_id() % 4 * (8 * Tiles::kTokenPieces);
+    const int input = k * Tiles::kInputs + lane_id() % 4 * 8;
 #pragma unroll
     for (int i = 0; i < 2 * Tiles::kTokenPieces; i++) {
       const bf16* const token = x.token[i / Tiles::kTokenPieces];
-      const int at = input + i % Tiles::kTokenPieces * 8;
+      const int at = input + i % Tiles::kTokenPieces * 32;
       const bool is_there = token != nullptr && at < x.inputs;
       copy_async(mine + (kTokenPiece + 2 * Tiles::kTokenPieces * warp_id() + i) * kPiece, token + at, is_there);
     }
