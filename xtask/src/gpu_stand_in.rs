@@ -1,34 +1,56 @@
 //! A machine with a GPU, as far as a process can tell, on one without: CUDA's driver and NVML are stand-ins that know herd's
 //! kernels, and the kernels' compiler is the true one.
 
+use crate::accesses;
 use crate::kernels_compile::{self, SEARCH_PATH, shell};
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use kernels::cuda::emulator::{Watch, stand_in};
 use kernels::cuda::sources::SOURCES;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
+/// What is watched while kernels run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mode {
+    Plain,
+    Races,
+    /// Races, and what is asked of memory.
+    Accesses,
+}
+
+/// How the stand-in is told what it is like.
+const SETTINGS: &str = "HERD_STAND_IN";
+
 /// Makes the stand-ins, and runs a command that finds them; without one it says what the search path must be.
-pub(crate) fn run(root: &Path, watch: Watch, command: &[String]) -> anyhow::Result<ExitCode> {
-    let name = match watch {
-        Watch::Nothing => "gpu-stand-in",
-        Watch::Races => "gpu-stand-in-races",
+pub(crate) fn run(root: &Path, mode: Mode, command: &[String]) -> anyhow::Result<ExitCode> {
+    let (name, watch) = match mode {
+        Mode::Plain => ("gpu-stand-in", Watch::Nothing),
+        Mode::Races | Mode::Accesses => ("gpu-stand-in-races", Watch::Races),
     };
     let folder = kernels_compile::target(root).join(name);
     make(root, &folder, watch)?;
-    let mut entries = vec![folder, kernels_compile::install(root)?];
+    let mut entries = vec![folder.clone(), kernels_compile::install(root)?];
     entries.extend(std::env::split_paths(&std::env::var(SEARCH_PATH).unwrap_or_default()));
     let path = std::env::join_paths(entries)?;
     let Some((program, arguments)) = command.split_first() else {
-        println!("{SEARCH_PATH}={}", path.display());
+        ensure!(mode != Mode::Accesses, "--accesses counts what a command does: give one");
+        writeln!(std::io::stdout(), "{SEARCH_PATH}={}", path.display())?;
         return Ok(ExitCode::SUCCESS);
     };
-    let status = Command::new(program)
-        .args(arguments)
-        .env(SEARCH_PATH, path)
-        .status()
-        .with_context(|| format!("{program} could not be started"))?;
+    let counted = folder.join(format!("accesses-{}", std::process::id()));
+    let mut command = Command::new(program);
+    command.args(arguments).env(SEARCH_PATH, path);
+    if mode == Mode::Accesses {
+        let settings = std::env::var(SETTINGS).unwrap_or_default();
+        command.env(SETTINGS, format!("{settings},accesses={}", counted.display()));
+    }
+    let status = command.status().with_context(|| format!("{program} could not be started"))?;
+    if mode == Mode::Accesses {
+        accesses::print(&counted, &folder.join("libcuda.so.1"))?;
+        std::fs::remove_file(&counted)?;
+    }
     let code = status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX);
     Ok(ExitCode::from(code))
 }

@@ -2,6 +2,7 @@
 //!
 //! It never changes a file of the tree: every command only looks and reports.
 
+mod accesses;
 mod gpu_stand_in;
 mod kernels_compile;
 mod tidy;
@@ -11,7 +12,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
-use kernels::cuda::emulator::Watch;
+use gpu_stand_in::Mode;
 
 #[derive(Parser)]
 #[command(about = "Automation of the herd repository")]
@@ -35,6 +36,9 @@ enum Task {
         /// Watch every load and store of the kernels, and end the process where threads race: ten times as slow.
         #[arg(long)]
         races: bool,
+        /// Watch that, too, and print what the kernels ask of memory: sectors, and passes over banks, line by line.
+        #[arg(long)]
+        accesses: bool,
         /// Such as `target/debug/herd up --device cuda:0`.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
@@ -64,9 +68,13 @@ fn main() -> anyhow::Result<ExitCode> {
         Task::Verify => verify()?,
         Task::Tidy => tidy::run(&root())?,
         Task::KernelsCompile => kernels_compile::run(&root())?,
-        Task::GpuStandIn { races, command } => {
-            let watch = if races { Watch::Races } else { Watch::Nothing };
-            return gpu_stand_in::run(&root(), watch, &command);
+        Task::GpuStandIn { races, accesses, command } => {
+            let mode = match (races, accesses) {
+                (_, true) => Mode::Accesses,
+                (true, false) => Mode::Races,
+                (false, false) => Mode::Plain,
+            };
+            return gpu_stand_in::run(&root(), mode, &command);
         }
         Task::Sim(args) => sim(&args)?,
     }

@@ -134,7 +134,7 @@ inline void note(Access, const void*, std::size_t, const void* = nullptr) {}
 #define __threadfence() ((void)0)
 
 template <class T>
-T herd_shfl(u32 mask, T x, int from, int line) {
+HERD_UNWATCHED T herd_shfl(u32 mask, T x, int from, int line) {
   return emulator::value<T>(emulator::exchange(mask, emulator::bits(x), line)[from & 31]);
 }
 #define __shfl_sync(mask, x, from) herd_shfl(mask, x, from, __LINE__)
@@ -146,7 +146,7 @@ T herd_shfl_by(u32 mask, T x, int by, int line) {
 }
 #define __shfl_down_sync(mask, x, by) herd_shfl_by(mask, x, by, __LINE__)
 #define __shfl_up_sync(mask, x, by) herd_shfl_by(mask, x, -(by), __LINE__)
-inline u32 herd_ballot(u32 mask, bool is, int line) {
+HERD_UNWATCHED inline u32 herd_ballot(u32 mask, bool is, int line) {
   const u64* all = emulator::exchange(mask, is, line);
   u32 votes = 0;
   for (int i = 0; i < 32; i++) votes |= u32(all[i] != 0) << i;

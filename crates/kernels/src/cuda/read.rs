@@ -28,10 +28,12 @@ const PASSES: u32 = 10;
 /// [`CudaError`] if a quarter of the free memory is refused, too, or CUDA fails.
 pub fn read_bandwidth(driver: &Arc<Driver>) -> Result<f64, CudaError> {
     let take = |bytes| Buffer::new(driver, "bandwidth measurement", bytes);
-    let memory = take(BYTES).or_else(|error| match error {
-        CudaError::Memory { free, .. } => take((free / PART).next_multiple_of(PIECE)),
-        other => Err(other),
-    })?;
+    let whole = take(BYTES);
+    let memory = if let Err(CudaError::Memory { free, .. }) = whole {
+        take((free / PART).next_multiple_of(PIECE))?
+    } else {
+        whole?
+    };
     // Pages exist, and hold something.
     let some: Vec<u8> = (0..PIECE).map(|i| i.to_le_bytes()[0]).collect();
     for at in (0..memory.bytes()).step_by(PIECE) {
