@@ -6,7 +6,9 @@ never ends, memory that is refused. And whoever starts herd on a GPU that will n
 
 import os
 import pathlib
+import signal
 import subprocess
+import threading
 
 import pytest
 
@@ -122,3 +124,28 @@ def test_refused_memory_ends_no_process_and_no_stream(gpus):
     assert "no device memory for the" in log()
     assert restarts(load)[0] == ended
     assert len(load.serving()) == WORKERS
+
+
+def test_memory_that_is_refused_again_and_again_while_a_worker_is_lost_costs_no_stream(gpus):
+    load, faults = gpus
+    load.until_serving(WORKERS)
+    over = threading.Event()
+
+    def refuse():
+        while not over.wait(0.1):
+            (faults / "refuses").touch()
+
+    def act():
+        refusing = threading.Thread(target=refuse)
+        refusing.start()
+        os.kill(load.serving()[0]["pid"], signal.SIGKILL)
+        over.wait(5)
+        over.set()
+        refusing.join()
+        (faults / "refuses").unlink(missing_ok=True)
+
+    before = len(restarts(load)[1])
+    load.during(act)
+    load.until_serving(WORKERS)
+    # In a step, in a view change, and while a worker starts: wherever it was, somebody said so.
+    assert restarts(load)[1][before:].count("no device memory for the") > 3

@@ -38,7 +38,7 @@ pub(super) struct Gpu {
     /// Queues for copies beside the steps, as far as nobody has taken them.
     lanes: Mutex<Vec<Queue>>,
     lane_is_free: Condvar,
-    kernels: BTreeMap<&'static str, sys::CUfunction>,
+    kernels: BTreeMap<&'static str, Kernel>,
     patience: Arc<Patience>,
     /// While kernels are measured.
     timed: Mutex<Option<Timed>>,
@@ -52,6 +52,12 @@ pub(super) struct Gpu {
 unsafe impl Send for Gpu {}
 // SAFETY: as above; the driver locks what it needs to.
 unsafe impl Sync for Gpu {}
+
+/// A kernel, and the shared memory that its launches may ask for so far.
+struct Kernel {
+    function: sys::CUfunction,
+    granted: Mutex<u32>,
+}
 
 /// A device that will do, without kernels and stream.
 struct Attached {
@@ -153,7 +159,8 @@ impl Gpu {
                 // SAFETY: the module was loaded above.
                 let function = unsafe { result::module::get_function(module, name) }
                     .map_err(failed("cuModuleGetFunction"))?;
-                self.kernels.insert(kernel, function);
+                let granted = Mutex::new(SHARED_FREE);
+                self.kernels.insert(kernel, Kernel { function, granted });
             }
         }
         Ok(())
@@ -296,7 +303,8 @@ impl Gpu {
         Launch { kernel, grid: [x, y, z], block, shared }: Launch,
         args: &[u64],
     ) -> Result<(), CudaError> {
-        let function = *self.kernels.get(kernel).expect("every kernel was loaded");
+        let Kernel { function, granted } =
+            self.kernels.get(kernel).expect("every kernel was loaded");
         let mut pointers: Vec<*mut c_void> =
             args.iter().map(|arg| std::ptr::from_ref(arg).cast_mut().cast()).collect();
         let attribute =
@@ -304,12 +312,15 @@ impl Gpu {
         let (grid, block) = ((x, y, z), (block, 1, 1));
         // SAFETY: the caller's promise; the driver copies the parameters before it returns.
         unsafe {
-            if SHARED_FREE < shared {
+            let mut granted = lock(granted);
+            if *granted < shared {
                 let bytes = shared.cast_signed();
-                result::function::set_function_attribute(function, attribute, bytes)
+                result::function::set_function_attribute(*function, attribute, bytes)
                     .map_err(failed(kernel))?;
+                *granted = shared;
             }
-            result::launch_kernel(function, grid, block, shared, stream, &mut pointers)
+            drop(granted);
+            result::launch_kernel(*function, grid, block, shared, stream, &mut pointers)
                 .map_err(failed(kernel))
         }
     }
