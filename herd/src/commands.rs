@@ -89,11 +89,11 @@ impl std::fmt::Display for DeviceArg {
 #[derive(clap::Args)]
 pub(crate) struct GpuArgs {
     /// Folder for compiled kernels of a GPU, of this user alone; without one they are compiled at every start, which
-    /// takes some ten seconds. With --processes one that lives as long is the default.
+    /// takes some ten seconds. `herd up --processes` has one that lives as long, if none is given.
     #[arg(long, env = "HERD_KERNEL_CACHE")]
     pub(crate) kernel_cache: Option<PathBuf>,
     /// Longest that a GPU may take for what it was given, in seconds; then it hangs, and the process ends: a worker's to be
-    /// started again. Less than --step-max-s of the router.
+    /// started again, if this is less than the router's --step-max-s.
     #[arg(long, default_value_t = DEFAULT_GPU_LIMIT_S, env = "HERD_GPU_LIMIT_S",
           value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) gpu_limit_s: u64,

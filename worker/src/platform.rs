@@ -36,7 +36,10 @@ impl Platform {
     pub fn profile(&self, dtype: Dtype) -> String {
         match self {
             Self::Cpu => Level::detect().profile(dtype),
-            Self::Cuda(gpu) => format!("cuda/{dtype}/{}", gpu.driver.identity().0),
+            Self::Cuda(gpu) => {
+                let kernels = kernels::cuda::sources::fingerprint();
+                format!("cuda/{dtype}/{}/{kernels:08x}", gpu.driver.identity().0)
+            }
         }
     }
 

@@ -46,10 +46,13 @@ struct Counted {
 /// Kernel, memory and bytes of an access, with the lines that lead there.
 type ByLine = BTreeMap<(String, String, u32, String), Cost>;
 
-/// Prints the table.
-pub(crate) fn print(counted: &Path, library: &Path) -> anyhow::Result<()> {
-    let text = std::fs::read_to_string(counted)
-        .with_context(|| format!("{}: no GPU was used", counted.display()))?;
+/// Prints the table of what the processes that left a file in this folder have counted.
+pub(crate) fn print(folder: &Path, library: &Path) -> anyhow::Result<()> {
+    let mut text = String::new();
+    for entry in std::fs::read_dir(folder)? {
+        text += &std::fs::read_to_string(entry?.path())?;
+    }
+    ensure!(!text.is_empty(), "no kernel was run: does the command use --device cuda:0?");
     let counted = text
         .lines()
         .map(|line| parse(line).with_context(|| format!("what is {line:?}?")))

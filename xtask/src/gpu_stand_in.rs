@@ -31,8 +31,10 @@ pub(crate) fn run(root: &Path, mode: Mode, command: &[String]) -> anyhow::Result
     };
     let folder = kernels_compile::target(root).join(name);
     make(root, &folder, watch)?;
-    let mut entries = vec![folder.clone(), kernels_compile::install(root)?];
-    entries.extend(std::env::split_paths(&std::env::var(SEARCH_PATH).unwrap_or_default()));
+    let known = std::env::var(SEARCH_PATH).unwrap_or_default();
+    // An empty entry would be the present folder.
+    let known = std::env::split_paths(&known).filter(|entry| !entry.as_os_str().is_empty());
+    let entries = [folder.clone(), kernels_compile::install(root)?].into_iter().chain(known);
     let path = std::env::join_paths(entries)?;
     let Some((program, arguments)) = command.split_first() else {
         ensure!(mode != Mode::Accesses, "--accesses counts what a command does: give one");
@@ -43,13 +45,16 @@ pub(crate) fn run(root: &Path, mode: Mode, command: &[String]) -> anyhow::Result
     let mut command = Command::new(program);
     command.args(arguments).env(SEARCH_PATH, path);
     if mode == Mode::Accesses {
+        std::fs::create_dir(&counted)?;
         let settings = std::env::var(SETTINGS).unwrap_or_default();
         command.env(SETTINGS, format!("{settings},accesses={}", counted.display()));
     }
     let status = command.status().with_context(|| format!("{program} could not be started"))?;
     if mode == Mode::Accesses {
-        accesses::print(&counted, &folder.join("libcuda.so.1"))?;
-        std::fs::remove_file(&counted)?;
+        if status.success() {
+            accesses::print(&counted, &folder.join("libcuda.so.1"))?;
+        }
+        std::fs::remove_dir_all(&counted)?;
     }
     let code = status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX);
     Ok(ExitCode::from(code))
@@ -62,6 +67,9 @@ fn make(root: &Path, folder: &Path, watch: Watch) -> anyhow::Result<()> {
     let mut files: Vec<PathBuf> = std::fs::read_dir(&sources)?
         .map(|entry| Ok(entry?.path()))
         .collect::<std::io::Result<_>>()?;
+    files.retain(|file| file.is_file());
+    // And how they are compiled.
+    files.push(root.join("crates/kernels/src/cuda/emulator.rs"));
     files.sort();
     for file in files {
         std::fs::read(file)?.hash(&mut hasher);

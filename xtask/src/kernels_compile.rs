@@ -80,7 +80,8 @@ pub(crate) fn run(root: &Path) -> anyhow::Result<()> {
 
 /// Where Cargo builds.
 pub(crate) fn target(root: &Path) -> PathBuf {
-    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from)
+    // An absolute one stays as it is.
+    root.join(std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))
 }
 
 /// The folder of the compiler's libraries; installs them if they are not there yet.

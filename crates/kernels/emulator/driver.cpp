@@ -12,276 +12,14 @@
 //   hangs                                    a launch never ends
 // Of the last three the value says which one of the process; or it is a file, and the next one after that is there:
 // whichever process takes it away first.
-#include "cubin.hpp"
-#include "emulator.hpp"
+#include "stand_in.hpp"
 
-#include <chrono>
-#include <condition_variable>
-#include <deque>
-#include <functional>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <set>
-#include <thread>
-
-#include <sys/mman.h>
-#include <unistd.h>
-
-extern "C" int herd_emulator_launch(const char*, const u32*, const u32*, u32, void**);
-
-namespace {
-
-enum Result : int {
-  kSuccess = 0,
-  kInvalidValue = 1,
-  kOutOfMemory = 2,
-  kNoDevice = 100,
-  kInvalidDevice = 101,
-  kInvalidImage = 200,
-  kNotFound = 500,
-  kNotReady = 600,
-  kIllegalAddress = 700,
-};
-
-const std::map<int, std::pair<const char*, const char*>> kNames = {
-    {kSuccess, {"CUDA_SUCCESS", "no error"}},
-    {kOutOfMemory, {"CUDA_ERROR_OUT_OF_MEMORY", "out of memory"}},
-    {kNoDevice, {"CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"}},
-    {kInvalidDevice, {"CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"}},
-    {kInvalidImage, {"CUDA_ERROR_INVALID_IMAGE", "device kernel image is invalid"}},
-    {kNotFound, {"CUDA_ERROR_NOT_FOUND", "named symbol not found"}},
-    {kNotReady, {"CUDA_ERROR_NOT_READY", "device not ready"}},
-    {kIllegalAddress, {"CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"}},
-};
-
-constexpr u64 kPage = 4096;
-// As many calls wait in a stream; whoever makes one more waits without a limit.
-constexpr std::size_t kQueue = 1024;
-constexpr std::chrono::microseconds kAsked(200);
-constexpr std::size_t kStaged = 64 << 10;
-constexpr u32 kSharedFree = 48 << 10, kRegisters = 64 << 10;
-
-[[noreturn]] void misuse(const std::string& what) {
-  std::fprintf(stderr, "stand-in for CUDA's driver: %s\n", what.c_str());
-  std::abort();
-}
-
-std::string setting(const char* name) {
-  const char* all = std::getenv("HERD_STAND_IN");
-  const std::string list = std::string(",") + (all ? all : ""), key = std::string(",") + name + "=";
-  const auto at = list.find(key);
-  if (at == std::string::npos) return "";
-  const auto start = at + key.size();
-  return list.substr(start, list.find(',', start) - start);
-}
-
-u64 setting(const char* name, u64 otherwise) {
-  const std::string value = setting(name);
-  return value.empty() ? otherwise : std::strtoull(value.c_str(), nullptr, 10);
-}
-
-// Whether the call of this number is struck.
-bool strikes(const char* name, u64 number) {
-  const std::string value = setting(name);
-  if (value.find('/') != std::string::npos) return unlink(value.c_str()) == 0;
-  return !value.empty() && number == setting(name, 0);
-}
-
-struct Function {
-  std::string name;
-  const emulator::Kernel* kernel;
-  cubin::Kernel limits;
-  u32 shared_granted = kSharedFree;
-};
-
-// A launch with its parameters, which are taken when it is made.
-struct Launch {
-  std::string name;
-  u32 grid[3], block[3], shared;
-  std::vector<std::vector<u8>> parameters;
-};
-
-using Launches = std::vector<Launch>;
-
-struct Stream {
-  int device;
-  std::deque<std::function<void()>> calls;
-  // Calls that were made, that may run, and that have run.
-  u64 made = 0, released = 0, done = 0;
-  bool is_closed = false;
-  std::unique_ptr<Launches> captured;
-};
-
-struct Event {
-  int device;
-  bool is_timed;
-  std::shared_ptr<Stream> stream;
-  u64 at = 0;
-  std::shared_ptr<double> time;
-};
-
-struct Allocation {
-  u64 bytes, start, length;
-};
-
-struct Device {
-  int retained = 0;
-  u64 used = 0;
-  bool is_spoilt = false;
-  std::map<u64, Allocation> memory;
-};
-
-struct State {
-  std::mutex mutex;
-  std::condition_variable changed;
-  std::vector<Device> devices;
-  std::set<Stream*> threads;
-  std::map<void*, std::shared_ptr<Stream>> streams;
-  std::map<void*, std::unique_ptr<Event>> events;
-  std::map<void*, std::size_t> pinned;
-  std::map<void*, std::unique_ptr<Launches>> graphs;
-  std::map<void*, std::shared_ptr<Launches>> executables;
-  std::vector<std::unique_ptr<std::map<std::string, Function>>> modules;
-  u64 allocations = 0, launches = 0;
-  bool hangs = false;
-};
-
-// Never destroyed: threads use it until the process is gone.
-State& state = *new State;
-thread_local int current = -1;
-
-using Lock = std::unique_lock<std::mutex>;
-
-Device& device() {
-  if (current < 0) misuse("a call without a current context");
-  return state.devices[current];
-}
-
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-template <class Map>
-auto& live(Map& map, void* handle, const char* what) {
-  const auto found = map.find(handle);
-  if (found == map.end()) misuse(std::string("no such ") + what);
-  return found->second;
-}
-
-// Bytes from an address lie within one allocation of the current device.
-void check_memory(u64 address, u64 bytes) {
-  auto& memory = device().memory;
-  auto found = memory.upper_bound(address);
-  if (found == memory.begin()) misuse("a copy from or to memory that is not the device's");
-  --found;
-  if (found->first + found->second.bytes < address + bytes) misuse("a copy past the end of device memory");
-}
-
-bool is_pinned(const void* at, std::size_t bytes) {
-  const auto* start = static_cast<const u8*>(at);
-  for (const auto& [address, length] : state.pinned) {
-    const auto* first = static_cast<u8*>(address);
-    if (first <= start && start + bytes <= first + length) return true;
-  }
-  return false;
-}
-
-void run(const Launch& launch, int on) {
-  {
-    Lock lock(state.mutex);
-    if (state.devices[on].is_spoilt) return;
-    const u64 number = ++state.launches;
-    if (strikes("faults", number)) {
-      state.devices[on].is_spoilt = true;
-      return;
-    }
-    if (strikes("hangs", number)) {
-      state.hangs = true;
-      for (;;) state.changed.wait(lock);
-    }
-  }
-  std::vector<void*> pointers;
-  for (const auto& parameter : launch.parameters) pointers.push_back(const_cast<u8*>(parameter.data()));
-  herd_emulator_launch(launch.name.c_str(), launch.grid, launch.block, launch.shared, pointers.data());
-}
-
-// Runs what a stream was given, once it may.
-void serve(std::shared_ptr<Stream> stream) {
-  Lock lock(state.mutex);
-  for (;;) {
-    state.changed.wait(lock, [&] { return stream->done < stream->released || stream->is_closed; });
-    if (stream->done == stream->made && stream->is_closed) break;
-    auto call = std::move(stream->calls.front());
-    stream->calls.pop_front();
-    lock.unlock();
-    call();
-    lock.lock();
-    stream->done++;
-    state.changed.notify_all();
-  }
-  state.threads.erase(stream.get());
-  state.changed.notify_all();
-}
-
-void release(Stream& stream, u64 until) {
-  if (stream.released < until) {
-    stream.released = until;
-    state.changed.notify_all();
-  }
-}
-
-// Waits until the device is through with all streams, as CUDA's own calls would.
-void drain(Lock& lock, int on) {
-  for (auto& [handle, stream] : state.streams) {
-    if (stream->device == on) release(*stream, stream->made);
-  }
-  state.changed.wait(lock, [&] {
-    for (Stream* stream : state.threads) {
-      if (stream->device == on && stream->done < stream->made) return false;
-    }
-    return true;
-  });
-}
-
-void enqueue(Lock& lock, Stream& stream, std::function<void()> call) {
-  if (stream.captured) misuse("a call that a graph cannot have");
-  if (stream.device != current) misuse("a stream of another context");
-  stream.calls.push_back(std::move(call));
-  stream.made++;
-  if (kQueue < stream.made - stream.done) {
-    release(stream, stream.made - kQueue);
-    state.changed.wait(lock, [&] { return stream.made - stream.done <= kQueue; });
-  }
-}
-
-void at_exit() {
-  Lock lock(state.mutex);
-  for (int i = 0; i < int(state.devices.size()); i++) drain(lock, i);
-}
-
-void report_left(int on) {
-  auto say = [](const char* what, std::size_t count) {
-    if (count) misuse(std::to_string(count) + " " + what + " left when the context goes");
-  };
-  say("allocations", state.devices[on].memory.size());
-  std::size_t streams = 0, events = 0;
-  for (auto& [handle, stream] : state.streams) streams += stream->device == on;
-  for (auto& [handle, event] : state.events) events += event->device == on;
-  say("streams", streams);
-  say("events", events);
-  // Those have no device of their own here.
-  if (state.devices.size() == 1) {
-    say("pieces of pinned memory", state.pinned.size());
-    say("graphs", state.graphs.size() + state.executables.size());
-  }
-}
-
-}  // namespace
+using namespace stand_in;
 
 // The current device, or what it failed of.
 #define ENTER()                                       \
   Lock lock(state.mutex);                             \
+  if (state.is_over) return kDeinitialized;           \
   if (device().is_spoilt) return kIllegalAddress
 
 extern "C" {
@@ -392,6 +130,7 @@ int cuMemAlloc_v2(u64* address, std::size_t bytes) {
   const u64 first = reinterpret_cast<u64>(start);
   *address = first + length - kPage - (bytes + 15) / 16 * 16;
   device().memory[*address] = {bytes, first, length};
+  emulator::own(*address, bytes);
   device().used += bytes;
   return kSuccess;
 }
@@ -404,6 +143,7 @@ int cuMemFree_v2(u64 address) {
   // Its addresses are never given again: whoever still uses them is noticed.
   void* start = reinterpret_cast<void*>(found->second.start);
   mmap(start, found->second.length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
+  emulator::disown(address);
   device().used -= found->second.bytes;
   memory.erase(found);
   return kSuccess;
@@ -482,14 +222,14 @@ int cuGraphDestroy(void* graph) {
 int cuGraphUpload(void* executable, void* stream) {
   ENTER();
   live(state.executables, executable, "graph");
-  enqueue(lock, *live(state.streams, stream, "stream"), [] {});
+  enqueue(*live(state.streams, stream, "stream"), [] {});
   return kSuccess;
 }
 
 int cuGraphLaunch(void* executable, void* stream) {
   ENTER();
   auto launches = live(state.executables, executable, "graph");
-  enqueue(lock, *live(state.streams, stream, "stream"), [launches, on = current] {
+  enqueue(*live(state.streams, stream, "stream"), [launches, on = current] {
     for (const Launch& launch : *launches) run(launch, on);
   });
   return kSuccess;
@@ -517,7 +257,7 @@ int cuEventRecord(void* handle, void* stream) {
   auto& event = live(state.events, handle, "event");
   event->stream = live(state.streams, stream, "stream");
   auto time = event->time = std::make_shared<double>(0);
-  enqueue(lock, *event->stream, [time] { *time = now(); });
+  enqueue(*event->stream, [time] { *time = now(); });
   event->at = event->stream->made;
   return kSuccess;
 }
@@ -560,12 +300,12 @@ int cuMemcpyHtoDAsync_v2(u64 to, const void* from, std::size_t bytes, void* stre
   auto& queue = *live(state.streams, stream, "stream");
   void* target = reinterpret_cast<void*>(to);
   if (is_pinned(from, bytes)) {
-    enqueue(lock, queue, [=] { std::memcpy(target, from, bytes); });
+    enqueue(queue, [=] { std::memcpy(target, from, bytes); });
     return kSuccess;
   }
   if (kStaged < bytes) misuse("a large copy out of memory that is not pinned, which may wait without a limit");
   const auto* first = static_cast<const u8*>(from);
-  enqueue(lock, queue, [target, staged = std::vector<u8>(first, first + bytes)] {
+  enqueue(queue, [target, staged = std::vector<u8>(first, first + bytes)] {
     std::memcpy(target, staged.data(), staged.size());
   });
   return kSuccess;
@@ -578,7 +318,7 @@ int cuMemcpyDtoHAsync_v2(void* to, u64 from, std::size_t bytes, void* stream) {
   // Until it is there it is not what it was.
   std::memset(to, 0xff, bytes);
   const void* source = reinterpret_cast<void*>(from);
-  enqueue(lock, *live(state.streams, stream, "stream"), [=] { std::memcpy(to, source, bytes); });
+  enqueue(*live(state.streams, stream, "stream"), [=] { std::memcpy(to, source, bytes); });
   return kSuccess;
 }
 
@@ -623,7 +363,7 @@ int cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsigned grid
   if (0x7fffffff < grid_x || 0xffff < grid_y || 0xffff < grid_z) wrong("too large a grid");
   if (function.limits.threads_max < threads) wrong(std::to_string(threads) + " threads, it was compiled for " + std::to_string(function.limits.threads_max));
   const u64 warps = (threads + 31) / 32, of_a_warp = (function.limits.registers * 32 + 255) / 256 * 256;
-  if (kRegisters < warps * of_a_warp) wrong("more registers than there are");
+  if (!function.limits.registers || kRegisters < warps * of_a_warp) wrong("more registers than there are");
   if (function.shared_granted < shared + (function.shared_granted == kSharedFree ? function.limits.shared : 0)) wrong("more shared memory than it was granted");
   Launch launch{function.name, {grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, shared, {}};
   for (std::size_t i = 0; i < function.kernel->parameters.size(); i++) {
@@ -635,7 +375,7 @@ int cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsigned grid
     queue.captured->push_back(std::move(launch));
     return kSuccess;
   }
-  enqueue(lock, queue, [launch = std::move(launch), on = current] { run(launch, on); });
+  enqueue(queue, [launch = std::move(launch), on = current] { run(launch, on); });
   return kSuccess;
 }
 }

@@ -1,6 +1,7 @@
 #include "emulator.hpp"
 #include "races.hpp"
 
+#include <array>
 #include <map>
 #include <mutex>
 
@@ -44,22 +45,22 @@ struct Copies {
   u32 groups = 0;
 };
 
-// One launch at a time.
+// One launch at a time. Never destroyed: it may not be over when the process ends.
 std::mutex running;
-std::vector<Fiber> fibers;
-std::vector<u8*> stacks;
-std::vector<u8> shared;
+auto& fibers = *new std::vector<Fiber>;
+auto& stacks = *new std::vector<u8*>;
+auto& shared = *new std::vector<u8>;
 // What the lanes of each warp bring to a collective; two, since some go on while others still read.
-std::vector<u64> brought[2];
-std::vector<int> turns;
-std::vector<Copies> copies;
+auto& brought = *new std::array<std::vector<u64>, 2>;
+auto& turns = *new std::vector<int>;
+auto& copies = *new std::vector<Copies>;
 int active = 0;
 Body body;
 void** arguments;
 const char* kernel_name = "";
 
 std::map<std::string, Kernel>& kernels() {
-  static std::map<std::string, Kernel> all;
+  static auto& all = *new std::map<std::string, Kernel>;
   return all;
 }
 
@@ -150,7 +151,11 @@ void run_block() {
   const int count = int(fibers.size());
   std::fill(shared.begin(), shared.end(), kPoison);
   std::fill(turns.begin(), turns.end(), 0);
-  for (Copies& of_thread : copies) of_thread = {};
+  for (Copies& of_thread : copies) {
+    // What the block before has not waited for.
+    for (const Copy& copy : of_thread.open) races::land(copy.to, copy.is_there ? copy.from : nullptr);
+    of_thread = {};
+  }
   races::begin_block(current.block.x + current.grid_size.x * (current.block.y + u64(current.grid_size.y) * current.block.z), count);
   for (int i = 0; i < count; i++) {
     fibers[i].state = State::Ready;
@@ -262,6 +267,7 @@ void copy_async(void* to, const void* from, bool is_there) {
   const void* code = __builtin_return_address(0);
   if (is_there) emulator::note(emulator::Access::Read, from, 16, code);
   emulator::note(emulator::Access::Write, to, 16, code);
+  emulator::races::depart(to, is_there ? from : nullptr, code);
   mine.open.push_back({to, from, is_there, mine.groups});
 }
 
@@ -272,6 +278,7 @@ void herd_copy_wait(int groups) {
   std::size_t done = 0;
   while (done < mine.open.size() && int(mine.open[done].group) < int(mine.groups) - groups) {
     const emulator::Copy& copy = mine.open[done++];
+    emulator::races::land(copy.to, copy.is_there ? copy.from : nullptr);
     emulator::note(emulator::Access::Write, copy.to, 16);
     if (copy.is_there) std::memcpy(copy.to, copy.from, 16);
     else std::memset(copy.to, 0, 16);

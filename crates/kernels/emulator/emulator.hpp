@@ -1,7 +1,7 @@
 // Runs CUDA kernels on a CPU, one block after the other, every thread of a block as a fiber. For tests of index
 // arithmetic and of the host's side; it knows nothing of speed, and little of memory order: a fiber runs until it
 // waits, so a missing barrier may go unnoticed, unless it is compiled to look for races (races.cpp). What it notices: collectives that not all lanes of a warp reach,
-// barriers that not all threads reach, shared memory that is read before it is written (it is poisoned per block),
+// barriers that not all threads reach, dynamic shared memory that is read before it is written (it is poisoned per block),
 // and, with the guard pages of the allocator, accesses past the end of a buffer.
 #pragma once
 
@@ -72,6 +72,14 @@ void wait_block();
 const u64* exchange(u32 mask, u64 value, int line);
 // Waits for all lanes of the warp, and orders what they have done to memory.
 void wait_warp(int line);
+#ifdef HERD_RACES
+// Memory that a device has, and that it has no more: kernels touch no other.
+void own(u64 first, u64 bytes);
+void disown(u64 first);
+#else
+inline void own(u64, u64) {}
+inline void disown(u64) {}
+#endif
 // The fiber cannot go on: says so and ends the process.
 [[noreturn]] void fail(const char* what);
 

@@ -22,12 +22,17 @@ void order_block();
 void order_warp(int warp);
 // All lanes of a warp have met; that alone orders nothing.
 void meet_warp(int warp);
+// A copy that the thread may rely on only when it has waited for it: it may happen at any time until then.
+void depart(const void* to, const void* from, const void* code);
+void land(const void* to, const void* from);
 #else
 inline void begin_launch() {}
 inline void begin_block(u64, int) {}
 inline void order_block() {}
 inline void order_warp(int) {}
 inline void meet_warp(int) {}
+inline void depart(const void*, const void*, const void*) {}
+inline void land(const void*, const void*) {}
 #endif
 
 }  // namespace races

@@ -1,6 +1,7 @@
 #include "requests.hpp"
 
 #include "races.hpp"
+#include "settings.hpp"
 
 #include <algorithm>
 #include <array>
@@ -9,6 +10,7 @@
 #include <unordered_map>
 
 #include <dlfcn.h>
+#include <unistd.h>
 
 namespace emulator::requests {
 
@@ -41,19 +43,13 @@ struct Sum {
   u64 requests = 0, cost = 0, least = 0;
 };
 
-std::vector<Warp> warps;
-std::map<std::tuple<std::string, const void*, bool>, Sum> sums;
+auto& warps = *new std::vector<Warp>;
+auto& sums = *new std::map<std::tuple<std::string, const void*, bool>, Sum>;
 
+// Each process has one.
 const char* file() {
-  static const std::string path = [] {
-    const char* all = std::getenv("HERD_STAND_IN");
-    const std::string list = std::string(",") + (all ? all : ""), key = ",accesses=";
-    const auto at = list.find(key);
-    if (at == std::string::npos) return std::string();
-    const auto start = at + key.size();
-    return list.substr(start, list.find(',', start) - start);
-  }();
-  return path.empty() ? nullptr : path.c_str();
+  static const std::string folder = setting("accesses"), path = folder + "/" + std::to_string(getpid());
+  return folder.empty() ? nullptr : path.c_str();
 }
 
 u64 distinct(std::vector<u64> all) {

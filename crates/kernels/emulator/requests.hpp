@@ -1,5 +1,6 @@
 // What the memory of a GPU would have to do for an emulated kernel: a warp's lanes that do the same at the same place of
-// the code are one request. Counted where `accesses=FILE` in HERD_STAND_IN asks for it, and written there at the end.
+// the code are one request. Counted where `accesses=FOLDER` in HERD_STAND_IN asks for it, and
+// written at the end to a file there that has the number of the process.
 #pragma once
 
 #include "emulator.hpp"

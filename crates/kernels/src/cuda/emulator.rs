@@ -46,8 +46,6 @@ pub fn stand_in(folder: &Path, watch: Watch) -> Result<(), String> {
 /// Compiles all kernels and these files of the emulator to a library.
 fn compile(folder: &Path, files: &[&str], watch: Watch, library: &Path) -> Result<(), String> {
     std::fs::create_dir_all(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
-    let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("emulator");
-    let mut files: Vec<PathBuf> = files.iter().map(|file| here.join(file)).collect();
     let mut kernels = Vec::new();
     for source in SOURCES {
         // In a namespace of its own: two files may give different things the same name.
@@ -60,6 +58,18 @@ fn compile(folder: &Path, files: &[&str], watch: Watch, library: &Path) -> Resul
         std::fs::write(&file, text).map_err(|error| format!("{}: {error}", file.display()))?;
         kernels.push(file);
     }
+    link(folder, (&kernels, files), watch, &["-shared", "-o", &library.to_string_lossy()])
+}
+
+/// Compiles files of kernels, and these of the emulator, and links them as `output` says.
+fn link(
+    folder: &Path,
+    (kernels, files): (&[PathBuf], &[&str]),
+    watch: Watch,
+    output: &[&str],
+) -> Result<(), String> {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("emulator");
+    let mut files: Vec<PathBuf> = files.iter().map(|file| here.join(file)).collect();
     let flags: &[&str] = match watch {
         Watch::Nothing => &[],
         Watch::Races => {
@@ -73,9 +83,10 @@ fn compile(folder: &Path, files: &[&str], watch: Watch, library: &Path) -> Resul
         // A vector shall be touched as one.
         of_kernels.args(["-fsanitize=thread", "-fno-tree-sra"]);
     }
-    run(of_kernels.current_dir(folder).arg("-c").args(&kernels))?;
-    let objects = kernels.iter().map(|file| file.with_extension("o"));
-    run(compiler(&here, flags).args(&files).args(objects).args(["-shared", "-o"]).arg(library))
+    run(of_kernels.current_dir(folder).arg("-c").args(kernels))?;
+    let objects = kernels.iter().filter_map(|file| Some(folder.join(file.file_stem()?)));
+    let objects = objects.map(|object| object.with_extension("o"));
+    run(compiler(&here, flags).args(&files).args(objects).args(output))
 }
 
 fn compiler(here: &Path, flags: &[&str]) -> Command {
@@ -90,10 +101,73 @@ fn compiler(here: &Path, flags: &[&str]) -> Command {
 }
 
 fn run(command: &mut Command) -> Result<(), String> {
-    let output = command.output().map_err(|error| format!("g++: {error}"))?;
+    let output = command.output().map_err(|error| format!("g++, which is needed: {error}"))?;
     if output.status.success() {
         Ok(())
     } else {
         Err(format!("g++: {}", String::from_utf8_lossy(&output.stderr)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A program that runs planted faults, once built.
+    fn program(folder: &Path) -> PathBuf {
+        std::fs::create_dir_all(folder).unwrap();
+        let planted = Path::new(env!("CARGO_MANIFEST_DIR")).join("emulator/tests/planted.cpp");
+        let files = ["tests/main.cpp", "emulator.cpp", "driver.cpp", "cubin.cpp"];
+        let program = folder.join("planted");
+        let output = ["-o", &program.to_string_lossy()];
+        link(folder, (&[planted], &files), Watch::Races, &output).unwrap();
+        program
+    }
+
+    #[test]
+    fn planted_faults_are_found_and_what_is_right_passes() {
+        let folder = std::env::temp_dir().join(format!("herd-planted-{}", std::process::id()));
+        let program = program(&folder);
+        let said = |what: &str| {
+            let output = Command::new(&program).arg(what).output().unwrap();
+            (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+        };
+        for right in [
+            "barrier_there",
+            "warp_barrier_there",
+            "blocks_share_an_atomic",
+            "copy_well_done",
+            "bytes_read_when_they_are_there",
+        ] {
+            assert_eq!(said(right), (Some(0), String::new()), "{right}");
+        }
+        assert_eq!(said("bytes_read_before_they_are_there").0, Some(5));
+        for (planted, words) in [
+            ("barrier_missing", "race in kernel barrier_missing, shared memory"),
+            ("shuffle_for_barrier", "race in kernel shuffle_for_barrier, shared memory"),
+            ("warp_barrier_for_block", "race in kernel warp_barrier_for_block, shared memory"),
+            ("overwritten_too_soon", "overwrites what thread"),
+            ("blocks_share_a_word", "race in kernel blocks_share_a_word, global memory"),
+            ("atomic_is_read_plainly", "race in kernel atomic_is_read_plainly, global memory"),
+            ("copy_into_a_slot_in_use", "a copy to it is on its way"),
+            ("copy_that_is_not_waited_for", "a copy to it is on its way"),
+            ("copy_of_what_changes", "a copy from it is on its way"),
+            ("constant_that_changes", "takes for constant"),
+            ("address_not_aligned", "a GPU refuses addresses that are not aligned"),
+            ("shared_memory_not_written", "shared memory that the block has not written"),
+            ("memory_of_the_host", "this is no memory of the device"),
+            ("copy_past_the_end", "a copy past the end of device memory"),
+            ("large_copy_that_may_wait", "a large copy out of memory that is not pinned"),
+            ("read_that_may_wait", "a copy to memory that is not pinned"),
+            ("memory_that_is_left", "1 allocations left when the context goes"),
+            ("memory_freed_twice", "is free already"),
+            ("full_queue", "more calls than the driver's queue holds"),
+            ("no_context", "a call without a current context"),
+        ] {
+            let (code, text) = said(planted);
+            // It ends by a signal.
+            assert!(code.is_none() && text.contains(words), "{planted}: {code:?}, {text}");
+        }
+        std::fs::remove_dir_all(folder).unwrap();
     }
 }

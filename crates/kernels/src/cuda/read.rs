@@ -14,8 +14,9 @@ pub(super) const BLOCKS: usize = 2048;
 /// Much more than any second-level cache holds ...
 const BYTES: usize = 4 << 30;
 
-/// ... and where that is not free, this part of what is; in pieces of so many bytes.
+/// ... and where that is not free, this part of what is, if it is still more than that. In pieces of so many bytes.
 const PART: usize = 4;
+const BYTES_MIN: usize = 128 << 20;
 const PIECE: usize = 1 << 22;
 
 /// Passes that are measured, after one that is not.
@@ -29,11 +30,12 @@ const PASSES: u32 = 10;
 pub fn read_bandwidth(driver: &Arc<Driver>) -> Result<f64, CudaError> {
     let take = |bytes| Buffer::new(driver, "bandwidth measurement", bytes);
     let whole = take(BYTES);
-    let memory = if let Err(CudaError::Memory { free, .. }) = whole {
-        take((free / PART).next_multiple_of(PIECE))?
-    } else {
-        whole?
-    };
+    let memory = match whole {
+        Err(CudaError::Memory { free, .. }) if BYTES_MIN <= free / PART => {
+            take((free / PART).next_multiple_of(PIECE))
+        }
+        other => other,
+    }?;
     // Pages exist, and hold something.
     let some: Vec<u8> = (0..PIECE).map(|i| i.to_le_bytes()[0]).collect();
     for at in (0..memory.bytes()).step_by(PIECE) {

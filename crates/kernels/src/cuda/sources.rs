@@ -67,6 +67,19 @@ impl Source {
     }
 }
 
+/// Of all kernels' text, by which the layout of tiled weights goes, too: processes with the same one compute alike, and may
+/// take each other's weights.
+#[must_use]
+pub fn fingerprint() -> u32 {
+    fingerprint_of(SOURCES.iter().map(Source::text))
+}
+
+/// FNV-1a, 32 bits.
+fn fingerprint_of(texts: impl Iterator<Item = String>) -> u32 {
+    let add = |hash: u32, byte: u8| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193);
+    texts.fold(0x811c_9dc5, |hash, text| text.bytes().fold(hash, add))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -78,5 +91,14 @@ mod tests {
         assert!(names.iter().all(|name| name.starts_with("herd_")), "{names:?}");
         assert_eq!(names.iter().collect::<BTreeSet<_>>().len(), names.len(), "{names:?}");
         assert!(SOURCES.iter().all(|source| source.kernels().next().is_some()));
+    }
+
+    #[test]
+    fn any_change_of_a_kernel_changes_the_fingerprint() {
+        let of = |texts: &[&str]| fingerprint_of(texts.iter().map(|&text| text.into()));
+        // As published for FNV-1a.
+        assert_eq!(of(&["foobar"]), 0xbf9c_f968);
+        assert_ne!(of(&["a", "b"]), of(&["a", "c"]));
+        assert_ne!(fingerprint(), of(&[]));
     }
 }
