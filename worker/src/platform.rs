@@ -38,7 +38,7 @@ impl Platform {
             Self::Cpu => Level::detect().profile(dtype),
             Self::Cuda(gpu) => {
                 let kernels = kernels::cuda::sources::fingerprint();
-                format!("cuda/{dtype}/{}/{kernels:08x}", gpu.driver.identity().0)
+                format!("cuda/{dtype}/{}/{kernels:016x}", gpu.driver.identity().0)
             }
         }
     }

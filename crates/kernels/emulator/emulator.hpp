@@ -1,8 +1,9 @@
 // Runs CUDA kernels on a CPU, one block after the other, every thread of a block as a fiber. For tests of index
 // arithmetic and of the host's side; it knows nothing of speed, and little of memory order: a fiber runs until it
-// waits, so a missing barrier may go unnoticed, unless it is compiled to look for races (races.cpp). What it notices: collectives that not all lanes of a warp reach,
-// barriers that not all threads reach, dynamic shared memory that is read before it is written (it is poisoned per block),
-// and, with the guard pages of the allocator, accesses past the end of a buffer.
+// waits, so a missing barrier may go unnoticed, unless it is compiled to look for races (races.cpp). What it always
+// notices: collectives that not all lanes of a warp reach, barriers that not all threads reach, dynamic shared memory
+// that is read before it is written (it is poisoned per block), and, with the guard pages of the allocator, accesses
+// past the end of a buffer.
 #pragma once
 
 #include <cmath>

@@ -223,7 +223,6 @@ void begin_launch() {
     for (u64 number = first / kPage; number <= (first + bytes - 1) / kPage; number++) pages.erase(number);
     last_number = ~u64(0);
   }
-
   if (data_begin == 0) dl_iterate_phdr(find_data, nullptr);
   launches++;
 }
@@ -237,6 +236,8 @@ void begin_block(u64 number, int threads) {
 
 void order_block() { barriers++; }
 void order_warp(int warp) { of_warps[std::size_t(warp)]++; }
+void meet_warp(int warp) { requests::end(u32(warp)); }
+
 void depart(const void* to, const void* from, const void* code) {
   for (u64 i = reinterpret_cast<u64>(to), end = i + kCopy; i < end; i++) {
     Byte& byte = byte_at(i);
@@ -252,8 +253,6 @@ void land(const void* to, const void* from) {
   if (!from) return;
   for (u64 i = reinterpret_cast<u64>(from), end = i + kCopy; i < end; i++) byte_at(i).leaving--;
 }
-
-void meet_warp(int warp) { requests::end(u32(warp)); }
 
 }  // namespace races
 }  // namespace emulator

@@ -38,7 +38,6 @@ struct Warp {
 // All requests of a place of a kernel. `cost` are sectors of global memory, or passes over the banks of shared memory;
 // `least` is what the same bytes take at best.
 struct Sum {
-  bool shared = false;
   u32 bytes = 0;
   u64 requests = 0, cost = 0, least = 0;
 };
@@ -85,7 +84,6 @@ u64 sectors(const Request& request) {
 
 void add(const void* code, const Request& request) {
   Sum& sum = sums[{kernel(), code, request.shared}];
-  sum.shared = request.shared;
   sum.bytes = request.bytes;
   sum.requests++;
   // Many lanes may want the same bytes.

@@ -31,7 +31,7 @@ impl Key<'_> {
 }
 
 /// FNV-1a: the same on every machine and in every version of this program.
-struct Fnv(u64);
+pub(super) struct Fnv(u64);
 
 impl Default for Fnv {
     fn default() -> Self {
